@@ -1,0 +1,94 @@
+"""The language-model head and its loss without the (tokens × vocabulary) logits.
+
+Letters: n tokens, d hidden size, v vocabulary.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LOGITS_PER_BLOCK = 2**23  # 32 MiB of float32: large enough for full-speed products, small beside the activations
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Cross-entropy of softmax(hidden · weightᵀ) against labels, over blocks of tokens.
+
+    The gradients of both factors are formed in the forward pass, block by block, so that no block of logits outlives its turn;
+    the peak is that of one block instead of n·v. Logits, sums and the loss are float32 (float64 for float64 inputs); the
+    products take autocast's dtype where autocast is on. Not twice differentiable.
+
+    Args:
+        hidden: (n, d). weight: (v, d). labels: (n,) int64 in [0, v), or `ignore_index`.
+        ignore_index: label of tokens that don't count.
+        reduction: "mean" over the counting tokens (nan if there are none, as in torch), or "sum".
+
+    Returns:
+        The loss, a scalar, float32 or float64.
+
+    Raises:
+        ValueError: shapes or the reduction do not fit.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            "expected hidden (n, d), weight (v, d) and labels (n,): "
+            f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum": got {reduction!r}')
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device_type=device_type, enabled=False):
+        total: Tensor = _LinearCrossEntropySum.apply(hidden, weight.to(hidden.dtype), labels, ignore_index)
+        if reduction == "sum":
+            return total
+        return total / (labels != ignore_index).sum()
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
+        total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        block = max(1, _LOGITS_PER_BLOCK // weight.shape[0])
+        for start in range(0, hidden.shape[0], block):
+            rows = slice(start, start + block)
+            logits = (hidden[rows] @ weight.T).to(accumulate)  # (block, v)
+            total = total + F.cross_entropy(logits, labels[rows], ignore_index=ignore_index, reduction="sum")
+            if not (needs_hidden or needs_weight):
+                continue
+            counts = labels[rows] != ignore_index
+            targets = labels[rows].masked_fill(~counts, 0)[:, None]
+            grad_logits = logits.softmax(-1)
+            grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
+            grad_logits = (grad_logits * counts[:, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
+            None,
+            None,
+        )

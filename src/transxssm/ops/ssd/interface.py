@@ -1,0 +1,182 @@
+"""State-space duality: argument checks and the choice of backend. Contracts and shapes: `ssd_chunk_scan`, `ssd_step`.
+
+Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
+"""
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from transxssm.ops.rotary import apply_rotary
+from transxssm.ops.ssd.chunked import ssd_chunked
+from transxssm.ops.ssd.reference import ssd_recurrence
+
+DEFAULT_CHUNK_SIZE = {
+    "cpu": 64,
+    "cuda": 256,
+}  # cuda: the paper's Table 4; cpu: the Q×Q scores of a head stay in the L2 cache
+
+
+class SSDBackend(StrEnum):
+    """How `ssd_chunk_scan` computes."""
+
+    CHUNKED = "chunked"  # matrix products in chunks, PyTorch, any device
+    RECURRENCE = "recurrence"  # token by token: the reference
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: SSDBackend | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A whole sequence through the state-space layer's recurrence (paper, Eq. 6 and Appendix A; Mamba-2, Section 6).
+
+    Per head h with group g(h), and R_t the rotation at the token's position:
+        S_t = exp(dt_t A) S_{t−1} + dt_t x_t (R_t B_t)^T          y_t = S_t (R_t C_t) + D x_t
+
+    Autocast is switched off inside: matrix operands have x's dtype; the state, dt, A, decays and cumulative sums are float32, or
+    float64 where x is float64.
+
+    Args:
+        x: (b, t, h, p) inputs.
+        dt: (b, t, h) time steps ≥ 0 after softplus; 0 marks a pad and leaves the state alone.
+        A: (h,) decay rates < 0.
+        B, C: (b, t, g, n), h a multiple of g: input and output maps, shared by the heads of a group.
+        rotary: (cos, sin), each (b or 1, t, n/2): rotates B and C inside; None: no rotation.
+        D: (h,) skip; None: none.
+        initial_state: (b, h, p, n); belongs to the document of the first token; None: zeros.
+        seq_idx: (b, t) integers, non-decreasing: the documents of a packed row; score and state stop at a boundary.
+        chunk_size: tokens in a chunk ≥ 1; None: `DEFAULT_CHUNK_SIZE` of the device.
+        backend: an `SSDBackend`; None: chunked.
+
+    Returns:
+        y: (b, t, h, p) in x's dtype; final_state: (b, h, p, n), that of the last token's document.
+
+    Raises:
+        ValueError: shapes, the chunk size or the backend do not fit; the message says got and expected.
+    """
+    backend = SSDBackend.CHUNKED if backend is None else _parse_backend(backend)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token: got {chunk_size}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (b, t, h, p): got {tuple(x.shape)}")
+    batch, length = x.shape[:2]
+    if length == 0:
+        raise ValueError(f"the sequence must have at least one token: got x of shape {tuple(x.shape)}")
+    _check_shapes(x, dt, A, B, C, rotary, D, initial_state, time=(length,))
+    if seq_idx is not None and seq_idx.shape != (batch, length):
+        raise ValueError(f"seq_idx must have shape {(batch, length)}: got {tuple(seq_idx.shape)}")
+
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        if backend is SSDBackend.RECURRENCE:
+            return ssd_recurrence(x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx)
+        if chunk_size is None:
+            chunk_size = DEFAULT_CHUNK_SIZE.get(x.device.type, 256)
+        return ssd_chunked(
+            x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size
+        )
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    D: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token: S' = exp(dt A) S + dt x (R B)^T, y = S' (R C) + D x. Constant work and memory at any length. Pure.
+
+    Args:
+        state: (b, h, p, n).
+        x: (b, h, p). dt: (b, h) ≥ 0. A: (h,) < 0. B, C: (b, g, n). D: (h,).
+        rotary: (cos, sin), each (b or 1, n/2).
+
+    Returns:
+        y: (b, h, p) in x's dtype; state: (b, h, p, n) float32 (float64 for float64 inputs), a new tensor.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (b, h, p): got {tuple(x.shape)}")
+    _check_shapes(x, dt, A, B, C, rotary, D, state, time=())
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        B, C = B.to(accumulate), C.to(accumulate)
+        if rotary is not None:
+            B, C = apply_rotary(B, *rotary), apply_rotary(C, *rotary)
+        batch, heads, head_dim = x.shape
+        groups, state_size = B.shape[1:]
+        grouped = state.to(accumulate).view(batch, groups, heads // groups, head_dim, state_size)
+        dt = dt.to(accumulate)
+        decay = torch.exp(dt * A.to(accumulate)).view(batch, groups, -1, 1, 1)
+        x_dt = (dt[..., None] * x).view(batch, groups, -1, head_dim, 1)
+        new_state = decay * grouped + x_dt * B[:, :, None, None, :]  # (b, g, r, p, n)
+        y = (new_state @ C[:, :, None, :, None]).view(batch, heads, head_dim)
+        if D is not None:
+            y = y + D.to(accumulate)[:, None] * x
+        return y.to(x.dtype), new_state.view(batch, heads, head_dim, state_size)
+
+
+def _parse_backend(backend: SSDBackend | str) -> SSDBackend:
+    try:
+        return SSDBackend(backend)
+    except ValueError:
+        known = ", ".join(SSDBackend)
+        raise ValueError(
+            f"unknown SSD backend {str(backend)!r}: expected one of {known}, or None to let the device decide"
+        ) from None
+
+
+def _check_shapes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    D: Tensor | None,
+    state: Tensor | None,
+    time: tuple[int, ...],
+) -> None:
+    batch, heads, head_dim = x.shape[0], x.shape[-2], x.shape[-1]
+    if B.dim() != len(time) + 3 or B.shape[:-2] != (batch, *time):
+        raise ValueError(f"B must have shape {(batch, *time, 'groups', 'state size')}: got {tuple(B.shape)}")
+    groups, state_size = B.shape[-2:]
+    if C.shape != B.shape:
+        raise ValueError(f"C must have B's shape {tuple(B.shape)}: got {tuple(C.shape)}")
+    if groups == 0 or heads % groups:
+        raise ValueError(
+            f"the number of heads must be a multiple of the number of groups: got {heads} heads and {groups} groups"
+        )
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("dt", dt, (batch, *time, heads)),
+        ("A", A, (heads,)),
+        ("D", D, (heads,)),
+        ("state", state, (batch, heads, head_dim, state_size)),
+    ]
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}: got {tuple(tensor.shape)}")
+    if rotary is not None:
+        half = state_size // 2
+        for name, table in zip(("cos", "sin"), rotary, strict=True):
+            if state_size % 2 or table.shape not in ((batch, *time, half), (1, *time, half)):
+                wanted = f"({batch} or 1, {', '.join(str(size) for size in (*time, half))})"
+                raise ValueError(
+                    f"rotary {name} must have shape {wanted} to rotate a state of {state_size}: got {tuple(table.shape)}"
+                )
