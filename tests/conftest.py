@@ -1,0 +1,54 @@
+"""What every test stands on: no network, one thread, fixed seeds, and a device that the command line chooses."""
+
+import os
+import random
+import tempfile
+
+# The hub libraries read these once, when they are imported, so they are set before anything else is. Every process has a
+# cache of its own, removed at exit: no test sees what another, or the user, has cached.
+_CACHE = tempfile.TemporaryDirectory(prefix="transxssm-tests-")
+os.environ |= {
+    "HF_HOME": _CACHE.name,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+    # One thread, here and in the processes that tests start: workers share the cores, and sums keep their order.
+    "OMP_NUM_THREADS": "1",
+}
+for _variable in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE"):
+    os.environ.pop(_variable, None)  # each would outrank HF_HOME
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# The same examples in every run: a failure on one machine is a failure on all. The first example compiles and allocates, so
+# time says nothing about the code.
+hypothesis.settings.register_profile("transxssm", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.load_profile("transxssm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="where the tests of the ops compute: cpu (default), cuda, cuda:1, …"
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of `--device`; the tests of the ops make their tensors there."""
+    chosen = torch.device(request.config.getoption("--device"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {chosen}: this torch ({torch.__version__}) sees no CUDA device")
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,71 @@
+"""The wheel: that it builds, what lies in it, and what its metadata says."""
+
+import email
+import email.message
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import transxssm
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    return email.message_from_bytes(wheel.read(f"transxssm-{transxssm.__version__}.dist-info/METADATA"))
+
+
+def test_every_source_file_is_in_the_wheel(wheel):
+    sources = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src" / "transxssm").rglob("*")
+        if path.suffix in {".py", ".yaml", ".typed"}
+    }
+    assert sources <= set(wheel.namelist())
+
+
+def test_the_wheel_has_types_and_recipes(wheel):
+    names = set(wheel.namelist())
+    assert "transxssm/py.typed" in names
+    assert any(name.startswith("transxssm/recipes/") and name.endswith(".yaml") for name in names)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    assert {name.split("/")[0] for name in wheel.namelist()} == {
+        "transxssm",
+        f"transxssm-{transxssm.__version__}.dist-info",
+    }
+    assert not [name for name in wheel.namelist() if "test" in name or "__pycache__" in name]
+
+
+def test_metadata_states_version_licence_and_python(metadata):
+    assert metadata["Name"] == "transxssm"
+    assert metadata["Version"] == transxssm.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_development_tools_are_not_requirements_of_users(metadata):
+    required = {line.split(">")[0].split(";")[0].strip() for line in metadata.get_all("Requires-Dist")}
+    assert not required & {"pytest", "ruff", "mypy", "hypothesis", "pre-commit"}
+
+
+def test_the_installed_command_is_the_one_in_the_metadata(wheel):
+    entry_points = wheel.read(f"transxssm-{transxssm.__version__}.dist-info/entry_points.txt").decode()
+    assert "transxssm = transxssm.cli:main" in entry_points
