@@ -1,0 +1,26 @@
+"""TransXSSM: hybrid Transformer–state-space language models with one rotary position embedding (arXiv 2506.09507)."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from transxssm._version import __version__
+from transxssm.models import (
+    TransXSSMCache,
+    TransXSSMConfig,
+    TransXSSMForCausalLM,
+    TransXSSMForSequenceClassification,
+    TransXSSMModel,
+)
+
+__all__ = [
+    "TransXSSMCache",
+    "TransXSSMConfig",
+    "TransXSSMForCausalLM",
+    "TransXSSMForSequenceClassification",
+    "TransXSSMModel",
+    "__version__",
+]
+
+AutoConfig.register("transxssm", TransXSSMConfig, exist_ok=True)
+AutoModel.register(TransXSSMConfig, TransXSSMModel, exist_ok=True)
+AutoModelForCausalLM.register(TransXSSMConfig, TransXSSMForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(TransXSSMConfig, TransXSSMForSequenceClassification, exist_ok=True)

@@ -1,0 +1,20 @@
+"""Layer 1: the model inside Hugging Face transformers."""
+
+from transxssm.models.cache_transxssm import TransXSSMCache
+from transxssm.models.configuration_transxssm import PRESETS, TransXSSMConfig
+from transxssm.models.modeling_transxssm import (
+    TransXSSMForCausalLM,
+    TransXSSMForSequenceClassification,
+    TransXSSMModel,
+    TransXSSMPreTrainedModel,
+)
+
+__all__ = [
+    "PRESETS",
+    "TransXSSMCache",
+    "TransXSSMConfig",
+    "TransXSSMForCausalLM",
+    "TransXSSMForSequenceClassification",
+    "TransXSSMModel",
+    "TransXSSMPreTrainedModel",
+]

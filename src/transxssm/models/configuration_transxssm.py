@@ -1,0 +1,280 @@
+"""Configuration of TransXSSM: one dataclass, the presets of the paper's Table 4, and checks that say got and expected."""
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from transxssm.ops import rotary_frequencies
+
+# Fields that may be left out: None goes in, `__post_init__` derives the value, readers see it.
+DERIVED: Any = None
+if TYPE_CHECKING:
+    DerivedInt = int
+    DerivedNames = list[str]
+else:
+    DerivedInt = int | None
+    DerivedNames = list[str] | None
+
+ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
+SSD_LAYER_TYPE = "linear_attention"  # the name under which transformers caches recurrent layers
+LAYERS_PER_MODULE = 8  # 7 SSD layers, then 1 attention layer (Section 3)
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # For five minutes on a laptop's CPU; the vocabulary is the tokenizer's.
+    "tiny": {
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+    },
+    "small": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
+    # The paper's two sizes (Table 4). It gives no FFN width, groups or tying: these match a Llama's parameters.
+    "320m": {
+        "hidden_size": 768,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "ssd_chunk_size": 256,
+    },
+    "1.3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5376,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "ssd_chunk_size": 256,
+    },
+}
+
+
+@strict
+class TransXSSMConfig(PreTrainedConfig):
+    """Sizes and options of a TransXSSM model (paper, Section 3 and Table 4).
+
+    `TransXSSMConfig(hidden_size=…, num_attention_heads=…)` alone gives the paper's model of that width: every eighth layer is
+    attention, heads are hidden_size / num_attention_heads wide, states twice that, and two SSD heads share one B and C.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in Llama; the FFN is a SwiGLU.
+        num_attention_heads, num_key_value_heads, head_dim: attention layers; key-value heads default to all heads.
+        layer_types: one name per layer, "linear_attention" (SSD), "full_attention" or "sliding_attention". None: 7 SSD layers to 1
+            full attention layer; with fewer than 8 layers the last one is the attention layer.
+        sliding_window: tokens that a "sliding_attention" layer sees, itself included.
+        ssd_num_heads, ssd_head_dim: SSD heads; default hidden_size / head_dim heads as wide as attention's.
+        ssd_state_size: n, default 2 · head_dim.
+        ssd_num_groups: groups of heads that share B and C; default half the heads, so that the SSD layer's projections cost
+            what an attention layer's do.
+        ssd_chunk_size: tokens in a chunk of the scan; None: best for the device.
+        ssd_position_embedding: "rope" rotates C and B (Unified RoPE); "none" leaves positions to the recurrence.
+        ssd_conv_kernel_size: width of a short causal convolution with SiLU on x, B and C, as in Mamba-2; 0: none.
+        ssd_skip: adds D x to an SSD layer's output, as in Mamba-2.
+        ssd_A_min, ssd_A_max: A starts uniform in −[min, max].
+        ssd_dt_min, ssd_dt_max, ssd_dt_floor: time steps start log-uniform in [min, max], at least floor.
+        length_scaling_base: base of the factor max(1, log_base n) on C and Q at position n − 1 (Appendix A, end); the mean length
+            in training. None: no scaling.
+        rope_parameters: Hugging Face's; rope_type "default", "linear", "llama3" or "yarn".
+
+    Raises:
+        ValueError: sizes that do not fit each other; "dynamic" or "longrope" RoPE.
+    """
+
+    model_type = "transxssm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    # SSD layers are replicated: their heads read A_log and dt_bias, which no plan of transformers shards.
+    base_model_tp_plan = {  # noqa: RUF012 (transformers' own form)
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 12
+    num_key_value_heads: DerivedInt = DERIVED
+    head_dim: DerivedInt = DERIVED
+    hidden_act: str = "silu"
+    layer_types: DerivedNames = DERIVED
+    sliding_window: int | None = None
+    ssd_num_heads: DerivedInt = DERIVED
+    ssd_head_dim: DerivedInt = DERIVED
+    ssd_state_size: DerivedInt = DERIVED
+    ssd_num_groups: DerivedInt = DERIVED
+    ssd_chunk_size: int | None = None
+    ssd_position_embedding: Literal["rope", "none"] = "rope"
+    ssd_conv_kernel_size: int = 0
+    ssd_skip: bool = False
+    ssd_A_min: float = 1.0
+    ssd_A_max: float = 16.0
+    ssd_dt_min: float = 1e-3
+    ssd_dt_max: float = 0.1
+    ssd_dt_floor: float = 1e-4
+    length_scaling_base: int | None = None
+    rope_parameters: dict[str, Any] | None = None
+    max_position_embeddings: int = 16384
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _require_positive(name, getattr(self, name))
+        if self.head_dim is None:
+            _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        _require_positive("head_dim", self.head_dim)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        _require_multiple(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
+        if self.layer_types is None:
+            self.layer_types = _default_layer_types(self.num_hidden_layers)
+        self._check_layer_types()
+        self._set_ssd_sizes()
+        super().__post_init__(**kwargs)
+        self._check_rope()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "TransXSSMConfig":
+        """The configuration of a preset (`PRESETS`), with fields replaced by `overrides`.
+
+        Raises:
+            ValueError: no such preset, or the result is no valid configuration.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer is an attention layer."""
+        return any(layer_type in ATTENTION_LAYER_TYPES for layer_type in self.layer_types)
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of the one table of frequencies that every rotated layer reads."""
+        return max(self._rotated_widths(), default=0)
+
+    def rotary_frequencies(self) -> tuple[list[float], float]:
+        """The table's angular frequencies (Eq. 3) after static scaling, and yarn's factor for attention (1 elsewhere)."""
+        rope = self.rope_parameters or {}
+        with torch.device("cpu"):  # real numbers even while a model is laid out on the meta device
+            if rope.get("rope_type", "default") == "default":
+                return rotary_frequencies(self.rotary_width, rope["rope_theta"]).tolist(), 1.0
+            table = copy.copy(self)
+            table.head_dim = self.rotary_width  # transformers computes a table of this width
+            frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](table)
+            return frequencies.double().tolist(), float(attention_factor)
+
+    def _check_layer_types(self) -> None:
+        allowed = (SSD_LAYER_TYPE, *ATTENTION_LAYER_TYPES)
+        for layer_type in self.layer_types:
+            if layer_type not in allowed:
+                raise ValueError(f"layer_types may contain {', '.join(allowed)}: got {layer_type!r}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must name each of the num_hidden_layers={self.num_hidden_layers} layers: got {len(self.layer_types)} names"
+            )
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(f"sliding_attention layers need sliding_window ≥ 1 tokens: got {self.sliding_window}")
+
+    def _set_ssd_sizes(self) -> None:
+        if self.ssd_head_dim is None:
+            self.ssd_head_dim = self.head_dim
+        _require_positive("ssd_head_dim", self.ssd_head_dim)
+        if self.ssd_num_heads is None:
+            _require_multiple("hidden_size", self.hidden_size, "ssd_head_dim", self.ssd_head_dim)
+            self.ssd_num_heads = self.hidden_size // self.ssd_head_dim
+        _require_positive("ssd_num_heads", self.ssd_num_heads)
+        if self.ssd_num_groups is None:
+            heads = self.ssd_num_heads
+            self.ssd_num_groups = max(groups for groups in range(1, max(1, heads // 2) + 1) if heads % groups == 0)
+        _require_multiple("ssd_num_heads", self.ssd_num_heads, "ssd_num_groups", self.ssd_num_groups)
+        if self.ssd_state_size is None:
+            self.ssd_state_size = 2 * self.head_dim
+        _require_positive("ssd_state_size", self.ssd_state_size)
+        if self.ssd_chunk_size is not None:
+            _require_positive("ssd_chunk_size", self.ssd_chunk_size)
+        if self.ssd_conv_kernel_size < 0:
+            raise ValueError(
+                f"ssd_conv_kernel_size must be 0 (no convolution) or more: got {self.ssd_conv_kernel_size}"
+            )
+        if not 0 < self.ssd_A_min <= self.ssd_A_max:
+            raise ValueError(f"expected 0 < ssd_A_min ≤ ssd_A_max: got {self.ssd_A_min} and {self.ssd_A_max}")
+        if not 0 < self.ssd_dt_floor <= self.ssd_dt_min <= self.ssd_dt_max:
+            raise ValueError(
+                "expected 0 < ssd_dt_floor ≤ ssd_dt_min ≤ ssd_dt_max: "
+                f"got {self.ssd_dt_floor}, {self.ssd_dt_min} and {self.ssd_dt_max}"
+            )
+        if self.length_scaling_base is not None and self.length_scaling_base < 2:
+            raise ValueError(
+                f"length_scaling_base must be at least 2 tokens, the base of a logarithm: got {self.length_scaling_base}"
+            )
+
+    def _check_rope(self) -> None:
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type {rope_type!r} changes frequencies with the length, but a state summed under old frequencies cannot be "
+                f"rotated again: use one of {', '.join(STATIC_ROPE_TYPES)}"
+            )
+        if rope_type not in STATIC_ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}: got {rope_type!r}")
+        widths = self._rotated_widths()
+        if any(width % 2 or max(widths) % width for width in widths):
+            raise ValueError(
+                "ssd_state_size must be an even multiple of head_dim, so that both rotate on one table: "
+                f"got {self.ssd_state_size} and {self.head_dim}"
+            )
+
+    def _rotated_widths(self) -> list[int]:
+        widths = [self.head_dim] if self.has_attention else []
+        if SSD_LAYER_TYPE in self.layer_types and self.ssd_position_embedding == "rope":
+            widths.append(self.ssd_state_size)
+        return widths
+
+
+def _default_layer_types(num_layers: int) -> list[str]:
+    layer_types = [
+        "full_attention" if (layer + 1) % LAYERS_PER_MODULE == 0 else SSD_LAYER_TYPE for layer in range(num_layers)
+    ]
+    if num_layers < LAYERS_PER_MODULE:
+        layer_types[-1] = "full_attention"
+    return layer_types
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1: got {value}")
+
+
+def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise ValueError(f"{name} must be a multiple of {divisor_name}: got {value} and {divisor}")

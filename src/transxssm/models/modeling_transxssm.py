@@ -1,0 +1,599 @@
+"""TransXSSM: 7 SSD layers to 1 attention layer, each with an FFN, and one rotary position embedding for all (paper, Section 3).
+
+Letters: b batch, t time, h heads, g groups, p head_dim of an SSD head, n state size, d head_dim of attention.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from transxssm.models.cache_transxssm import TransXSSMCache, read_ssd_layer, write_ssd_layer
+from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
+from transxssm.ops import (
+    apply_rotary,
+    linear_cross_entropy,
+    rotary_cos_sin,
+    short_convolution,
+    ssd_chunk_scan,
+    ssd_step,
+    subsample_rotary,
+)
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Positions(NamedTuple):
+    """What the layers need to know of their tokens' positions and documents; computed once per forward."""
+
+    ssd_rotary: Rotary | None  # cos, sin (b or 1, t, n/2)
+    attention_rotary: Rotary | None  # cos, sin (b or 1, t, d/2)
+    length_scale: Tensor | None  # (b or 1, t) factor on C and Q
+    padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
+    seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
+
+
+class TransXSSMRMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation; the name tells transformers how to initialise it."""
+
+
+class TransXSSMRotaryEmbedding(nn.Module):
+    """Unified RoPE (Eq. 2): cos and sin of one frequency table, read by SSD layers and, subsampled, by attention.
+
+    Holds no buffer: a buffer would be cast to bfloat16 with the model, and left uninitialised by meta-device loading.
+    """
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.frequencies, self.attention_factor = config.rotary_frequencies() if config.rotary_width else ([], 1.0)
+        self.attention_dim = config.head_dim if config.has_attention else None
+        rotates_ssd = SSD_LAYER_TYPE in config.layer_types and config.ssd_position_embedding == "rope"
+        self.ssd_dim = config.ssd_state_size if rotates_ssd else None
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Rotary | None, Rotary | None]:
+        """(cos, sin) for SSD layers and for attention, in `dtype`; None for a kind that isn't there or isn't rotated."""
+        if not self.frequencies:
+            return None, None
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=position_ids.device)
+        table = rotary_cos_sin(position_ids, frequencies, dtype)
+        ssd = None if self.ssd_dim is None else subsample_rotary(table, self.ssd_dim)
+        attention = None
+        if self.attention_dim is not None:
+            cos, sin = subsample_rotary(table, self.attention_dim)
+            attention = (cos * self.attention_factor, sin * self.attention_factor)
+        return ssd, attention
+
+
+class TransXSSMSSDMixer(nn.Module):
+    """The state-space layer: x, B, C and dt from the input, the SSD recurrence with rotated C and B, an output projection (Appendix A)."""
+
+    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.ssd_num_heads, config.ssd_head_dim
+        self.num_groups, self.state_size = config.ssd_num_groups, config.ssd_state_size
+        self.chunk_size = config.ssd_chunk_size
+        x_size, state_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
+        self.split_sizes = (x_size, state_size, state_size)
+
+        self.x_proj = nn.Linear(config.hidden_size, x_size, bias=False)
+        self.B_proj = nn.Linear(config.hidden_size, state_size, bias=False)
+        self.C_proj = nn.Linear(config.hidden_size, state_size, bias=False)
+        self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads)) if config.ssd_skip else None
+        self.conv_weight = None
+        if config.ssd_conv_kernel_size:
+            self.conv_weight = nn.Parameter(torch.empty(sum(self.split_sizes), config.ssd_conv_kernel_size))
+
+    def forward(self, hidden_states: Tensor, positions: Positions, past_key_values: Cache | None = None) -> Tensor:
+        batch, length, _ = hidden_states.shape
+        state, conv_state = read_ssd_layer(past_key_values, self.layer_idx)
+        x, B, C = self.x_proj(hidden_states), self.B_proj(hidden_states), self.C_proj(hidden_states)
+        new_conv_state = None
+        if self.conv_weight is not None:
+            convolved, new_conv_state = short_convolution(
+                torch.cat((x, B, C), dim=-1),
+                self.conv_weight,
+                initial_state=conv_state,
+                seq_idx=positions.seq_idx,
+                mask=positions.padding_mask,
+            )
+            x, B, C = F.silu(convolved).split(self.split_sizes, dim=-1)
+        dt = F.softplus(_at_least_float32(self.dt_proj(hidden_states)) + _at_least_float32(self.dt_bias))  # (b, t, h)
+        A = -torch.exp(_at_least_float32(self.A_log))
+        if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
+            dt = dt * positions.padding_mask[..., None]
+            x = x * positions.padding_mask[..., None].to(x.dtype)
+        x = x.view(batch, length, self.num_heads, self.head_dim)
+        B = B.view(batch, length, self.num_groups, self.state_size)
+        C = C.view(batch, length, self.num_groups, self.state_size)
+        if positions.length_scale is not None:
+            C = (C * positions.length_scale[..., None, None]).to(C.dtype)
+
+        rotary = positions.ssd_rotary
+        if state is not None and length == 1:
+            step_rotary = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
+            y, state = ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], rotary=step_rotary, D=self.D)
+        else:
+            y, state = ssd_chunk_scan(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                rotary=rotary,
+                D=self.D,
+                initial_state=state,
+                seq_idx=positions.seq_idx,
+                chunk_size=self.chunk_size,
+            )
+        if past_key_values is not None:
+            write_ssd_layer(past_key_values, self.layer_idx, state, new_conv_state)
+        return self.out_proj(y.reshape(batch, length, -1))
+
+
+class TransXSSMAttention(nn.Module):
+    """Causal self-attention on the same rotary embedding (Eq. 4 and 6), with Llama's parameter names."""
+
+    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Positions,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(heads)  # (b, t, h, d)
+        k = self.k_proj(hidden_states).view(heads)
+        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (b, h, t, d)
+        if positions.length_scale is not None:
+            q = (q * positions.length_scale[..., None, None]).to(q.dtype)
+        assert positions.attention_rotary is not None
+        q = apply_rotary(q, *positions.attention_rotary).transpose(1, 2)
+        k = apply_rotary(k, *positions.attention_rotary).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
+
+
+class TransXSSMMLP(nn.Module):
+    """SwiGLU: down(act(gate u) ∘ up u)."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TransXSSMDecoderLayer(GradientCheckpointingLayer):
+    """A mixer (SSD or attention), then an FFN; a pre-RMSNorm and a residual around each (Section 3, principles 3 and 4)."""
+
+    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.is_ssd = config.layer_types[layer_idx] == SSD_LAYER_TYPE
+        if self.is_ssd:
+            self.ssd = TransXSSMSSDMixer(config, layer_idx)
+        else:
+            self.self_attn = TransXSSMAttention(config, layer_idx)
+        self.mlp = TransXSSMMLP(config)
+        self.input_layernorm = TransXSSMRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = TransXSSMRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Positions,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        if self.is_ssd:
+            mixed = self.ssd(normed, positions, past_key_values)
+        else:
+            mixed, _ = self.self_attn(normed, positions, attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class TransXSSMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: TransXSSMConfig
+    config_class = TransXSSMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransXSSMDecoderLayer"]  # noqa: RUF012 (transformers' own form)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": TransXSSMDecoderLayer,
+        "attentions": TransXSSMAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TransXSSMSSDMixer):
+            config = self.config
+            rates = torch.empty_like(module.A_log).uniform_(config.ssd_A_min, config.ssd_A_max)
+            init.copy_(module.A_log, rates.log())
+            log_range = math.log(config.ssd_dt_min), math.log(config.ssd_dt_max)
+            dt = torch.empty_like(module.dt_bias).uniform_(*log_range).exp().clamp(min=config.ssd_dt_floor)
+            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹
+            if module.D is not None:
+                init.ones_(module.D)
+            if module.conv_weight is not None:
+                bound = config.ssd_conv_kernel_size**-0.5  # as torch initialises a depthwise convolution
+                init.uniform_(module.conv_weight, -bound, bound)
+
+
+class TransXSSMModel(TransXSSMPreTrainedModel):
+    """The decoder without its head: embeddings, layers, final norm."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(TransXSSMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = TransXSSMRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = TransXSSMRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: (b, t), or inputs_embeds: (b, t, hidden); exactly one of them.
+            attention_mask: (b, cached + t), 0 at pads; or masks by layer type, as `generate` prepares them.
+            position_ids: (b or 1, t); default: counted over the tokens that are no pads.
+            past_key_values: a `TransXSSMCache`, or transformers' dynamic or static cache made from this config.
+            use_cache: whether to make a cache where none is given.
+            seq_idx: (b, t) non-decreasing: the documents of packed rows, none of which sees another; default: from restarts in
+                position_ids. With a cache, the first token continues the cached document.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds; packed rows with a cache or an attention implementation
+                that would let documents leak.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = TransXSSMCache(config=self.config)
+        length = inputs_embeds.shape[1]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
+            seq_idx = _documents_from_positions(position_ids, padding)
+        if seq_idx is not None:
+            seq_idx = seq_idx.expand(inputs_embeds.shape[0], -1)
+        if position_ids is None:
+            start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
+            position_ids = _default_positions(inputs_embeds, past_length, padding, seq_idx, start)
+
+        masks = (
+            attention_mask
+            if isinstance(attention_mask, dict)
+            else self._attention_masks(inputs_embeds, attention_mask, past_key_values, past_length, seq_idx)
+        )
+        dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
+        ssd_rotary, attention_rotary = self.rotary_emb(position_ids, dtype)
+        positions = Positions(
+            ssd_rotary=ssd_rotary,
+            attention_rotary=attention_rotary,
+            length_scale=_length_scale(position_ids, self.config.length_scaling_base, dtype),
+            padding_mask=masks[SSD_LAYER_TYPE] if isinstance(attention_mask, dict) else _local_padding(padding, length),
+            seq_idx=seq_idx,
+        )
+        hidden_states = inputs_embeds
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                positions=positions,
+                attention_mask=None if layer_type == SSD_LAYER_TYPE else masks[layer_type],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if isinstance(past_key_values, TransXSSMCache):
+            past_key_values.num_seen_tokens += length
+            if seq_idx is not None:
+                past_key_values.document_start = _last_document_start(
+                    seq_idx, past_length, past_key_values.document_start
+                )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _attention_masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        past_length: int,
+        seq_idx: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """The mask of each kind of attention layer in the model: causal, no pads, no other documents."""
+        documents = None
+        cached_start = cache.document_start if isinstance(cache, TransXSSMCache) else None
+        if seq_idx is not None or cached_start is not None:
+            if cache is not None and not isinstance(cache, TransXSSMCache):
+                raise ValueError(
+                    "packed rows need a cache that remembers where the last document began: "
+                    f"got {type(cache).__name__}, expected TransXSSMCache(config=model.config) or use_cache=False"
+                )
+            if self.config.has_attention and "flash" in self.config._attn_implementation:
+                raise ValueError(
+                    "packed rows need a mask, which flash attention does not take: got attn_implementation="
+                    f"{self.config._attn_implementation!r}, expected 'sdpa', 'eager' or 'flex_attention'"
+                )
+            documents = _key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
+
+        same_document = None
+        if documents is not None:
+
+            def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                return documents[batch_idx, q_idx] == documents[batch_idx, kv_idx]
+
+        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: create[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                and_mask_function=same_document,
+            )
+            for kind in create
+            if kind in self.config.layer_types
+        }
+
+
+class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
+    """The language model: the decoder and a linear head, tied to the embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    accepts_loss_kwargs = True  # the loss is a sum over num_items_in_batch, however many batches a step accumulates
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__(config)
+        self.model = TransXSSMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the loss where labels are given. Other arguments: `TransXSSMModel.forward`.
+
+        Args:
+            labels: (b, t) token ids, −100 where a token doesn't count; label t is predicted from token t − 1.
+            logits_to_keep: number of last positions to compute logits for, or their indices; 0: all.
+            skip_logits: with labels, compute the loss without the (tokens × vocabulary) logits and return none; None: in training.
+            num_items_in_batch: divides the summed loss; None: the mean over the labels that count.
+            shift_labels: (b, t) labels that are shifted already, in place of labels.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        if shift_labels is not None:
+            loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
+            if skip_logits is None:
+                skip_logits = self.training
+        logits = None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden_states: Tensor, shift_labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
+        reduction: Literal["mean", "sum"] = "mean" if num_items is None else "sum"
+        if type(self.lm_head) is nn.Linear:
+            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
+        else:  # an adapter or a quantised head: its weight alone is not what it computes
+            loss = F.cross_entropy(_at_least_float32(self.lm_head(hidden_states)), shift_labels, reduction=reduction)
+        if num_items is None:
+            return loss
+        return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate` gets the cache that counts its tokens, unless another kind was asked for."""
+        wants_default = generation_config.cache_implementation in (None, "dynamic")
+        wants_static = generation_config.cache_implementation == "static"
+        if (
+            generation_config.use_cache is not False
+            and model_kwargs.get("past_key_values") is None
+            and (wants_default or (wants_static and not self.config.has_attention))
+        ):
+            model_kwargs["past_key_values"] = TransXSSMCache(config=self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class TransXSSMForSequenceClassification(GenericForSequenceClassification, TransXSSMPreTrainedModel):
+    """The decoder with a classifier on its last token."""
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _default_positions(
+    inputs_embeds: Tensor, past_length: int, padding: Tensor | None, seq_idx: Tensor | None, start: Tensor | None
+) -> Tensor:
+    """(b or 1, t): arange + past length; counted over real tokens where there is a padding mask, from each document's
+    first token where rows are packed (start: where the cached document began)."""
+    length = inputs_embeds.shape[1]
+    if padding is not None and padding.shape[1] == past_length + length and seq_idx is None:
+        return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    index = torch.arange(length, device=inputs_embeds.device)[None]
+    past = past_length if start is None else past_length - start[:, None]
+    if seq_idx is None:
+        return index + past
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    first = (index * begins).cummax(dim=1).values  # (b, t): where the token's document begins in this call
+    return index - first + past * (seq_idx == seq_idx[:, :1])
+
+
+def _documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
+    """(b or 1, t) document numbers from jumps in the positions of neighbouring real tokens; None: one document in each row.
+
+    While tracing, the numbers can't be looked at: then rows count as one document, and packed rows must pass seq_idx.
+    """
+    if position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if padding is not None:
+        real = padding[:, -position_ids.shape[1] :].bool()
+        starts = starts & real[:, 1:] & real[:, :-1]
+    if not starts.any():
+        return None
+    return F.pad(starts.long().cumsum(-1), (1, 0))
+
+
+def _local_padding(padding: Tensor | None, length: int) -> Tensor | None:
+    """(b, t) mask of this call's tokens, or None where there are no pads among them.
+
+    transformers' own helper drops it for single tokens, so that a prompt fed token by token would take pads for text.
+    """
+    if padding is None:
+        return None
+    local = padding[:, -length:]
+    if not torch.compiler.is_compiling() and bool(local.all()):
+        return None
+    return local
+
+
+def _length_scale(position_ids: Tensor, base: int | None, dtype: torch.dtype) -> Tensor | None:
+    """max(1, log_base n) with n = position + 1 (Appendix A, end), (b or 1, t)."""
+    if base is None:
+        return None
+    return (torch.log(position_ids.to(dtype) + 1) / math.log(base)).clamp(min=1)
+
+
+def _key_documents(seq_idx: Tensor | None, inputs_embeds: Tensor, past_length: int, start: Tensor | None) -> Tensor:
+    """(b, cached + t) document of every key. This call's first token continues the cached document; earlier ones are −1."""
+    batch, length = inputs_embeds.shape[:2]
+    if seq_idx is None:
+        seq_idx = torch.zeros(batch, length, dtype=torch.long, device=inputs_embeds.device)
+    local = seq_idx - seq_idx[:, :1]
+    index = torch.arange(past_length, device=local.device)
+    past = torch.zeros(batch, past_length, dtype=local.dtype, device=local.device)
+    if start is not None:
+        past = past.masked_fill(index < start[:, None], -1)
+    return torch.cat((past, local), dim=1)
+
+
+def _last_document_start(seq_idx: Tensor, past_length: int, previous: Tensor | None) -> Tensor:
+    """(b,) index, among all tokens so far, of the first token of each row's last document."""
+    in_last = seq_idx == seq_idx[:, -1:]
+    first = in_last.long().argmax(dim=1)
+    continued = torch.zeros_like(first) if previous is None else previous
+    return torch.where(in_last[:, 0], continued, first + past_length)
