@@ -5,7 +5,7 @@ Letters: b batch, t time, h heads, g groups, p head_dim of an SSD head, n state 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from transxssm.models.cache_transxssm import TransXSSMCache, read_ssd_layer, write_ssd_layer
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
+from transxssm.models.positions import (
+    Positions,
+    Rotary,
+    default_positions,
+    documents_from_positions,
+    key_documents,
+    last_document_start,
+    length_scale,
+    local_padding,
+)
 from transxssm.ops import (
     apply_rotary,
     linear_cross_entropy,
@@ -34,18 +44,6 @@ from transxssm.ops import (
     ssd_step,
     subsample_rotary,
 )
-
-Rotary = tuple[Tensor, Tensor]
-
-
-class Positions(NamedTuple):
-    """What the layers need to know of their tokens' positions and documents; computed once per forward."""
-
-    ssd_rotary: Rotary | None  # cos, sin (b or 1, t, n/2)
-    attention_rotary: Rotary | None  # cos, sin (b or 1, t, d/2)
-    length_scale: Tensor | None  # (b or 1, t) factor on C and Q
-    padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
-    seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
 
 
 class TransXSSMRMSNorm(nn.RMSNorm):
@@ -338,12 +336,12 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
-            seq_idx = _documents_from_positions(position_ids, padding)
+            seq_idx = documents_from_positions(position_ids, padding)
         if seq_idx is not None:
             seq_idx = seq_idx.expand(inputs_embeds.shape[0], -1)
         if position_ids is None:
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
-            position_ids = _default_positions(inputs_embeds, past_length, padding, seq_idx, start)
+            position_ids = default_positions(inputs_embeds, past_length, padding, seq_idx, start)
 
         masks = (
             attention_mask
@@ -355,8 +353,8 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         positions = Positions(
             ssd_rotary=ssd_rotary,
             attention_rotary=attention_rotary,
-            length_scale=_length_scale(position_ids, self.config.length_scaling_base, dtype),
-            padding_mask=masks[SSD_LAYER_TYPE] if isinstance(attention_mask, dict) else _local_padding(padding, length),
+            length_scale=length_scale(position_ids, self.config.length_scaling_base, dtype),
+            padding_mask=masks[SSD_LAYER_TYPE] if isinstance(attention_mask, dict) else local_padding(padding, length),
             seq_idx=seq_idx,
         )
         hidden_states = inputs_embeds
@@ -371,7 +369,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         if isinstance(past_key_values, TransXSSMCache):
             past_key_values.num_seen_tokens += length
             if seq_idx is not None:
-                past_key_values.document_start = _last_document_start(
+                past_key_values.document_start = last_document_start(
                     seq_idx, past_length, past_key_values.document_start
                 )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -398,7 +396,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                     "packed rows need a mask, which flash attention does not take: got attn_implementation="
                     f"{self.config._attn_implementation!r}, expected 'sdpa', 'eager' or 'flex_attention'"
                 )
-            documents = _key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
+            documents = key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
 
         same_document = None
         if documents is not None:
@@ -523,77 +521,3 @@ class TransXSSMForSequenceClassification(GenericForSequenceClassification, Trans
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _default_positions(
-    inputs_embeds: Tensor, past_length: int, padding: Tensor | None, seq_idx: Tensor | None, start: Tensor | None
-) -> Tensor:
-    """(b or 1, t): arange + past length; counted over real tokens where there is a padding mask, from each document's
-    first token where rows are packed (start: where the cached document began)."""
-    length = inputs_embeds.shape[1]
-    if padding is not None and padding.shape[1] == past_length + length and seq_idx is None:
-        return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    index = torch.arange(length, device=inputs_embeds.device)[None]
-    past = past_length if start is None else past_length - start[:, None]
-    if seq_idx is None:
-        return index + past
-    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    first = (index * begins).cummax(dim=1).values  # (b, t): where the token's document begins in this call
-    return index - first + past * (seq_idx == seq_idx[:, :1])
-
-
-def _documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
-    """(b or 1, t) document numbers from jumps in the positions of neighbouring real tokens; None: one document in each row.
-
-    While tracing, the numbers can't be looked at: then rows count as one document, and packed rows must pass seq_idx.
-    """
-    if position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
-        return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if padding is not None:
-        real = padding[:, -position_ids.shape[1] :].bool()
-        starts = starts & real[:, 1:] & real[:, :-1]
-    if not starts.any():
-        return None
-    return F.pad(starts.long().cumsum(-1), (1, 0))
-
-
-def _local_padding(padding: Tensor | None, length: int) -> Tensor | None:
-    """(b, t) mask of this call's tokens, or None where there are no pads among them.
-
-    transformers' own helper drops it for single tokens, so that a prompt fed token by token would take pads for text.
-    """
-    if padding is None:
-        return None
-    local = padding[:, -length:]
-    if not torch.compiler.is_compiling() and bool(local.all()):
-        return None
-    return local
-
-
-def _length_scale(position_ids: Tensor, base: int | None, dtype: torch.dtype) -> Tensor | None:
-    """max(1, log_base n) with n = position + 1 (Appendix A, end), (b or 1, t)."""
-    if base is None:
-        return None
-    return (torch.log(position_ids.to(dtype) + 1) / math.log(base)).clamp(min=1)
-
-
-def _key_documents(seq_idx: Tensor | None, inputs_embeds: Tensor, past_length: int, start: Tensor | None) -> Tensor:
-    """(b, cached + t) document of every key. This call's first token continues the cached document; earlier ones are −1."""
-    batch, length = inputs_embeds.shape[:2]
-    if seq_idx is None:
-        seq_idx = torch.zeros(batch, length, dtype=torch.long, device=inputs_embeds.device)
-    local = seq_idx - seq_idx[:, :1]
-    index = torch.arange(past_length, device=local.device)
-    past = torch.zeros(batch, past_length, dtype=local.dtype, device=local.device)
-    if start is not None:
-        past = past.masked_fill(index < start[:, None], -1)
-    return torch.cat((past, local), dim=1)
-
-
-def _last_document_start(seq_idx: Tensor, past_length: int, previous: Tensor | None) -> Tensor:
-    """(b,) index, among all tokens so far, of the first token of each row's last document."""
-    in_last = seq_idx == seq_idx[:, -1:]
-    first = in_last.long().argmax(dim=1)
-    continued = torch.zeros_like(first) if previous is None else previous
-    return torch.where(in_last[:, 0], continued, first + past_length)

@@ -1,0 +1,97 @@
+"""Positions and documents of the tokens in one forward call: defaults, padding, packing.
+
+Letters: b batch, t time, n state size, d head_dim of attention.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Positions(NamedTuple):
+    """What the layers need to know of their tokens' positions and documents; computed once per forward."""
+
+    ssd_rotary: Rotary | None  # cos, sin (b or 1, t, n/2)
+    attention_rotary: Rotary | None  # cos, sin (b or 1, t, d/2)
+    length_scale: Tensor | None  # (b or 1, t) factor on C and Q
+    padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
+    seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
+
+
+def default_positions(
+    inputs_embeds: Tensor, past_length: int, padding: Tensor | None, seq_idx: Tensor | None, start: Tensor | None
+) -> Tensor:
+    """(b or 1, t): arange + past length; counted over real tokens where there is a padding mask, from each document's
+    first token where rows are packed (start: where the cached document began)."""
+    length = inputs_embeds.shape[1]
+    if padding is not None and padding.shape[1] == past_length + length and seq_idx is None:
+        return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    index = torch.arange(length, device=inputs_embeds.device)[None]
+    past = past_length if start is None else past_length - start[:, None]
+    if seq_idx is None:
+        return index + past
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    first = (index * begins).cummax(dim=1).values  # (b, t): where the token's document begins in this call
+    return index - first + past * (seq_idx == seq_idx[:, :1])
+
+
+def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
+    """(b or 1, t) document numbers from jumps in the positions of neighbouring real tokens; None: one document in each row.
+
+    While tracing, the numbers can't be looked at: then rows count as one document, and packed rows must pass seq_idx.
+    """
+    if position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if padding is not None:
+        real = padding[:, -position_ids.shape[1] :].bool()
+        starts = starts & real[:, 1:] & real[:, :-1]
+    if not starts.any():
+        return None
+    return F.pad(starts.long().cumsum(-1), (1, 0))
+
+
+def local_padding(padding: Tensor | None, length: int) -> Tensor | None:
+    """(b, t) mask of this call's tokens, or None where there are no pads among them.
+
+    transformers' own helper drops it for single tokens, so that a prompt fed token by token would take pads for text.
+    """
+    if padding is None:
+        return None
+    local = padding[:, -length:]
+    if not torch.compiler.is_compiling() and bool(local.all()):
+        return None
+    return local
+
+
+def length_scale(position_ids: Tensor, base: int | None, dtype: torch.dtype) -> Tensor | None:
+    """max(1, log_base n) with n = position + 1 (Appendix A, end), (b or 1, t)."""
+    if base is None:
+        return None
+    return (torch.log(position_ids.to(dtype) + 1) / math.log(base)).clamp(min=1)
+
+
+def key_documents(seq_idx: Tensor | None, inputs_embeds: Tensor, past_length: int, start: Tensor | None) -> Tensor:
+    """(b, cached + t) document of every key. This call's first token continues the cached document; earlier ones are −1."""
+    batch, length = inputs_embeds.shape[:2]
+    if seq_idx is None:
+        seq_idx = torch.zeros(batch, length, dtype=torch.long, device=inputs_embeds.device)
+    local = seq_idx - seq_idx[:, :1]
+    index = torch.arange(past_length, device=local.device)
+    past = torch.zeros(batch, past_length, dtype=local.dtype, device=local.device)
+    if start is not None:
+        past = past.masked_fill(index < start[:, None], -1)
+    return torch.cat((past, local), dim=1)
+
+
+def last_document_start(seq_idx: Tensor, past_length: int, previous: Tensor | None) -> Tensor:
+    """(b,) index, among all tokens so far, of the first token of each row's last document."""
+    in_last = seq_idx == seq_idx[:, -1:]
+    first = in_last.long().argmax(dim=1)
+    continued = torch.zeros_like(first) if previous is None else previous
+    return torch.where(in_last[:, 0], continued, first + past_length)
