@@ -75,9 +75,9 @@ def ssd_chunked(
         else initial_state.to(accumulate).view(batch, groups, heads_per_group, head_dim, state_size)
     )
     incoming = []
-    for c in range(chunks):
+    for decay, update in zip(chunk_decay.unbind(1), updates.unbind(1), strict=True):
         incoming.append(state)
-        state = chunk_decay[:, c] * state + updates[:, c]
+        state = decay * state + update
 
     # From the state that a chunk starts with.
     states = torch.stack(incoming, dim=1).to(x.dtype)  # (b, c, g, r, p, n)
