@@ -1,0 +1,124 @@
+"""A text fed in pieces is the text fed at once: every split, token by token, with pads, and in each kind of cache."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from tests.models.tiny import ALL_VARIANTS, WITH_ATTENTION, logits_of, pad_rows, tiny_config, tiny_model, tokens
+from tests.tolerances import assert_close
+from transxssm import TransXSSMCache, TransXSSMForCausalLM
+
+LENGTH = 10
+
+
+def in_pieces(model: TransXSSMForCausalLM, ids: Tensor, pieces: list[int], cache: Cache, mask: Tensor | None = None):
+    """Logits of `ids` fed in calls of `pieces` tokens."""
+    logits, end = [], 0
+    for piece in pieces:
+        end += piece
+        so_far = None if mask is None else mask[:, :end]
+        logits.append(logits_of(model, ids[:, end - piece : end], past_key_values=cache, attention_mask=so_far))
+    assert end == ids.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+SPLITS = [[split, LENGTH - split] for split in range(1, LENGTH)] + [[1] * LENGTH, [3, 1, 1, 4, 1], [5] + [1] * 5]
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+class TestPieces:
+    def test_every_split(self, variant):
+        model, ids = tiny_model(variant), tokens(2, LENGTH)
+        whole = logits_of(model, ids, use_cache=False)
+        for pieces in SPLITS:
+            logits = in_pieces(model, ids, pieces, TransXSSMCache(config=model.config))
+            assert_close(logits, whole, torch.float64, name=f"pieces of {pieces}")
+
+    def test_every_split_of_a_left_padded_batch(self, variant):
+        model = tiny_model(variant)
+        rows = [tokens(1, length, seed=length)[0] for length in (LENGTH, 4, 7)]
+        ids, mask = pad_rows(rows, left=[0, LENGTH - 4, LENGTH - 7], width=LENGTH)
+        for pieces in SPLITS:
+            logits = in_pieces(model, ids, pieces, TransXSSMCache(config=model.config), mask)
+            for row, got in zip(rows, logits, strict=True):
+                alone = logits_of(model, row[None], use_cache=False)[0]
+                assert_close(got[-len(row) :], alone, torch.float64, name=f"{len(row)} tokens in pieces of {pieces}")
+
+    def test_counts_its_tokens_and_starts_again_after_reset(self, variant):
+        model, ids = tiny_model(variant), tokens(2, LENGTH)
+        cache = TransXSSMCache(config=model.config)
+        assert cache.get_seq_length() == 0
+        first = in_pieces(model, ids, [3, 1, 6], cache)
+        assert cache.get_seq_length() == LENGTH
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert_close(in_pieces(model, ids, [3, 1, 6], cache), first, torch.float64)
+
+
+@pytest.mark.parametrize("variant", WITH_ATTENTION)
+@pytest.mark.parametrize("pieces", [[6, 4], [1] * LENGTH, [4, 1, 5]], ids=str)
+def test_caches_of_transformers(variant, pieces):
+    model, ids = tiny_model(variant), tokens(2, LENGTH)
+    whole = logits_of(model, ids, use_cache=False)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=LENGTH + 3)):
+        assert_close(in_pieces(model, ids, pieces, cache), whole, torch.float64, name=type(cache).__name__)
+
+
+def test_a_forward_call_returns_a_cache_that_goes_on():
+    model, ids = tiny_model(), tokens(2, LENGTH)
+    with torch.no_grad():
+        first = model(ids[:, :6], use_cache=True)
+        second = model(ids[:, 6:], past_key_values=first.past_key_values)
+        assert model(ids[:, :6], use_cache=False).past_key_values is None
+    assert isinstance(first.past_key_values, TransXSSMCache)
+    assert_close(second.logits, logits_of(model, ids)[:, 6:], torch.float64)
+
+
+def test_gradients_flow_through_a_cached_state():
+    """Calls in a row build one graph, although the cache overwrites its states in place."""
+    model, ids = tiny_model("convolution"), tokens(1, LENGTH)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    (whole,) = torch.autograd.grad(model(inputs_embeds=embeds).logits[:, -1].square().sum(), embeds)
+    cache = TransXSSMCache(config=model.config)
+    for piece in embeds.split([4, 3, 1, 2], dim=1):
+        logits = model(inputs_embeds=piece, past_key_values=cache).logits
+    (pieces,) = torch.autograd.grad(logits[:, -1].square().sum(), embeds)
+    assert_close(pieces, whole, torch.float64)
+
+
+def ssd_bytes(cache: Cache) -> int:
+    states = [
+        state
+        for layer in cache.layers
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        for state in (*layer.recurrent_states.values(), *layer.conv_states.values())
+        if state is not None
+    ]
+    return sum(state.untyped_storage().nbytes() for state in states)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "all_ssd_mamba2"])
+def test_ssd_memory_is_constant_in_length(variant):
+    model = tiny_model(variant, dtype=torch.float32, ssd_chunk_size=None)
+    sizes = {}
+    for length in (16, 4096):
+        cache = TransXSSMCache(config=model.config)
+        with torch.no_grad():
+            model(tokens(1, length), past_key_values=cache, logits_to_keep=1)
+        sizes[length] = ssd_bytes(cache)
+    config = model.config
+    num_ssd_layers = config.layer_types.count("linear_attention")
+    state = config.ssd_num_heads * config.ssd_head_dim * config.ssd_state_size
+    channels = config.ssd_num_heads * config.ssd_head_dim + 2 * config.ssd_num_groups * config.ssd_state_size
+    window = channels * max(config.ssd_conv_kernel_size - 1, 0)
+    assert sizes[16] == sizes[4096] == 4 * num_ssd_layers * (state + window)  # float32
+
+
+def test_states_are_float32_in_a_bfloat16_model():
+    model = tiny_model("convolution", dtype=torch.bfloat16)
+    cache = TransXSSMCache(config=tiny_config("convolution"))
+    logits_of(model, tokens(2, 5), past_key_values=cache)
+    logits_of(model, tokens(2, 1), past_key_values=cache)
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32

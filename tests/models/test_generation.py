@@ -1,0 +1,99 @@
+"""`generate` as its users call it, held to a greedy loop that runs the whole text again for every token."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tests.models.tiny import ALL_VARIANTS, WITH_ATTENTION, logits_of, pad_rows, tiny_model, tokens
+from transxssm import TransXSSMForCausalLM
+
+NEW_TOKENS = 6
+
+
+def greedy_by_hand(model: TransXSSMForCausalLM, ids: Tensor, num_tokens: int = NEW_TOKENS) -> Tensor:
+    """The oracle: no cache, no mask, no `generate`."""
+    for _ in range(num_tokens):
+        ids = torch.cat((ids, logits_of(model, ids, use_cache=False)[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+def generate(model: TransXSSMForCausalLM, ids: Tensor | None = None, **arguments) -> Tensor:
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **arguments}
+    return model.generate(ids, **settings)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+class TestGreedy:
+    @pytest.fixture
+    def model(self, variant) -> TransXSSMForCausalLM:
+        return tiny_model(variant)
+
+    @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+    def test_follows_the_argmax(self, model, arguments):
+        ids = tokens(2, 7)
+        assert torch.equal(generate(model, ids, **arguments), greedy_by_hand(model, ids))
+
+    @pytest.mark.parametrize(
+        "arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str
+    )
+    def test_left_padded_batch_is_each_row_alone(self, model, arguments):
+        rows = [tokens(1, length, seed=length)[0] for length in (9, 3, 6)]
+        ids, mask = pad_rows(rows, left=[0, 6, 3], width=9)
+        generated = generate(model, ids, attention_mask=mask, **arguments)[:, 9:]
+        alone = [greedy_by_hand(model, row[None])[0, len(row) :] for row in rows]
+        assert torch.equal(generated, torch.stack(alone))
+
+    @pytest.mark.parametrize("prefill_chunk_size", [1, 3, 20])
+    def test_chunked_prefill(self, model, prefill_chunk_size):
+        ids = tokens(2, 7)
+        assert torch.equal(generate(model, ids, prefill_chunk_size=prefill_chunk_size), greedy_by_hand(model, ids))
+
+    def test_prompt_of_embeddings(self, model):
+        ids = tokens(2, 7)
+        generated = generate(model, inputs_embeds=model.get_input_embeddings()(ids))
+        assert torch.equal(generated, greedy_by_hand(model, ids)[:, 7:])
+
+    def test_prompt_of_one_token(self, model):
+        ids = tokens(2, 1)
+        assert torch.equal(generate(model, ids), greedy_by_hand(model, ids))
+
+    def test_goes_on_from_a_returned_cache(self, model):
+        first = generate(model, tokens(2, 5), return_dict_in_generate=True)
+        ids = torch.cat((first.sequences, tokens(2, 4, seed=1)), dim=1)  # the user's next turn
+        generated = generate(model, ids, past_key_values=first.past_key_values)
+        assert torch.equal(generated, greedy_by_hand(model, ids))
+
+
+@pytest.mark.parametrize("variant", WITH_ATTENTION)
+def test_plain_dynamic_cache(variant):
+    model, ids = tiny_model(variant), tokens(2, 7)
+    generated = generate(model, ids, past_key_values=DynamicCache(config=model.config))
+    assert torch.equal(generated, greedy_by_hand(model, ids))
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_beams_with_a_cache_are_beams_without(variant):
+    model, ids = tiny_model(variant), tokens(2, 5)
+    arguments = {"num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    cached, uncached = (generate(model, ids, use_cache=use_cache, **arguments) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-6)
+    # Beams did swap rows: their best continuation is not the greedy one, so that a cache left in its old order shows.
+    assert (cached.beam_indices[:, :NEW_TOKENS] % 4).unique().numel() > 1
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_sampling_depends_on_the_seed_alone(variant):
+    model, ids = tiny_model(variant), tokens(2, 5)
+
+    def sample(seed: int, **arguments) -> Tensor:
+        torch.manual_seed(seed)
+        return generate(model, ids, do_sample=True, top_p=0.9, temperature=0.8, num_return_sequences=3, **arguments)
+
+    first = sample(7)
+    assert first.shape == (6, 5 + NEW_TOKENS)
+    assert torch.equal(sample(7), first)
+    assert torch.equal(sample(7, use_cache=False), first)
+    assert not torch.equal(sample(8), first)
+    assert first.unique(dim=0).shape[0] == 6  # the sequences of a prompt are drawn apart

@@ -1,0 +1,91 @@
+"""Tiny models of every kind that the laws must hold for, and what the tests of the models share.
+
+Weights are drawn ten times wider than a real initialisation, so that every layer moves the logits and no law holds for want of
+signal; chunks are four tokens, so that short rows cross them.
+"""
+
+import torch
+from torch import Tensor
+
+from transxssm import TransXSSMConfig, TransXSSMForCausalLM
+
+VOCAB_SIZE = 97
+PAD = 0  # tokens() never draws it
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "ssd_chunk_size": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+}
+MAMBA2 = {"ssd_position_embedding": "none", "ssd_conv_kernel_size": 4, "ssd_skip": True}
+
+# One entry per option, then combinations: every law is held on each.
+VARIANTS = {
+    "hybrid": {},
+    "all_ssd": {"layer_types": ["linear_attention"] * 3},
+    "all_attention": {"layer_types": ["full_attention"] * 3},
+    "sliding": {"layer_types": ["linear_attention", "sliding_attention", "full_attention"], "sliding_window": 4},
+    "grouped_queries": {"num_key_value_heads": 2, "ssd_num_groups": 1},
+    "no_rope": {"ssd_position_embedding": "none"},
+    "convolution": {"ssd_conv_kernel_size": 4},
+    "skip": {"ssd_skip": True},
+    "length_scaling": {"length_scaling_base": 3},
+    "mamba2": MAMBA2,
+    "all_ssd_mamba2": {"layer_types": ["linear_attention"] * 3, **MAMBA2},
+    "everything": {
+        "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
+        "sliding_window": 4,
+        "num_key_value_heads": 1,
+        "ssd_conv_kernel_size": 3,
+        "ssd_skip": True,
+        "length_scaling_base": 3,
+    },
+}
+ALL_VARIANTS = list(VARIANTS)
+WITH_ATTENTION = [name for name in VARIANTS if not name.startswith("all_ssd")]
+
+
+def tiny_config(variant: str = "hybrid", **overrides) -> TransXSSMConfig:
+    """The configuration of a variant, with fields replaced by `overrides`."""
+    return TransXSSMConfig(**{**SIZES, **VARIANTS[variant], **overrides})
+
+
+def tiny_model(variant: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides) -> TransXSSMForCausalLM:
+    """A model of a variant in evaluation mode; the same weights at every call. In float64 the laws hold to 1e-10."""
+    torch.manual_seed(1)
+    return TransXSSMForCausalLM(tiny_config(variant, **overrides)).to(dtype).eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """(b, t) random token ids, none of them `PAD`."""
+    return torch.randint(1, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(model: TransXSSMForCausalLM, input_ids: Tensor, **arguments) -> Tensor:
+    """(b, t, v) logits of one forward call."""
+    return model(input_ids, **arguments).logits
+
+
+def pad_rows(rows: list[Tensor], left: list[int], width: int) -> tuple[Tensor, Tensor]:
+    """Rows of (t_i,) ids with `left[i]` pads before and the rest of `width` after; (b, width) ids and attention mask."""
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, (row, start) in enumerate(zip(rows, left, strict=True)):
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def gradients_of(model: TransXSSMForCausalLM) -> dict[str, Tensor]:
+    """The gradient of every parameter, taken off the model."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    assert all(gradient is not None for gradient in gradients.values())
+    return gradients
