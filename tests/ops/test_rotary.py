@@ -1,0 +1,149 @@
+"""Unified RoPE: the identity of Eq. 1, one table for two widths, and angles that hold at far positions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tolerances import assert_close
+from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
+
+POSITIONS = st.integers(0, 131_072)
+
+
+def table(positions, width, dtype=torch.float64, device=None):
+    """(cos, sin) for one row with these positions, as the model makes it."""
+    return rotary_cos_sin(torch.tensor([positions], device=device), rotary_frequencies(width, device=device), dtype)
+
+
+def rotation_matrix(position: float, width: int) -> np.ndarray:
+    """R_{Θ,m} of Eq. 5, its 2×2 blocks moved from the pairs (2i, 2i+1) to (i, i + d/2)."""
+    R = np.zeros((width, width))
+    half = width // 2
+    for i in range(half):
+        angle = position * 10000 ** (-2 * i / width)
+        R[i, i] = R[i + half, i + half] = math.cos(angle)
+        R[i, i + half], R[i + half, i] = -math.sin(angle), math.sin(angle)
+    return R
+
+
+@pytest.mark.parametrize(("width", "theta"), [(2, 10000.0), (64, 10000.0), (128, 500000.0)])
+def test_frequencies_are_those_of_eq_3(width, theta):
+    expected = torch.tensor([theta ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
+    actual = rotary_frequencies(width, theta)
+    assert actual.dtype == torch.float64
+    assert_close(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("width", [2, 6, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rotation_is_the_matrix_of_eq_5(width, dtype, device):
+    positions = [0, 1, 17, 4096]
+    x = torch.randn(1, 4, 3, width, dtype=torch.float64).to(device, dtype)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    actual = apply_rotary(x, *table(positions, width, precise, device))
+    matrices = torch.tensor(np.stack([rotation_matrix(m, width) for m in positions]), device=device)
+    assert actual.dtype == dtype
+    assert_close(actual, torch.einsum("tij,bthj->bthi", matrices, x.double()), dtype)
+
+
+@given(m=POSITIONS, n=POSITIONS, width=st.sampled_from([2, 8, 64, 128]))
+def test_a_score_depends_on_the_distance_only(m, n, width):
+    """<R_m c, R_n b> = c^T R_{n−m} b (Eq. 1), to 128K positions away."""
+    c, b = torch.randn(2, 1, 1, 1, width, dtype=torch.float64)
+    score = (apply_rotary(c, *table([m], width)) * apply_rotary(b, *table([n], width))).sum()
+    relative = c.flatten().numpy() @ rotation_matrix(n - m, width) @ b.flatten().numpy()
+    size = (c.norm() * b.norm()).item()
+    assert_close(score, torch.tensor(relative), torch.float64, scale=size)
+
+
+@given(m=POSITIONS, n=POSITIONS, shift=POSITIONS)
+def test_a_score_does_not_move_with_both_positions_in_float32(m, n, shift):
+    c, b = torch.randn(2, 1, 1, 1, 64)
+    scores = [
+        (
+            apply_rotary(c, *table([m + by], 64, torch.float32)) * apply_rotary(b, *table([n + by], 64, torch.float32))
+        ).sum()
+        for by in (0, shift)
+    ]
+    assert_close(scores[0], scores[1], torch.float32, scale=(c.norm() * b.norm()).item())
+
+
+def test_far_angles_keep_their_digits():
+    """A float32 angle is off by 4e-3 rad at position 100 000; formed in float64 only the cosine is rounded."""
+    cos, sin = table([99_999], 128, torch.float32)
+    angles = [99_999 * 10000 ** (-2 * i / 128) for i in range(64)]
+    expected_cos = torch.tensor([math.cos(angle) for angle in angles], dtype=torch.float64)
+    expected_sin = torch.tensor([math.sin(angle) for angle in angles], dtype=torch.float64)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert (cos.flatten() - expected_cos).abs().max() < 1e-7
+    assert (sin.flatten() - expected_sin).abs().max() < 1e-7
+
+
+@given(m=POSITIONS, dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_a_rotation_keeps_the_norm(m, dtype):
+    x = torch.randn(1, 1, 2, 64, dtype=dtype)
+    assert_close(apply_rotary(x, *table([m], 64, dtype)).norm(dim=-1), x.norm(dim=-1), dtype)
+
+
+def test_position_zero_changes_nothing():
+    x = torch.randn(1, 1, 2, 8)
+    assert torch.equal(apply_rotary(x, *table([0], 8, torch.float32)), x)
+
+
+def test_gradients_turn_back():
+    """A rotation is orthogonal, so the gradient of R x is R^T applied to what comes in: a rotation by −m."""
+    x = torch.randn(1, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    incoming = torch.randn(1, 3, 2, 8, dtype=torch.float64)
+    cos, sin = table([3, 50, 700], 8)
+    (gradient,) = torch.autograd.grad(apply_rotary(x, cos, sin), x, incoming)
+    assert_close(gradient, apply_rotary(incoming, cos, -sin), torch.float64)
+
+
+def test_one_token_is_a_row_of_one():
+    cos, sin = table([5], 8)
+    x = torch.randn(3, 1, 2, 8, dtype=torch.float64)
+    assert torch.equal(apply_rotary(x[:, 0], cos[:, 0], sin[:, 0]), apply_rotary(x, cos, sin)[:, 0])
+
+
+@pytest.mark.parametrize("dim", [2, 32, 64, 128])
+def test_a_narrow_head_reads_the_wide_table(dim):
+    """10000^(−2i/64) = 10000^(−2(2i)/128): attention's angles are every other one of the state's."""
+    cos, sin = subsample_rotary(table([0, 1, 1000], 128), dim)
+    own_cos, own_sin = table([0, 1, 1000], dim)
+    assert_close(cos, own_cos, torch.float64)
+    assert_close(sin, own_sin, torch.float64)
+
+
+@pytest.mark.parametrize("dim", [96, 256, 63])
+def test_a_width_that_does_not_share_the_table_is_refused(dim):
+    with pytest.raises(ValueError, match=rf"width 128.*got {dim}"):
+        subsample_rotary(table([0], 128), dim)
+
+
+@pytest.mark.parametrize("width", [0, -2, 7])
+def test_a_width_that_has_no_pairs_is_refused(width):
+    with pytest.raises(ValueError, match=rf"positive even number.*got {width}"):
+        rotary_frequencies(width)
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0])
+def test_a_base_that_is_not_positive_is_refused(theta):
+    with pytest.raises(ValueError, match=rf"theta must be positive: got {theta}"):
+        rotary_frequencies(64, theta)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cos_shape", "sin_shape", "message"),
+    [
+        ((1, 3, 2, 6), (1, 3, 4), (1, 3, 4), r"\(b, t, heads, 8\): got x of shape \(1, 3, 2, 6\)"),
+        ((1, 3, 8), (1, 3, 4), (1, 3, 4), r"got x of shape \(1, 3, 8\)"),
+        ((1, 3, 2, 8), (1, 3, 4), (1, 2, 4), r"\(1, 3, 4\) and \(1, 2, 4\)"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(shape, cos_shape, sin_shape, message):
+    with pytest.raises(ValueError, match=message):
+        apply_rotary(torch.zeros(shape), torch.zeros(cos_shape), torch.zeros(sin_shape))

@@ -1,0 +1,179 @@
+"""The short convolution equals torch's on one document, and keeps the laws of documents, pads and splits."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.tolerances import assert_close
+from transxssm.ops import short_convolution
+
+CHANNELS = 3
+KERNELS = pytest.mark.parametrize("kernel", [1, 2, 4])
+
+
+def inputs(length: int, kernel: int, dtype=torch.float64, device=None, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """x (b, t, e), weight (e, k) and an initial state (b, k−1, e)."""
+    tensors = (
+        torch.randn(batch, length, CHANNELS, dtype=torch.float64),
+        torch.randn(CHANNELS, kernel, dtype=torch.float64),
+        torch.randn(batch, kernel - 1, CHANNELS, dtype=torch.float64),
+    )
+    return tuple(tensor.to(device, dtype) for tensor in tensors)
+
+
+def assert_equal_results(actual, expected, tensors, dtype) -> None:
+    """Values and gradients of two functions of the same tensors that give (y, state)."""
+    results = []
+    for function in (actual, expected):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        outputs = function(*leaves)
+        generator = torch.Generator().manual_seed(1)
+        incoming = [torch.randn(*o.shape, generator=generator).to(o) for o in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, incoming, materialize_grads=True)])
+    names = ["y", "state", *(f"gradient {number}" for number in range(len(tensors)))]
+    for name, one, other in zip(names, *results, strict=True):
+        assert_close(one, other, dtype, name)
+
+
+@KERNELS
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 97])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equals_conv1d_of_torch(kernel, length, dtype, device):
+    def by_torch(x, weight):
+        left_padded = F.pad(x.transpose(1, 2), (kernel - 1, 0))
+        y = F.conv1d(left_padded, weight[:, None], groups=CHANNELS).transpose(1, 2)
+        return y, left_padded.transpose(1, 2)[:, length:]
+
+    x, weight, _ = inputs(length, kernel, dtype, device)
+    if dtype == torch.bfloat16:  # the same numbers, summed in float64
+        y, state = short_convolution(x, weight)
+        wanted_y, wanted_state = by_torch(x.double(), weight.double())
+        assert y.dtype == dtype
+        assert_close(y, wanted_y, dtype, "y")
+        assert torch.equal(state.double(), wanted_state)
+    else:
+        assert_equal_results(short_convolution, by_torch, (x, weight), dtype)
+
+
+@KERNELS
+def test_pieces_are_one_at_every_split(kernel, device):
+    def whole(x, weight, state):
+        return short_convolution(x, weight, initial_state=state)
+
+    length = 9
+    for split in range(1, length):
+
+        def pieces(x, weight, state, at=split):
+            first, state = short_convolution(x[:, :at], weight, initial_state=state)
+            second, state = short_convolution(x[:, at:], weight, initial_state=state)
+            return torch.cat((first, second), dim=1), state
+
+        assert_equal_results(pieces, whole, inputs(length, kernel, device=device), torch.float64)
+
+
+@KERNELS
+def test_one_token_at_a_time_is_one_call(kernel, device):
+    x, weight, state = inputs(9, kernel, device=device)
+    wanted, wanted_state = short_convolution(x, weight, initial_state=state)
+    outputs = []
+    for t in range(9):
+        y, state = short_convolution(x[:, t : t + 1], weight, initial_state=state)
+        outputs.append(y)
+    assert_close(torch.cat(outputs, dim=1), wanted, torch.float64, "y")
+    assert_close(state, wanted_state, torch.float64, "state")
+
+
+@given(documents=st.lists(st.integers(1, 6), min_size=1, max_size=6), kernel=st.integers(1, 5))
+def test_packed_documents_are_separate_ones(documents, kernel, device):
+    """The initial state enters the first document only, and the state left behind is the last document's."""
+    numbers = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents)).expand(2, -1).to(device)
+
+    def packed(x, weight, state):
+        return short_convolution(x, weight, initial_state=state, seq_idx=numbers)
+
+    def separate(x, weight, state):
+        outputs = []
+        for start, stop in itertools.pairwise(itertools.accumulate(documents, initial=0)):
+            y, state_after = short_convolution(x[:, start:stop], weight, initial_state=state)
+            outputs.append(y)
+            state = torch.zeros_like(state)
+        return torch.cat(outputs, dim=1), state_after
+
+    assert_equal_results(packed, separate, inputs(sum(documents), kernel, device=device), torch.float64)
+
+
+@given(left=st.integers(0, 6), right=st.integers(0, 6), kernel=st.integers(1, 5), length=st.integers(1, 7))
+def test_pads_leave_no_trace(left, right, kernel, length, device):
+    """Whatever stands at the pads: the tokens see zeros before them, and the state is the tokens' own."""
+    mask = F.pad(torch.ones(2, length, device=device), (left, right))
+
+    def padded(x, weight):
+        with_pads = F.pad(x, (0, 0, left, right), value=7.0)
+        y, state = short_convolution(with_pads, weight, mask=mask)
+        return y[:, left : left + length], state
+
+    x, weight, _ = inputs(length, kernel, device=device)
+    assert_equal_results(padded, short_convolution, (x, weight), torch.float64)
+
+
+@KERNELS
+def test_rows_may_be_padded_differently(kernel, device):
+    x, weight, _ = inputs(7, kernel, device=device)
+    lengths = (7, 3)
+    mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3], device=device)
+    y, state = short_convolution(x, weight, mask=mask)
+    for row, length in enumerate(lengths):
+        wanted_y, wanted_state = short_convolution(x[row : row + 1, 7 - length :], weight)
+        assert_close(y[row : row + 1, 7 - length :], wanted_y, torch.float64, "y")
+        assert_close(state[row : row + 1], wanted_state, torch.float64, "state")
+
+
+@KERNELS
+def test_a_row_of_right_pads_keeps_its_state(kernel, device):
+    """A batch of prompts fed in pieces: where a row has ended, its state waits for what comes next."""
+    x, weight, state = inputs(4, kernel, device=device)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]], device=device)
+    _, after = short_convolution(x, weight, initial_state=state, mask=mask)
+    assert torch.equal(after[1], state[1])
+
+
+@pytest.mark.xfail(strict=True, reason="left pads stand as zeros between the carried inputs and the tokens")
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_left_pads_do_not_part_a_state_from_its_tokens(kernel, device):
+    """A second turn, padded on the left to the batch's longest, still continues the row's first turn."""
+
+    def padded(x, weight, state):
+        mask = F.pad(torch.ones(2, 5, device=device), (3, 0))
+        y, state = short_convolution(F.pad(x, (0, 0, 3, 0)), weight, initial_state=state, mask=mask)
+        return y[:, 3:], state
+
+    def plain(x, weight, state):
+        return short_convolution(x, weight, initial_state=state)
+
+    assert_equal_results(padded, plain, inputs(5, kernel, device=device), torch.float64)
+
+
+def test_a_single_tap_needs_no_memory(device):
+    x, weight, _ = inputs(5, 1, device=device)
+    y, state = short_convolution(x, weight)
+    assert_close(y, x * weight[:, 0], torch.float64)
+    assert state.shape == (2, 0, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5), (3, 4), None), r"x \(b, t, e\).*got \(2, 5\) and \(3, 4\)"),
+        (((2, 5, 3), (4, 4), None), r"got \(2, 5, 3\) and \(4, 4\)"),
+        (((2, 5, 3), (3, 4), (2, 4, 3)), r"initial_state must have shape \(2, 3, 3\): got \(2, 4, 3\)"),
+    ],
+)
+def test_wrong_shapes_are_named(shapes, message):
+    x, weight, state = (None if shape is None else torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        short_convolution(x, weight, initial_state=state)
