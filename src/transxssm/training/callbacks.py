@@ -1,0 +1,195 @@
+"""What a run shows and writes as it goes: the progress on the terminal, metrics.jsonl, and a stop on Ctrl-C."""
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from transxssm.training.checkpoints import write_text_whole
+
+logger = logging.getLogger(__name__)
+
+# What a row of metrics.jsonl takes over from Trainer's log.
+ROW_KEYS = (
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "train_seconds",
+    "eval_loss",
+    "eval_perplexity",
+    "eval_bits_per_byte",
+    "eval_runtime",
+)
+
+
+def rows_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step that was logged or evaluated, in order: `step`, `tokens`, and those of `ROW_KEYS` it has."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            row = rows.setdefault(entry["step"], {"step": entry["step"], "tokens": entry["num_input_tokens_seen"]})
+            row |= {key: entry[key] for key in ROW_KEYS if key in entry}
+    return list(rows.values())
+
+
+class MetricsFile(TrainerCallback):
+    """Appends a row per logged step to metrics.jsonl.
+
+    A resumed run starts the file anew from its checkpoint's own log, so that rows of steps that are about to be repeated go.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            rows = rows_of(state.log_history)
+            write_text_whole(self.path, "".join(map(_line, rows)))
+            self.written = len(rows)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A checkpoint ends a stretch of the log, so that an interrupted run and an uninterrupted one average over the same steps.
+        control.should_log = control.should_log or control.should_save
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._append(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._append(state)
+
+    def _append(self, state: TrainerState) -> None:
+        # Between two steps, when loss and evaluation of the last one are both known and share a row.
+        if not state.is_world_process_zero:
+            return
+        rows = rows_of(state.log_history)
+        if len(rows) > self.written:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, rows[self.written :]))
+            self.written = len(rows)
+
+
+class ProgressDisplay(TrainerCallback):
+    """A bar with loss, tokens per second and time left on a terminal; elsewhere a line per logged step."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps · loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+        )
+        self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss="–", speed="–")
+        self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        where = f"step {state.global_step}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self.console.print(
+                f"{where}  held-out loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}  "
+                f"bits per byte {logs['eval_bits_per_byte']:.4f}"
+            )
+        elif "loss" in logs and self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], loss=f"{logs['loss']:.4f}", speed=f"{logs['tokens_per_second']:,.0f}")
+        elif "loss" in logs:
+            self.console.print(
+                f"{where}  loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s  {_time_left(state, logs)} left"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the terminal back; also after an exception, when Trainer calls no `on_train_end`."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class LastStep(TrainerCallback):
+    """Logs and evaluates after the last step, whatever the strategies: the summary needs both."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = True
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C ends the run after the step it falls into, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens for Ctrl-C inside the block. Threads other than the main one get no signals, and none is awaited there."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("interrupted: saving a checkpoint after this step (Ctrl-C again stops at once)")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _time_left(state: TrainerState, logs: dict[str, Any]) -> str:
+    tokens_left = state.num_input_tokens_seen / state.global_step * (state.max_steps - state.global_step)
+    seconds = int(tokens_left / max(logs["tokens_per_second"], 1e-9))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

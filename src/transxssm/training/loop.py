@@ -1,0 +1,177 @@
+"""A run from a recipe to a folder: corpus, tokenizer, rows, model, Trainer, summary."""
+
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from transxssm.data import PackedCollator, PackedDatasets, build_datasets, build_tokenizer, load_corpus
+from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.training import run_folder
+from transxssm.training.callbacks import Interrupt, LastStep, MetricsFile, ProgressDisplay, rows_of
+from transxssm.training.checkpoints import last_complete_checkpoint, step_of, write_text_whole
+from transxssm.training.recipe import Recipe
+from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
+from transxssm.training.trainer import TransXSSMTrainer
+
+logger = logging.getLogger(__name__)
+
+# Widths that products of every kind of hardware like; the paper's 50304 is GPT-NeoX's vocabulary rounded up so.
+VOCABULARY_MULTIPLE = 64
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Trains a model as a recipe says and leaves everything about it in the run folder.
+
+    Args:
+        recipe: from `load_recipe`.
+        resume: continue the run in the recipe's folder from its last whole checkpoint; from scratch if it has none; nothing
+            happens if it has finished.
+
+    Returns:
+        The summary, as in summary.json: parameters, steps, train_tokens, train_seconds (data preparation and evaluation left out),
+        tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte, and where it ran.
+
+    Raises:
+        ValueError: bad settings, data that cannot be read, a folder that holds another run.
+        NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
+        SaveError: a checkpoint could not be written; the one before is kept.
+        KeyboardInterrupt: after Ctrl-C, when the checkpoint has been saved.
+    """
+    arguments = recipe.training_arguments()
+    run_dir = recipe.output_dir
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            _check_folder(run_dir, recipe, resume)
+    checkpoint = None
+    if resume:
+        finished = read_summary(run_dir)
+        if finished is not None and run_folder.has_same_training(run_dir, recipe):
+            logger.warning("%s has finished already: its results are kept", run_dir)
+            return finished
+        checkpoint = last_complete_checkpoint(run_dir)
+        if checkpoint is None:
+            logger.warning("nothing to resume in %s: starting from scratch", run_dir)
+        else:
+            logger.warning("resuming from %s", checkpoint)
+    started = time.perf_counter()
+    with arguments.main_process_first(local=False):
+        tokenizer, rows = _prepare_data(recipe)
+    prepare_seconds = time.perf_counter() - started
+    trainer = _build_trainer(recipe, arguments, tokenizer, rows, checkpoint)
+    if arguments.process_index == 0:
+        run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
+        write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
+    _run(trainer, checkpoint)
+    trainer.save_final()
+    summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
+    if arguments.process_index == 0:
+        plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
+        write_summary(run_dir, summary)
+    return summary
+
+
+def _check_folder(run_dir: Path, recipe: Recipe, resume: bool) -> None:
+    if resume:
+        run_folder.check_same_run(run_dir, recipe)
+    else:
+        run_folder.check_empty(run_dir)
+
+
+def _prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PackedDatasets]:
+    corpus = load_corpus(recipe.data)
+    tokenizer = build_tokenizer(recipe.data, corpus)
+    return tokenizer, build_datasets(recipe.data, corpus, tokenizer)
+
+
+def _build_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: PackedDatasets,
+    checkpoint: Path | None,
+) -> TransXSSMTrainer:
+    set_seed(arguments.seed)
+    model = TransXSSMForCausalLM(_config_for(recipe, tokenizer))
+    callbacks: list[TrainerCallback] = [
+        LastStep(),
+        MetricsFile(recipe.output_dir / run_folder.METRICS),
+        ProgressDisplay(),
+    ]
+    if "tensorboard" in arguments.report_to:
+        # Trainer's own would start a folder named by time and host, and keep the lines of steps that are repeated.
+        arguments.report_to = [name for name in arguments.report_to if name != "tensorboard"]
+        if arguments.process_index == 0:
+            purge_step = None if checkpoint is None else step_of(checkpoint) + 1
+            events = SummaryWriter(str(recipe.output_dir / run_folder.TENSORBOARD), purge_step=purge_step)
+            callbacks.append(TensorBoardCallback(events))
+    return TransXSSMTrainer(
+        model=model,
+        args=arguments,
+        data_collator=PackedCollator(tokenizer),
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        held_out_bytes=rows.held_out_bytes,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TransXSSMConfig:
+    padded = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    from_tokenizer = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = recipe.model_config(vocab_size=padded, **from_tokenizer)
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.vocab_size must be at least the tokenizer's {len(tokenizer)}: got {config.vocab_size}; leave it out to have it set"
+        )
+    return config
+
+
+def _run(trainer: TransXSSMTrainer, checkpoint: Path | None) -> None:
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    if checkpoint is not None:
+        last_row = rows_of(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)[-1]
+        trainer.continue_clock(last_row["train_seconds"], last_row["tokens"])
+    listening = nullcontext() if trainer.args.world_size > 1 else interrupt.listening()
+    try:
+        with listening:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressDisplay):
+                callback.close()
+    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.state.global_step}: continue with the same command and --resume"
+        )
+
+
+def _summary(recipe: Recipe, trainer: TransXSSMTrainer) -> dict[str, Any]:
+    arguments, state = trainer.args, trainer.state
+    evaluated = [row for row in rows_of(state.log_history) if "eval_loss" in row][-1]
+    seconds, tokens = trainer.train_seconds, state.num_input_tokens_seen
+    return {
+        "recipe": recipe.name,
+        "parameters": trainer.model.num_parameters(),
+        "steps": state.global_step,
+        "train_tokens": tokens,
+        "train_seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "eval_loss": evaluated["eval_loss"],
+        "perplexity": evaluated["eval_perplexity"],
+        "bits_per_byte": evaluated["eval_bits_per_byte"],
+        "eval_seconds": evaluated["eval_runtime"],
+        "held_out_bytes": trainer.held_out_bytes,
+        "dtype": "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32",
+        "device": device_name(arguments.device),
+        "processes": arguments.world_size,
+        "versions": versions(),
+    }

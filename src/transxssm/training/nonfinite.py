@@ -1,0 +1,151 @@
+"""Where a training step first stopped being finite: the batch again, watched module by module in the order of execution."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+LOSS = "the loss"
+
+
+class NonFiniteError(ValueError):
+    """The loss or a gradient became NaN or infinite; no weight was changed by that step."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The first quantity that was not finite.
+
+    Args:
+        quantity: what it was.
+        where: path of the module it arose in, of the parameter for a parameter's gradient, or "the loss".
+        note: a parameter of that module that was not finite before the step, if any.
+    """
+
+    quantity: Literal["activation", "SSD state", "gradient"]
+    where: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.quantity} of {self.where}{self.note}"
+
+
+def find_origin(model: nn.Module, loss_of_batch: Callable[[], Tensor]) -> Origin | None:
+    """Runs a batch forward and backward again and returns what went non-finite first; None if all stays finite.
+
+    Args:
+        model: the module that `loss_of_batch` runs. Its gradients are overwritten.
+        loss_of_batch: computes the loss, with its graph.
+    """
+    model.zero_grad()
+    watch = _Watch(model)
+    with watch.hooks():
+        loss = loss_of_batch()
+        if watch.origin is None and not _finite(loss):
+            watch.origin = Origin("activation", LOSS)
+        if watch.origin is None:
+            watch.forward_done = True
+            loss.backward()
+    model.zero_grad()
+    return watch.origin
+
+
+class _Watch:
+    """Hooks on every module: outputs on the way forward, gradients of outputs and of parameters on the way back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {module: name for name, module in model.named_modules()}
+        self.origin: Origin | None = None
+        self.forward_done = False
+        self.running: list[nn.Module] = []
+        # Of each tensor between modules: the modules that read it, and the one whose own code made or read it otherwise.
+        self.tensors: list[Tensor] = []  # held, so that no other tensor takes over an id
+        self.readers: dict[int, list[nn.Module]] = {}
+        self.enclosing: dict[int, nn.Module] = {}
+
+    def hooks(self) -> ExitStack:
+        stack = ExitStack()
+        for module in self.names:
+            stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                hook = partial(self._on_parameter_gradient, name)
+                stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        return stack
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.forward_done:  # activation checkpointing runs layers again on the way back
+            return
+        for tensor in _tensors((args, kwargs)):
+            self.readers.setdefault(id(tensor), []).append(module)
+            if self.running and not _finite(tensor):
+                self._found_in(self.running[-1])
+        self.running.append(module)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.forward_done:
+            return
+        self.running.pop()
+        for tensor in _tensors(output):
+            if not _finite(tensor):
+                self._found_in(module)
+            if id(tensor) not in self.enclosing:
+                tensor.register_hook(partial(self._on_gradient, id(tensor)))
+                self.tensors.append(tensor)
+            self.enclosing[id(tensor)] = self.running[-1] if self.running else module
+
+    def _found_in(self, module: nn.Module) -> None:
+        if self.origin is not None:
+            return
+        # Inside a mixer every projection is a module of its own; what lies between them is the recurrence of the state.
+        quantity: Literal["activation", "SSD state"] = "SSD state" if hasattr(module, "A_log") else "activation"
+        bad = [name for name, parameter in module.named_parameters(recurse=False) if not _finite(parameter)]
+        note = f" (its {', '.join(bad)} was not finite before the step)" if bad else ""
+        self.origin = Origin(quantity, self.names[module] or LOSS, note)
+
+    def _on_gradient(self, tensor_id: int, gradient: Tensor) -> None:
+        if self.origin is not None or _finite(gradient):
+            return
+        # The gradient of a tensor comes from what read it: the innermost reading module, or else the code around its maker.
+        readers = self.readers.get(tensor_id, [])
+        innermost = [m for m in readers if not any(other is not m and other in set(m.modules()) for other in readers)]
+        names = [self.names[module] for module in innermost] or [self.names[self.enclosing[tensor_id]]]
+        self.origin = Origin("gradient", _common_module(names) or LOSS)
+
+    def _on_parameter_gradient(self, name: str, parameter: Tensor) -> None:
+        if self.origin is None and parameter.grad is not None and not _finite(parameter.grad):
+            self.origin = Origin("gradient", name)
+
+
+def _common_module(names: list[str]) -> str:
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    return ".".join(paths[0][:shared])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors on the way from parameters to loss; masks, which may hold −inf, don't require a gradient."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,208 @@
+"""A recipe: the YAML that describes a run in three sections, `model`, `data` and `training`."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from transxssm.data import DataArguments
+from transxssm.models import TransXSSMConfig
+from transxssm.training.precision import has_accelerator, has_fast_bfloat16
+from transxssm.training.recipe_fields import check_sections
+from transxssm.training.yaml_values import dump_yaml, load_yaml
+
+# What a silent recipe means: the optimiser and the schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.1,  # of all steps
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "max_grad_norm": 1.0,
+    "seed": 0,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "report_to": "tensorboard",
+}
+# Kwargs of the default schedule; another lr_scheduler_type would choke on them.
+COSINE_TO_A_TENTH = {"min_lr_rate": 0.1}
+# Settings that the run's own parts stand on, and why they may not be changed.
+FIXED_TRAINING = {
+    "logging_nan_inf_filter": (False, "a loss that is not finite must stop the run, not be averaged away"),
+    "include_num_input_tokens_seen": ("all", "metrics and summary count tokens with it"),
+    "resume_from_checkpoint": (None, "resume the whole run folder instead (--resume)"),
+    "label_smoothing_factor": (0.0, "the loss is computed without the logits it needs"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe with every default filled in, so that it says the same on another day and machine.
+
+    Args:
+        name: of the file it came from, without suffix.
+        model: an optional `preset` and fields of `TransXSSMConfig`.
+        data: where text comes from and how it is cut into rows.
+        training: fields of `transformers.TrainingArguments`, verbatim.
+    """
+
+    name: str
+    model: dict[str, Any]
+    data: DataArguments
+    training: dict[str, Any]
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.training["output_dir"]).expanduser()
+
+    def model_config(self, **defaults: Any) -> TransXSSMConfig:
+        """The model's configuration; `defaults` hold where the recipe is silent.
+
+        Raises:
+            ValueError: sizes that do not fit each other, an unknown preset.
+        """
+        fields = {**defaults, **self.model}
+        preset = fields.pop("preset", None)
+        try:
+            return TransXSSMConfig(**fields) if preset is None else TransXSSMConfig.from_preset(preset, **fields)
+        except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
+            raise ValueError(f"model: {_one_line(error.__cause__ or error)}") from error
+
+    def training_arguments(self) -> TrainingArguments:
+        """The arguments of the Trainer. Building them chooses the device and joins the other processes, if there are any.
+
+        Raises:
+            ValueError: settings that contradict each other or this machine.
+        """
+        settings = {name: value for name, (value, _) in FIXED_TRAINING.items()}
+        settings |= {"disable_tqdm": True}  # the run shows its own progress
+        try:
+            return TrainingArguments(**(settings | deepcopy(self.training)))
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+            raise ValueError(f"training: {_one_line(error)}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The three sections as plain values; `load_recipe` reads them back from `to_yaml()`."""
+        return {"model": self.model, "data": dataclasses.asdict(self.data), "training": self.training}
+
+    def to_yaml(self) -> str:
+        """The text of a file that `load_recipe` reads as the same recipe."""
+        return dump_yaml(self.to_dict())
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _bundle().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, applies overrides and fills in the defaults.
+
+    Args:
+        name_or_path: the name of a bundled recipe, or the path of a YAML file.
+        overrides: `section.key=value` each, the value in YAML; a deeper key (`training.lr_scheduler_kwargs.min_lr_rate=0.2`) sets
+            one entry of a mapping.
+
+    Raises:
+        ValueError: no such recipe (with the bundled ones), no valid YAML, an unknown section or key (with the nearest known
+            one), a value of a wrong type, a model that cannot be built. Always one line.
+    """
+    name, text = _read(str(name_or_path))
+    try:
+        sections = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}: {error}") from None
+    sections = {} if sections is None else sections
+    if not isinstance(sections, dict):
+        raise ValueError(
+            f"{name_or_path}: got {type(sections).__name__}, expected the sections model, data and training"
+        )
+    sections = {section: {} if values is None else values for section, values in sections.items()}
+    check_sections(sections)
+    for override in overrides:
+        _apply(override, sections)
+    check_sections(sections)
+    recipe = Recipe(
+        name=name,
+        model=sections.get("model", {}),
+        data=_data_arguments(sections.get("data", {})),
+        training=_with_defaults(sections.get("training", {}), name),
+    )
+    recipe.model_config()
+    return recipe
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in bundled_recipes():
+        return name_or_path, (_bundle() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    path = Path(name_or_path).expanduser()
+    bundled = ", ".join(bundled_recipes())
+    if path.is_dir():
+        raise ValueError(f"recipe {name_or_path} is a folder: expected a YAML file, or one of {bundled}")
+    try:
+        return path.stem, path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        close = difflib.get_close_matches(name_or_path, bundled_recipes(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"no recipe {name_or_path!r}: {hint}Expected a YAML file, or one of {bundled}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {name_or_path} cannot be read as text: {_one_line(error)}") from None
+
+
+def _apply(override: str, sections: dict[str, Any]) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ValueError(f"override {override!r}: expected section.key=value, for example training.max_steps=100")
+    try:
+        value = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"override {override!r}: {error}") from None
+    target: Any = sections
+    for depth, key in enumerate(keys[:-1], start=1):
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(keys[:depth])} is {target!r}, which has no keys")
+    target[keys[-1]] = value
+
+
+def _data_arguments(values: Mapping[str, Any]) -> DataArguments:
+    try:
+        return DataArguments(**values)
+    except ValueError as error:
+        raise ValueError(f"data: {_one_line(error)}") from error
+
+
+def _with_defaults(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    for key, (value, reason) in FIXED_TRAINING.items():
+        if key in given and given[key] != value:
+            raise ValueError(f"training.{key}: got {given[key]!r}, but it must stay {value!r}: {reason}")
+    training = {**TRAINING_DEFAULTS, **given, "output_dir": given.get("output_dir") or f"runs/{name}"}
+    if "lr_scheduler_type" not in given:
+        training.setdefault("lr_scheduler_kwargs", dict(COSINE_TO_A_TENTH))
+    training.setdefault("use_cpu", not has_accelerator())
+    if not training.get("fp16"):
+        training.setdefault("bf16", has_fast_bfloat16())
+    return training
+
+
+def _bundle() -> Any:
+    return files("transxssm") / "recipes"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,120 @@
+"""Which keys a recipe's sections know, and whether a value fits: unknown keys name the nearest known one."""
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from transxssm.data import DataArguments
+from transxssm.models import PRESETS, TransXSSMConfig
+
+# Annotated as transformers' own command line takes it; its documentation and YAML say `fsdp: true`.
+_WIDER_TYPES: dict[str, Any] = {"fsdp": bool | str | None}
+# No coercion: "1" is no number, 1.5 no whole number, 1 no truth value. A whole number is a float all the same.
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One key of a section: the type of its values and, where there is one, the closed list of its words."""
+
+    type: Any
+    choices: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """The choices or the type, for an error message."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        is_union = typing.get_origin(self.type) in (typing.Union, types.UnionType)
+        return " or ".join(_type_name(part) for part in (typing.get_args(self.type) if is_union else (self.type,)))
+
+
+def known_fields() -> dict[str, dict[str, Field]]:
+    """Every key that a recipe may hold, by section."""
+    config = {name: Field(kind) for name, kind in TransXSSMConfig.__annotations__.items()}
+    return {
+        "model": {"preset": Field(str | None, tuple(PRESETS)), **config},
+        "data": _dataclass_fields(DataArguments),
+        "training": _dataclass_fields(TrainingArguments),
+    }
+
+
+def check_sections(sections: Mapping[str, Any]) -> None:
+    """Checks every key and value of a recipe.
+
+    Raises:
+        ValueError: an unknown section or key (with the nearest known one), or a value of a wrong type (with the expected one).
+    """
+    fields = known_fields()
+    for section, values in sections.items():
+        if section not in fields:
+            raise ValueError(f"unknown section {section!r}: {_nearest(str(section), fields)}")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{section}: got {_shown(values)}, expected keys with values")
+        for key, value in values.items():
+            if key not in fields[section]:
+                raise ValueError(f"unknown key {section}.{key}: {_nearest_key(section, str(key), fields)}")
+            _check_value(f"{section}.{key}", value, fields[section][key])
+
+
+def _check_value(name: str, value: Any, field: Field) -> None:
+    try:
+        TypeAdapter(field.type, config=_STRICT).validate_python(value)
+        fits = not (field.choices and isinstance(value, str) and value not in field.choices)
+    except ValidationError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: got {_shown(value)}, expected {field.expected}")
+
+
+def _dataclass_fields(cls: type) -> dict[str, Field]:
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: Field(
+            _WIDER_TYPES.get(field.name, hints[field.name]),
+            _choices(hints[field.name], field.metadata.get("choices", ())),
+        )
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
+
+
+def _choices(kind: Any, declared: Iterable[str]) -> tuple[str, ...]:
+    # A field of words is typed `SomeEnum | str`: the words are the enum's.
+    for part in typing.get_args(kind):
+        if isinstance(part, type) and issubclass(part, enum.Enum):
+            return tuple(str(member.value) for member in part)
+    return tuple(declared)
+
+
+def _nearest_key(section: str, key: str, fields: Mapping[str, Mapping[str, Field]]) -> str:
+    elsewhere = [f"{other}.{key}" for other in fields if key in fields[other]]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    close = difflib.get_close_matches(key, fields[section], n=1)
+    if close:
+        return f"did you mean {section}.{close[0]}?"
+    return _nearest(f"{section}.{key}", [f"{other}.{name}" for other in fields for name in fields[other]])
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    best = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"the nearest known one is {best}" if len(known) > 3 else f"expected one of {', '.join(known)}"
+
+
+def _type_name(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).removeprefix("typing.")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,241 @@
+"""`transformers.Trainer` with this project's parameter groups, exact held-out loss, whole checkpoints and a non-finite guard."""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from transxssm.training.checkpoints import (
+    PREFIX,
+    STAGING,
+    last_complete_checkpoint,
+    publish_files,
+    publish_folder,
+    save_error,
+)
+from transxssm.training.nonfinite import NonFiniteError, find_origin
+
+
+class TransXSSMTrainer(Trainer):
+    """Trains a TransXSSM model on packed rows.
+
+    Args:
+        held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for.
+        Others: as in `Trainer`.
+    """
+
+    def __init__(self, *, held_out_bytes: int, **kwargs: Any) -> None:
+        use_cache = kwargs["model"].config.use_cache
+        super().__init__(**kwargs)
+        self._saved_use_cache = use_cache  # Trainer switches it off; whoever loads the model wants it as it was
+        self.held_out_bytes = held_out_bytes
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.train_seconds = 0.0  # evaluation left out
+        self._clock_started: float | None = None
+        self._last_log = (0.0, 0)  # seconds and tokens at the last line of the log
+        self._staging: Path | None = None
+        self._step_losses: list[Tensor] = []
+        self._step_batches: list[tuple[dict[str, Any], Any]] = []
+        self._held_out_sums = torch.zeros(2)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at the very end, where Trainer would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    # Parameter groups
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weights of products decay; norms, biases, A_log, dt_bias and D, which are vectors, don't."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    # A step, and the check before it changes a weight
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._step_batches.append((inputs, num_items_in_batch))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer calls this once a step, with the gradients complete and the weights untouched.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, batches = torch.stack(self._step_losses), self._step_batches
+        self._step_losses, self._step_batches = [], []
+        finite = torch.isfinite(losses).all()
+        if (
+            self.accelerator.scaler is None
+        ):  # fp16's scaler meets infinite gradients by design and skips the step itself
+            finite = finite & torch.isfinite(torch.as_tensor(grad_norm, device=losses.device)).all()
+        if not self.accelerator.gather(finite.reshape(1)).all():
+            raise self._non_finite_error(model, losses, grad_norm, batches)
+        return grad_norm
+
+    def _non_finite_error(self, model: nn.Module, losses: Tensor, grad_norm: Any, batches: list[Any]) -> NonFiniteError:
+        module = model if self.is_fsdp_enabled else self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        origin = None
+        for inputs, num_items in batches:
+            inputs = self._prepare_inputs(inputs)
+            origin = origin or find_origin(
+                module, lambda batch=inputs, items=num_items: self.compute_loss(module, batch, num_items_in_batch=items)
+            )
+        found = f"first in the {origin}" if origin else "but running the batch again stayed finite on this process"
+        last = last_complete_checkpoint(Path(self.args.output_dir))
+        return NonFiniteError(
+            f"step {self.state.global_step + 1}: loss {losses.sum().item():.4g}, gradient norm {float(grad_norm):.4g}: not finite, {found}; "
+            f"weights are as before the step, last checkpoint: {last.name if last else 'none'}. "
+            "Lower training.learning_rate or training.max_grad_norm, then continue with --resume"
+        )
+
+    # Held-out loss: all nats over all labelled tokens
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        is_training = self._clock_started is not None
+        self._stop_clock()
+        metrics = super().evaluate(*args, **kwargs)
+        if is_training:
+            self._start_clock()
+        return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop; its mean over batches gives way to the exact loss, perplexity and bits per byte."""
+        self._held_out_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, tokens = self.accelerator.reduce(self._held_out_sums, reduction="sum").tolist()
+        if tokens == 0:
+            raise ValueError("the held-out rows have no labelled token: raise data.held_out_fraction")
+        loss = nats / tokens
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.held_out_bytes
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"].clone()
+        labels[self._rows_of_their_own(len(labels)) :] = -100
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # A loss divided by one item is the sum; logits, tokens × vocabulary, are never formed.
+            nats = model(**{**inputs, "labels": labels}, num_items_in_batch=1, skip_logits=True).loss
+        tokens = (labels[:, 1:] != -100).sum()
+        self._held_out_sums += torch.stack((nats.double(), tokens.double()))
+        return nats / tokens.clamp(min=1), None, None
+
+    def _rows_of_their_own(self, num_rows: int) -> int:
+        """How many of this process's rows are not repetitions that fill up the last round of all processes."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return num_rows
+        return min(num_rows, max(0, state.remainder - self.args.process_index * num_rows))
+
+    # Log: tokens and seconds beside what Trainer logs
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._start_clock()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._stop_clock()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._stop_clock()
+            self._start_clock()
+            seconds, tokens = self._last_log
+            now = (self.train_seconds, self.state.num_input_tokens_seen)
+            logs["tokens_per_second"] = (now[1] - tokens) / max(now[0] - seconds, 1e-9)
+            logs["train_seconds"] = now[0]
+            self._last_log = now
+        super().log(logs)  # without start_time: its throughput would count evaluation as training
+
+    def continue_clock(self, seconds: float, tokens: int) -> None:
+        """Counts on from where an earlier process was."""
+        self.train_seconds, self._last_log = seconds, (seconds, tokens)
+
+    def _start_clock(self) -> None:
+        self._clock_started = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        if self._clock_started is not None:
+            self.train_seconds += time.perf_counter() - self._clock_started
+        self._clock_started = None
+
+    # Checkpoints and the final model
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, name = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}"
+        self._staging = run_dir / STAGING
+        try:
+            self._clear_staging()
+            with self._config_to_save():
+                super()._save_checkpoint(model, trial)  # its rotation sees the staging folder alone
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(run_dir / name)
+                    self.state.save_to_json(str(self._staging / name / "trainer_state.json"))
+                publish_folder(self._staging / name, run_dir / name)
+                rotate_checkpoints(
+                    output_dir=str(run_dir),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise save_error(name, run_dir, error) from error
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    def save_final(self) -> None:
+        """Writes the model as `save_pretrained` leaves it, and the tokenizer, into the run folder itself."""
+        run_dir = Path(self.args.output_dir)
+        staging = run_dir / STAGING
+        try:
+            self._clear_staging()
+            state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+                with self._config_to_save():
+                    model.save_pretrained(staging, state_dict=state_dict)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(staging)
+                publish_files(staging, run_dir)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise save_error("the final model", run_dir, error) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _clear_staging(self) -> None:
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _config_to_save(self) -> Iterator[None]:
+        in_training = self.model.config.use_cache
+        self.model.config.use_cache = self._saved_use_cache
+        try:
+            yield
+        finally:
+            self.model.config.use_cache = in_training
