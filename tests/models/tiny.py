@@ -10,7 +10,7 @@ from torch import Tensor
 from transxssm import TransXSSMConfig, TransXSSMForCausalLM
 
 VOCAB_SIZE = 97
-PAD = 0  # tokens() never draws it
+FILLER = 5  # what pads are filled with: an ordinary token, since a pad token's embedding is zero and would hide a leak
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -21,7 +21,7 @@ SIZES = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "ssd_chunk_size": 4,
     "initializer_range": 0.2,
-    "pad_token_id": PAD,
+    "pad_token_id": 0,
 }
 MAMBA2 = {"ssd_position_embedding": "none", "ssd_conv_kernel_size": 4, "ssd_skip": True}
 
@@ -48,6 +48,7 @@ VARIANTS = {
     },
 }
 ALL_VARIANTS = list(VARIANTS)
+SLIDING = [name for name, options in VARIANTS.items() if "sliding_window" in options]
 WITH_ATTENTION = [name for name in VARIANTS if not name.startswith("all_ssd")]
 
 
@@ -63,7 +64,7 @@ def tiny_model(variant: str = "hybrid", dtype: torch.dtype = torch.float64, **ov
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    """(b, t) random token ids, none of them `PAD`."""
+    """(b, t) random token ids, none of them the pad token."""
     return torch.randint(1, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -75,7 +76,7 @@ def logits_of(model: TransXSSMForCausalLM, input_ids: Tensor, **arguments) -> Te
 
 def pad_rows(rows: list[Tensor], left: list[int], width: int) -> tuple[Tensor, Tensor]:
     """Rows of (t_i,) ids with `left[i]` pads before and the rest of `width` after; (b, width) ids and attention mask."""
-    ids = torch.full((len(rows), width), PAD)
+    ids = torch.full((len(rows), width), FILLER)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, (row, start) in enumerate(zip(rows, left, strict=True)):
         ids[i, start : start + len(row)] = row

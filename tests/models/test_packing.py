@@ -1,0 +1,217 @@
+"""Documents packed into one row see nothing of each other: logits, losses and gradients are those of each document alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from tests.models.tiny import ALL_VARIANTS, FILLER, SLIDING, VARIANTS, gradients_of, logits_of, tiny_model, tokens
+from tests.tolerances import assert_close
+from transxssm import TransXSSMCache, TransXSSMForCausalLM
+
+# Chunks are four tokens: boundaries lie on, beside and inside them; one document is a single token.
+LENGTHS = [5, 1, 7, 3]
+ROWS = [LENGTHS, [8, 8], [16]]  # a batch of differently packed rows
+
+
+def documents(lengths: list[int], seed: int = 0) -> tuple[Tensor, ...]:
+    """One (1, t_i) document for each length."""
+    return tokens(1, sum(lengths), seed=seed).split(lengths, dim=1)
+
+
+def document_numbers(lengths: list[int]) -> Tensor:
+    """(1, t) seq_idx."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def restarting_positions(lengths: list[int]) -> Tensor:
+    """(1, t) position_ids."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+MARKS = {
+    "seq_idx": lambda lengths: {"seq_idx": document_numbers(lengths)},
+    "position_ids": lambda lengths: {"position_ids": restarting_positions(lengths)},
+    "both": lambda lengths: {
+        "seq_idx": document_numbers(lengths),
+        "position_ids": restarting_positions(lengths),
+    },
+}
+
+
+def one_row(model: TransXSSMForCausalLM, docs: tuple[Tensor, ...]) -> Tensor:
+    """(1, t, v) logits of each document alone, one after the other."""
+    return torch.cat([logits_of(model, doc, use_cache=False) for doc in docs], dim=1)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_logits_are_those_of_separate_documents(variant, marks, use_cache):
+    model, docs = tiny_model(variant), documents(LENGTHS)
+    packed = logits_of(model, torch.cat(docs, dim=1), use_cache=use_cache, **MARKS[marks](LENGTHS))
+    assert_close(packed, one_row(model, docs), torch.float64)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_unmarked_documents_do_see_each_other(variant):
+    """The control: without the marks the logits differ, so that the law above is about them."""
+    model, docs = tiny_model(variant), documents(LENGTHS)
+    assert (logits_of(model, torch.cat(docs, dim=1)) - one_row(model, docs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_a_batch_of_differently_packed_rows(variant):
+    model = tiny_model(variant)
+    rows = [documents(lengths, seed=i) for i, lengths in enumerate(ROWS)]
+    packed = logits_of(
+        model,
+        torch.cat([torch.cat(docs, dim=1) for docs in rows]),
+        seq_idx=torch.cat([document_numbers(lengths) for lengths in ROWS]),
+    )
+    assert_close(packed, torch.cat([one_row(model, docs) for docs in rows]), torch.float64)
+
+
+def without_first(ids: Tensor, lengths: list[int]) -> Tensor:
+    """Labels in which each document's first token does not count."""
+    return ids.masked_fill(restarting_positions(lengths) == 0, -100)
+
+
+def mean_of_separate_losses(model: TransXSSMForCausalLM, docs: tuple[Tensor, ...]) -> Tensor:
+    """The documents' own losses, weighted by their labels that count."""
+    num_labels = sum(doc.shape[1] - 1 for doc in docs)
+    return sum(
+        model(doc, labels=doc, use_cache=False).loss * (doc.shape[1] - 1) / num_labels
+        for doc in docs
+        if doc.shape[1] > 1
+    )
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+class TestLoss:
+    def test_is_the_mean_of_separate_losses(self, variant, marks, use_cache):
+        model, docs = tiny_model(variant, dtype=torch.float32), documents(LENGTHS)
+        row = torch.cat(docs, dim=1)
+        labels = without_first(row, LENGTHS)
+        with torch.no_grad():
+            packed = model(row, labels=labels, use_cache=use_cache, **MARKS[marks](LENGTHS)).loss
+            assert_close(packed, mean_of_separate_losses(model, docs), torch.float32)
+
+    def test_has_the_gradients_of_separate_losses(self, variant, marks, use_cache):
+        model, docs = tiny_model(variant), documents(LENGTHS)
+        row = torch.cat(docs, dim=1)
+        labels = without_first(row, LENGTHS)
+        model(row, labels=labels, use_cache=use_cache, **MARKS[marks](LENGTHS)).loss.backward()
+        packed = gradients_of(model)
+        mean_of_separate_losses(model, docs).backward()
+        for name, gradient in gradients_of(model).items():
+            assert_close(packed[name], gradient, torch.float64, name=name)
+
+
+@pytest.mark.parametrize("pieces", [[1, 1, 1, 1], [4], [1, 3]], ids=str)
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_decoding_goes_on_with_the_last_document_only(variant, marks, pieces):
+    model, docs, more = tiny_model(variant), documents(LENGTHS), tokens(1, 4, seed=3)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, torch.cat(docs, dim=1), past_key_values=cache, **MARKS[marks](LENGTHS))
+    continued = [logits_of(model, piece, past_key_values=cache) for piece in more.split(pieces, dim=1)]
+    alone = logits_of(model, torch.cat((docs[-1], more), dim=1))[:, -4:]
+    assert_close(torch.cat(continued, dim=1), alone, torch.float64)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_a_packed_row_in_packed_pieces(variant):
+    """A call's first token belongs to the cached document; each row of the batch is packed in its own way."""
+    model = tiny_model(variant)
+    rows = [documents(lengths, seed=i) for i, lengths in enumerate(ROWS)]
+    ids = torch.cat([torch.cat(docs, dim=1) for docs in rows])
+    seq_idx = torch.cat([document_numbers(lengths) for lengths in ROWS])
+    cache = TransXSSMCache(config=model.config)
+    ends = [0, 4, 11, 14, 15, 16]  # none of them at a boundary between documents
+    pieces = [
+        logits_of(model, ids[:, start:end], seq_idx=seq_idx[:, start:end], past_key_values=cache)
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]
+    assert_close(torch.cat(pieces, dim=1), torch.cat([one_row(model, docs) for docs in rows]), torch.float64)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_generate_goes_on_with_the_last_document_only(variant):
+    """Positions that restart are all that `generate` needs: it carries them on by itself."""
+    model, docs = tiny_model(variant), documents(LENGTHS)
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    packed = model.generate(torch.cat(docs, dim=1), position_ids=restarting_positions(LENGTHS), **arguments)
+    assert torch.equal(packed[:, -5:], model.generate(docs[-1], **arguments)[:, -5:])
+
+
+# Pads carry what collators give them: the number of the neighbouring document, position 0.
+SIDES = {"left": (3, 0), "right": (0, 3), "both": (2, 1)}
+
+
+def padded_row(docs: tuple[Tensor, ...], marks: str, side: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Ids, attention mask and marks of one packed row between pads."""
+    left, right = SIDES[side]
+    row = F.pad(torch.cat(docs, dim=1), (left, right), value=FILLER)
+    mask = F.pad(torch.ones(1, row.shape[1] - left - right, dtype=torch.long), (left, right))
+    marked = MARKS[marks](LENGTHS)
+    if "seq_idx" in marked:
+        first, last = F.pad(marked["seq_idx"], (left, 0)), len(LENGTHS) - 1
+        marked["seq_idx"] = F.pad(first, (0, right), value=last)
+    if "position_ids" in marked:
+        marked["position_ids"] = F.pad(marked["position_ids"], (left, right))
+    return row, mask, marked
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_a_padded_packed_row(variant, marks, side):
+    model, docs = tiny_model(variant), documents(LENGTHS)
+    row, mask, marked = padded_row(docs, marks, side)
+    padded = logits_of(model, row, attention_mask=mask, **marked)
+    assert_close(padded[:, mask[0].bool()], one_row(model, docs), torch.float64)
+
+
+# A sliding window counts columns, in transformers, so that pads between text and continuation take places in it.
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
+@pytest.mark.parametrize("variant", [name for name in ALL_VARIANTS if name not in SLIDING])
+def test_decoding_after_a_padded_packed_row(variant, marks, side):
+    model, docs, more = tiny_model(variant), documents(LENGTHS), tokens(1, 3, seed=3)
+    row, mask, marked = padded_row(docs, marks, side)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, row, attention_mask=mask, past_key_values=cache, **marked)
+    continued = []
+    for piece in more.split([1, 2], dim=1):
+        mask = F.pad(mask, (0, piece.shape[1]), value=1)
+        continued.append(logits_of(model, piece, attention_mask=mask, past_key_values=cache))
+    alone = logits_of(model, torch.cat((docs[-1], more), dim=1))[:, -3:]
+    assert_close(torch.cat(continued, dim=1), alone, torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "sliding"])
+def test_a_cache_that_cannot_tell_documents_apart_is_refused(variant):
+    model = tiny_model(variant)
+    with pytest.raises(ValueError, match=r"got DynamicCache, expected TransXSSMCache\(config=model.config\)"):
+        model(
+            torch.cat(documents(LENGTHS), dim=1),
+            seq_idx=document_numbers(LENGTHS),
+            past_key_values=DynamicCache(config=model.config),
+        )
+
+
+def test_flash_attention_is_refused():
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"got attn_implementation='flash_attention_2', expected 'sdpa'"):
+        model(torch.cat(documents(LENGTHS), dim=1), seq_idx=document_numbers(LENGTHS))
+
+
+def test_every_kind_of_layer_is_packed():
+    """The tests above run on each kind of layer and each option that the model has."""
+    kinds = {kind for options in VARIANTS.values() for kind in options.get("layer_types", [])}
+    assert kinds == {"linear_attention", "full_attention", "sliding_attention"}
