@@ -354,7 +354,9 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             ssd_rotary=ssd_rotary,
             attention_rotary=attention_rotary,
             length_scale=length_scale(position_ids, self.config.length_scaling_base, dtype),
-            padding_mask=masks[SSD_LAYER_TYPE] if isinstance(attention_mask, dict) else local_padding(padding, length),
+            padding_mask=masks.get(SSD_LAYER_TYPE)
+            if isinstance(attention_mask, dict)
+            else local_padding(padding, length),
             seq_idx=seq_idx,
         )
         hidden_states = inputs_embeds

@@ -26,18 +26,21 @@ class Positions(NamedTuple):
 def default_positions(
     inputs_embeds: Tensor, past_length: int, padding: Tensor | None, seq_idx: Tensor | None, start: Tensor | None
 ) -> Tensor:
-    """(b or 1, t): arange + past length; counted over real tokens where there is a padding mask, from each document's
-    first token where rows are packed (start: where the cached document began)."""
+    """(b or 1, t): the number of real tokens before each in its document: arange + past length where there are neither pads
+    nor packed rows. start: where the cached document began."""
     length = inputs_embeds.shape[1]
-    if padding is not None and padding.shape[1] == past_length + length and seq_idx is None:
-        return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    index = torch.arange(length, device=inputs_embeds.device)[None]
-    past = past_length if start is None else past_length - start[:, None]
-    if seq_idx is None:
-        return index + past
-    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    first = (index * begins).cummax(dim=1).values  # (b, t): where the token's document begins in this call
-    return index - first + past * (seq_idx == seq_idx[:, :1])
+    index = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
+    begins = (
+        torch.zeros_like(index) if start is None else start[:, None]
+    )  # (b or 1, t): where each token's document begins
+    if seq_idx is not None:
+        restarts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        begins = torch.maximum(begins, (index * restarts).cummax(dim=1).values)
+    if padding is None or padding.shape[1] != past_length + length:
+        return index - begins
+    num_before = F.pad(padding.long().cumsum(-1), (1, 0))  # (b, cached + t + 1) real tokens before each column
+    begins = begins.expand(padding.shape[0], length)
+    return num_before[:, past_length:-1] - num_before.gather(1, begins)
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
