@@ -1,0 +1,20 @@
+"""Text to batches: corpora, tokenizers, packed rows."""
+
+from transxssm.data.arguments import DataArguments
+from transxssm.data.collator import PackedCollator
+from transxssm.data.corpus import Corpus, load_corpus
+from transxssm.data.embedded import EMBEDDED_CORPORA
+from transxssm.data.packing import PackedDatasets, build_datasets, tokenize_documents
+from transxssm.data.tokenizer import build_tokenizer
+
+__all__ = [
+    "EMBEDDED_CORPORA",
+    "Corpus",
+    "DataArguments",
+    "PackedCollator",
+    "PackedDatasets",
+    "build_datasets",
+    "build_tokenizer",
+    "load_corpus",
+    "tokenize_documents",
+]

@@ -1,0 +1,72 @@
+"""The recipe's `data:` section."""
+
+from dataclasses import dataclass
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
+SMALLEST_BPE_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+@dataclass
+class DataArguments:
+    """Which text, which tokenizer, which rows.
+
+    Args:
+        corpus: `python-stdlib` or `python-environment` (embedded: source files of the running interpreter), a file or a
+            folder, or a hub data set `owner/name`.
+        corpus_config: configuration of a hub data set, such as `fineweb-edu-dedup` of `HuggingFaceTB/smollm-corpus`.
+        corpus_split: split of a hub data set; the held-out documents are taken out of it too.
+        text_column: where hub data sets, JSONL and Parquet files have their text.
+        streaming: read a hub data set while training, instead of downloading it first.
+        held_out_fraction: share of the documents that is held out, by a hash of each document's name.
+        max_documents: use only the first so many documents; None uses all.
+        tokenizer: `bpe` (byte-level BPE trained on the training split), `bytes`, or the name or path of any tokenizer that
+            `AutoTokenizer` loads.
+        vocab_size: tokens of `bpe`, specials included; a small corpus may give fewer.
+        sequence_length: tokens in a packed row.
+        seed: order of the training documents.
+        cache_dir: where prepared data is kept; None is the cache of `datasets`.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    corpus: str = "python-stdlib"
+    corpus_config: str | None = None
+    corpus_split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    held_out_fraction: float = 0.05
+    max_documents: int | None = None
+    tokenizer: str = "bpe"
+    vocab_size: int = 8192
+    sequence_length: int = 1024
+    seed: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("corpus", "corpus_split", "text_column", "tokenizer"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"data.{name} must be a name: got {getattr(self, name)!r}; leave it out for the default"
+                )
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(
+                f"data.held_out_fraction must lie between 0 and 1, so that there is text to train on and text to "
+                f"evaluate on: got {self.held_out_fraction}"
+            )
+        if self.max_documents is not None and self.max_documents < 2:
+            raise ValueError(
+                f"data.max_documents must be at least 2, one to train on and one to hold out: got {self.max_documents}; "
+                f"leave it out to use all"
+            )
+        if self.tokenizer == "bpe" and self.vocab_size < SMALLEST_BPE_VOCABULARY:
+            raise ValueError(
+                f"data.vocab_size must be at least {SMALLEST_BPE_VOCABULARY}, 256 bytes and {len(SPECIAL_TOKENS)} special "
+                f"tokens: got {self.vocab_size}; data.tokenizer=bytes has no merges at all"
+            )
+        if self.sequence_length < 2:
+            raise ValueError(
+                f"data.sequence_length must be at least 2, a token and the one it predicts: got {self.sequence_length}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"data.seed must not be negative: got {self.seed}")

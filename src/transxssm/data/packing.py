@@ -1,0 +1,175 @@
+"""Documents laid into rows of one length, cached as int32 columns, with document boundaries kept.
+
+A document is `[bos] + tokens + [eos]`. A row is full: where it ends inside a document, the next row goes on with it, and
+repeats the last token as context, so that every token except bos is predicted exactly once.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerFast
+
+from transxssm.data.arguments import DataArguments
+from transxssm.data.cache import fingerprint, generated_dataset
+from transxssm.data.corpus import Corpus
+from transxssm.data.tokenizer import document_bounds, tokenizer_identity
+
+ROW_FEATURES = Features({"input_ids": List(Value("int32")), "seq_idx": List(Value("int32"))})
+_TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
+# Tokenizers keep about a hundred bytes a token while they work: small batches bound that for long documents.
+_TOKENIZER_BATCH_DOCUMENTS = 64
+_READ_BATCH_DOCUMENTS = 256
+_SHUFFLE_BUFFER_DOCUMENTS = 10_000
+
+
+@dataclass(frozen=True)
+class PackedDatasets:
+    """Packed rows with the columns `input_ids` and `seq_idx`, the document of each token, counted from 0 in every row.
+
+    Args:
+        train: documents in seeded random order, every row full; an `IterableDataset` when streaming.
+        held_out: documents in their own order; the last row may be short.
+        held_out_bytes: UTF-8 bytes of the held-out documents, which all labelled tokens of `held_out` together predict.
+    """
+
+    train: Dataset | IterableDataset
+    held_out: Dataset
+    held_out_bytes: int
+
+
+def build_datasets(data: DataArguments, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> PackedDatasets:
+    """Tokenises and packs both splits, or takes them from the cache.
+
+    Tokens are cached by corpus and tokenizer, rows by `sequence_length` and `seed` too.
+
+    Raises:
+        ValueError: the training split does not fill one row.
+    """
+    held_out = _pack_split(data, corpus.held_out, "held_out", corpus.identity, tokenizer)
+    if isinstance(corpus.train, IterableDataset):
+        train = IterableDataset.from_generator(
+            _streamed_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={
+                "documents": corpus.train.shuffle(seed=data.seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS),
+                "tokenizer": tokenizer,
+                "sequence_length": data.sequence_length,
+            },
+        )
+    else:
+        train = _pack_split(data, corpus.train, "train", corpus.identity, tokenizer)
+        if not len(train):
+            raise ValueError(
+                f"the training split of corpus {data.corpus!r} does not fill one row of data.sequence_length="
+                f"{data.sequence_length} tokens; lower it or add text"
+            )
+    held_out_bytes = sum(
+        len(text.encode()) for batch in corpus.held_out.iter(_READ_BATCH_DOCUMENTS) for text in batch["text"]
+    )
+    return PackedDatasets(train, held_out, held_out_bytes)
+
+
+def pack(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of `sequence_length` tokens, the last one shorter if the documents end before it is full.
+
+    Args:
+        documents: token ids, bos and eos included.
+        sequence_length: tokens a row, at least 2.
+
+    Yields:
+        `input_ids` and `seq_idx`, each (sequence_length,) int32.
+    """
+    row = _empty_row(sequence_length)
+    filled = segment = 0
+    for document in documents:
+        begin, end = 0, 0
+        while end < len(document):
+            end = min(len(document), begin + sequence_length - filled)
+            piece = slice(filled, filled + end - begin)
+            row["input_ids"][piece] = document[begin:end]
+            row["seq_idx"][piece] = segment
+            filled, segment = piece.stop, segment + 1
+            if filled == sequence_length:
+                yield row
+                row = _empty_row(sequence_length)
+                filled = segment = 0
+            begin = end - 1  # the continuation repeats its context
+    if filled:
+        yield {name: column[:filled] for name, column in row.items()}
+
+
+def _empty_row(sequence_length: int) -> dict[str, np.ndarray]:
+    return {name: np.empty(sequence_length, dtype=np.int32) for name in ROW_FEATURES}
+
+
+def tokenize_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[np.ndarray]:
+    """Each text as `[bos] + tokens + [eos]`, (tokens + 2,) int32.
+
+    A text that spells out a special token gets the tokens of those characters: only packing ends a document.
+    """
+    begin, end = document_bounds(tokenizer)
+    encoded = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    return [np.array([begin, *ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
+
+
+def _pack_split(
+    data: DataArguments, documents: Dataset, split: str, corpus_identity: str, tokenizer: PreTrainedTokenizerFast
+) -> Dataset:
+    tokens_identity = fingerprint("tokens", split, corpus_identity, tokenizer_identity(tokenizer))
+    tokens = documents.map(
+        _tokenized_batch,
+        batched=True,
+        batch_size=_TOKENIZER_BATCH_DOCUMENTS,
+        remove_columns=documents.column_names,
+        features=_TOKEN_FEATURES,
+        fn_kwargs={"tokenizer": tokenizer},
+        new_fingerprint=tokens_identity,
+        desc=f"Tokenizing the {split} split",
+    )
+    rows_identity = fingerprint("rows", tokens_identity, data.sequence_length, data.seed if split == "train" else None)
+    arguments: dict[str, Any] = {"tokens": tokens, "sequence_length": data.sequence_length}
+    if split == "train":
+        arguments["seed"] = data.seed
+    return generated_dataset(
+        _training_rows if split == "train" else _held_out_rows,
+        arguments,
+        features=ROW_FEATURES,
+        split=split,
+        identity=rows_identity,
+        cache_dir=data.cache_dir,
+    ).with_format("numpy")
+
+
+def _tokenized_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[np.ndarray]]:
+    return {"input_ids": tokenize_documents(batch["text"], tokenizer)}
+
+
+def _training_rows(tokens: Dataset, sequence_length: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    order = np.random.default_rng(seed).permutation(len(tokens))
+    rows = pack(_arrays(tokens.select(order)), sequence_length)
+    return (row for row in rows if len(row["input_ids"]) == sequence_length)
+
+
+def _held_out_rows(tokens: Dataset, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+    return pack(_arrays(tokens), sequence_length)
+
+
+def _streamed_rows(
+    documents: IterableDataset, tokenizer: PreTrainedTokenizerFast, sequence_length: int
+) -> Iterator[dict[str, np.ndarray]]:
+    tokens = (
+        array
+        for batch in documents.iter(_TOKENIZER_BATCH_DOCUMENTS)
+        for array in tokenize_documents(batch["text"], tokenizer)
+    )
+    return (row for row in pack(tokens, sequence_length) if len(row["input_ids"]) == sequence_length)
+
+
+def _arrays(tokens: Dataset) -> Iterator[np.ndarray]:
+    for batch in tokens.with_format("numpy").iter(_READ_BATCH_DOCUMENTS):
+        yield from batch["input_ids"]
