@@ -148,4 +148,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    # Detached: inside activation checkpointing, what the check saved for a gradient would be missed on the second run.
+    return bool(torch.isfinite(tensor.detach()).all())

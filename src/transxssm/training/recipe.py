@@ -137,7 +137,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     recipe = Recipe(
         name=name,
         model=sections.get("model", {}),
-        data=_data_arguments(sections.get("data", {})),
+        data=DataArguments(**sections.get("data", {})),
         training=_with_defaults(sections.get("training", {}), name),
     )
     recipe.model_config()
@@ -178,13 +178,6 @@ def _apply(override: str, sections: dict[str, Any]) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"override {override!r}: {'.'.join(keys[:depth])} is {target!r}, which has no keys")
     target[keys[-1]] = value
-
-
-def _data_arguments(values: Mapping[str, Any]) -> DataArguments:
-    try:
-        return DataArguments(**values)
-    except ValueError as error:
-        raise ValueError(f"data: {_one_line(error)}") from error
 
 
 def _with_defaults(given: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import logging as transformers_logging
 
 from transxssm.training.checkpoints import (
     PREFIX,
@@ -92,12 +93,13 @@ class TransXSSMTrainer(Trainer):
             origin = origin or find_origin(
                 module, lambda batch=inputs, items=num_items: self.compute_loss(module, batch, num_items_in_batch=items)
             )
-        found = f"first in the {origin}" if origin else "but running the batch again stayed finite on this process"
+        what = f"loss {losses.sum().item():.4g}, gradient norm {float(grad_norm):.4g}"
+        where = f"first in the {origin}" if origin else "but running the batch again stayed finite on this process"
         last = last_complete_checkpoint(Path(self.args.output_dir))
         return NonFiniteError(
-            f"step {self.state.global_step + 1}: loss {losses.sum().item():.4g}, gradient norm {float(grad_norm):.4g}: not finite, {found}; "
-            f"weights are as before the step, last checkpoint: {last.name if last else 'none'}. "
-            "Lower training.learning_rate or training.max_grad_norm, then continue with --resume"
+            f"step {self.state.global_step + 1} is not finite ({what}), {where}. "
+            f"Weights are as before the step, the last checkpoint is {last.name if last else 'none'}: "
+            "lower training.learning_rate or training.max_grad_norm and continue with --resume"
         )
 
     # Held-out loss: all nats over all labelled tokens
@@ -185,7 +187,7 @@ class TransXSSMTrainer(Trainer):
         self._staging = run_dir / STAGING
         try:
             self._clear_staging()
-            with self._config_to_save():
+            with self._saving():
                 super()._save_checkpoint(model, trial)  # its rotation sees the staging folder alone
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -215,7 +217,7 @@ class TransXSSMTrainer(Trainer):
             state_dict = self.accelerator.get_state_dict(self.model_wrapped)
             if self.args.should_save:
                 model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-                with self._config_to_save():
+                with self._saving():
                     model.save_pretrained(staging, state_dict=state_dict)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staging)
@@ -232,10 +234,20 @@ class TransXSSMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _config_to_save(self) -> Iterator[None]:
-        in_training = self.model.config.use_cache
+    def _saving(self) -> Iterator[None]:
+        """The config as it was built, and no bar for a single file across the run's own display."""
+        in_training, showed_bars = self.model.config.use_cache, transformers_logging.is_progress_bar_enabled()
         self.model.config.use_cache = self._saved_use_cache
+        transformers_logging.disable_progress_bar()
         try:
             yield
         finally:
             self.model.config.use_cache = in_training
+            if showed_bars:
+                transformers_logging.enable_progress_bar()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied head is not saved beside the embeddings it is; Trainer would call it missing at every resume.
+        tied = self.model.all_tied_weights_keys
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+
+from transxssm.training.checkpoints import (
+    MANIFEST,
+    SaveError,
+    last_complete_checkpoint,
+    publish_files,
+    publish_folder,
+    save_error,
+    why_incomplete,
+    write_text_whole,
+)
+
+
+def publish(run_dir, step):
+    staged = run_dir / ".unfinished" / f"checkpoint-{step}"
+    (staged / "shards").mkdir(parents=True)
+    (staged / "model.safetensors").write_bytes(bytes(100))
+    (staged / "optimizer.pt").write_bytes(bytes(50))
+    (staged / "shards" / "0.distcp").write_bytes(bytes(10))
+    publish_folder(staged, run_dir / f"checkpoint-{step}")
+    return run_dir / f"checkpoint-{step}"
+
+
+def test_a_published_checkpoint_is_whole_and_lists_its_files(tmp_path):
+    checkpoint = publish(tmp_path, 5)
+    assert why_incomplete(checkpoint) is None
+    assert json.loads((checkpoint / MANIFEST).read_text()) == {
+        "model.safetensors": 100,
+        "optimizer.pt": 50,
+        "shards/0.distcp": 10,
+    }
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "shards/0.distcp", MANIFEST])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, caplog, name, damage):
+    earlier, later = publish(tmp_path, 9), publish(tmp_path, 10)
+    assert last_complete_checkpoint(tmp_path) == later  # 10 comes after 9
+    if damage == "cut":
+        path = later / name
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        (later / name).unlink()
+    assert last_complete_checkpoint(tmp_path) == earlier
+    assert "checkpoint-10 is incomplete" in caplog.text
+    assert name in caplog.text
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_publishing_again_replaces_a_damaged_checkpoint(tmp_path):
+    (publish(tmp_path, 5) / "optimizer.pt").unlink()
+    assert why_incomplete(publish(tmp_path, 5)) is None
+
+
+def test_published_files_replace_those_of_the_same_name_only(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    staged = tmp_path / ".unfinished"
+    staged.mkdir()
+    (staged / "config.json").write_text("new")
+    publish_files(staged, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config.json": "new",
+        "metrics.jsonl": "kept",
+    }
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_text_whole(path, "first")
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_text_whole(path, "second")
+    assert path.read_text() == "first"
+
+
+def test_a_save_error_is_one_line_with_reason_and_what_is_left(tmp_path):
+    publish(tmp_path, 5)
+    error = save_error("checkpoint-10", tmp_path, OSError(28, "No space left on device"))
+    assert isinstance(error, SaveError)
+    message = str(error)
+    assert "\n" not in message
+    for part in ("checkpoint-10", "No space left on device", "checkpoint-5 is whole", "--resume"):
+        assert part in message

@@ -1,0 +1,131 @@
+import pytest
+
+from transxssm.training import bundled_recipes, load_recipe, recipe as recipe_module
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.learning_rat=1e-3", ["training.learning_rat", "training.learning_rate"]),
+        ("training.sequence_length=64", ["training.sequence_length", "data.sequence_length"]),
+        ("model.num_layers=4", ["model.num_layers", "model.num_hidden_layers"]),
+        ("trainin.max_steps=3", ["'trainin'", "training"]),
+        ("training.learning_rate=abc", ["training.learning_rate", "got 'abc' (str)", "expected float"]),
+        ("training.learning_rate=true", ["got True (bool)", "expected float"]),
+        ("training.max_steps=2.5", ["training.max_steps", "got 2.5 (float)", "expected int"]),
+        ("training.max_steps='3'", ["got '3' (str)", "expected int"]),
+        ("training.bf16=1", ["got 1 (int)", "expected bool"]),
+        ("data.sequence_length=1.5", ["data.sequence_length", "got 1.5 (float)", "expected int"]),
+        ("data.sequence_length=0", ["data", "sequence_length", "0"]),
+        ("data.seed=-1", ["data.seed", "-1"]),
+        ("training.eval_strategy=stps", ["got 'stps'", "no, steps, epoch"]),
+        ("training.ddp_backend=glo", ["got 'glo'", "gloo"]),
+        ("model.preset=huge", ["got 'huge'", "tiny, small, 320m, 1.3b"]),
+        ("model.num_attention_heads=3", ["num_attention_heads", "got 64 and 3"]),
+        ("model.ssd_state_size=48", ["ssd_state_size", "got 48 and 32"]),
+        ("model.rope_parameters={rope_type: dynamic, rope_theta: 1e4}", ["dynamic"]),
+        ("model.hidden_size=wide", ["model.hidden_size", "got 'wide' (str)", "expected int"]),
+        ("max_steps=3", ["max_steps=3", "section.key=value"]),
+        ("training.max_steps", ["section.key=value"]),
+        ("training.max_steps.x=3", ["training.max_steps is 20"]),
+        ("training.optim_args=[1", ["training.optim_args=[1", "expected"]),
+        ("training.logging_nan_inf_filter=true", ["logging_nan_inf_filter", "must stay False"]),
+    ],
+)
+def test_a_bad_override_is_one_line_that_says_what_and_what_instead(recipe, override, parts):
+    with pytest.raises(ValueError, match=".") as caught:
+        recipe(override)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_settings_that_contradict_each_other_are_one_line(recipe):
+    with pytest.raises(ValueError, match="training: .*requires the save and eval strategy to match") as caught:
+        recipe("training.load_best_model_at_end=true", "training.save_strategy=epoch").training_arguments()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_names_the_bundled_ones():
+    with pytest.raises(ValueError, match="did you mean tiny") as caught:
+        load_recipe("tinny")
+    assert all(name in str(caught.value) for name in bundled_recipes())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xd0\xff", "cannot be read as text"),
+        (b"model: [1", "line 1"),
+        (b"- model", "expected the sections"),
+        (b"model: tiny", "model: got 'tiny'"),
+        (b"model: {preset: tiny}\nmodel: {preset: small}", "given twice"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, content, reason):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_bundled_recipes_load_and_build_their_arguments(name):
+    recipe = load_recipe(name)
+    assert recipe.output_dir.as_posix() == f"runs/{name}"
+    assert recipe.training_arguments().max_steps > 0
+
+
+def test_recipes_of_table_4_hold_the_papers_figures():
+    for name, rate, hidden, tokens in (("table4-320m", 3e-4, 768, 2**20), ("table4-1.3b", 2e-4, 2048, 2**21)):
+        recipe = load_recipe(name)
+        training, config = recipe.training, recipe.model_config()
+        rows = 8 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+        assert (training["learning_rate"], config.hidden_size, config.ssd_chunk_size) == (rate, hidden, 256)
+        assert rows * recipe.data.sequence_length == tokens
+
+
+def test_a_silent_recipe_trains_as_appendix_b_1_says(tmp_path):
+    path = tmp_path / "silent.yaml"
+    path.write_text("model: {preset: tiny}\ndata:\ntraining: {use_cpu: true, max_steps: 1000}\n", encoding="utf-8")
+    arguments = load_recipe(path).training_arguments()
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.weight_decay) == (0.9, 0.999, 0.01)
+    assert arguments.get_warmup_steps(1000) == 100
+    assert arguments.lr_scheduler_type == "cosine_with_min_lr"
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert arguments.max_grad_norm == 1.0
+    assert arguments.output_dir == "runs/silent"
+    assert arguments.logging_nan_inf_filter is False
+
+
+def test_another_schedule_comes_without_the_default_ones_settings(recipe):
+    assert recipe("training.lr_scheduler_type=linear").training_arguments().lr_scheduler_kwargs is None
+
+
+def test_overrides_reach_into_mappings_and_take_yaml_values(recipe):
+    training = recipe("training.lr_scheduler_kwargs.min_lr_rate=0.2", "training.learning_rate=3e-4").training
+    assert training["lr_scheduler_kwargs"] == {"min_lr_rate": 0.2}
+    assert training["learning_rate"] == 3e-4
+
+
+def test_a_resolved_recipe_loads_as_the_same_recipe(recipe, tmp_path):
+    resolved = recipe("model.ssd_skip=true", "data.vocab_size=300")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved.to_yaml(), encoding="utf-8")
+    assert load_recipe(path).to_dict() == resolved.to_dict()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_follows_the_hardware_unless_told(recipe_file, monkeypatch, fast):
+    text = recipe_file.read_text().replace("  bf16: false\n", "")
+    recipe_file.write_text(text)
+    monkeypatch.setattr(recipe_module, "has_fast_bfloat16", lambda: fast)
+    assert load_recipe(recipe_file).training["bf16"] is fast
+    assert load_recipe(recipe_file, [f"training.bf16={'false' if fast else 'true'}"]).training["bf16"] is not fast

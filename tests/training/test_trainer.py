@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from transxssm.data import PackedCollator, build_datasets, build_tokenizer, load_corpus
+from transxssm.models import TransXSSMForCausalLM
+from transxssm.training import TransXSSMTrainer
+
+
+@pytest.fixture
+def build_trainer(recipe):
+    def build(*overrides):
+        chosen = recipe(*overrides)
+        corpus = load_corpus(chosen.data)
+        tokenizer = build_tokenizer(chosen.data, corpus)
+        rows = build_datasets(chosen.data, corpus, tokenizer)
+        return TransXSSMTrainer(
+            model=TransXSSMForCausalLM(chosen.model_config(vocab_size=320)),
+            args=chosen.training_arguments(),
+            data_collator=PackedCollator(tokenizer),
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
+            held_out_bytes=rows.held_out_bytes,
+            processing_class=tokenizer,
+        )
+
+    return build
+
+
+def test_vectors_do_not_decay_and_matrices_do(build_trainer):
+    trainer = build_trainer("model.ssd_skip=true", "model.ssd_conv_kernel_size=4", "training.weight_decay=0.3")
+    optimizer = trainer.create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: decay[id(p)] for name, p in trainer.model.named_parameters()}
+    assert len(decay) == len(by_name)
+    without = {
+        name.rsplit(".", 1)[-1] if "norm" not in name else "norm" for name, value in by_name.items() if value == 0
+    }
+    assert without == {"norm", "A_log", "dt_bias", "D"}
+    assert set(by_name.values()) == {0.0, 0.3}
+    assert by_name["model.embed_tokens.weight"] == by_name["model.layers.0.ssd.conv_weight"] == 0.3
+
+
+def exact_held_out_nats(trainer):
+    """Summed token by token from the logits, one row at a time."""
+    nats, tokens = 0.0, 0
+    trainer.model.eval()
+    for row in trainer.eval_dataset:
+        batch = trainer.data_collator([row])
+        labels = batch.pop("labels")[0, 1:]
+        with torch.no_grad():
+            logits = trainer.model(**batch).logits[0, :-1]
+        nats += F.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="sum").item()
+        tokens += (labels != -100).sum().item()
+    return nats, tokens
+
+
+# 3 leaves a last batch that is short, and rows differ in how many labels they have.
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_held_out_loss_is_all_nats_over_all_tokens_whatever_the_batches(build_trainer, batch_size):
+    trainer = build_trainer(f"training.per_device_eval_batch_size={batch_size}")
+    nats, tokens = exact_held_out_nats(trainer)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / trainer.held_out_bytes, rel=1e-6)
+
+
+def test_evaluation_forms_no_logits(build_trainer):
+    trainer = build_trainer()
+    calls = []
+    trainer.model.lm_head.register_forward_hook(lambda *args: calls.append(args))
+    trainer.evaluate()
+    assert not calls
+
+
+def test_evaluation_does_not_count_as_training_time(build_trainer, monkeypatch):
+    trainer = build_trainer()
+    clock = iter(range(0, 10_000, 100))  # every look at the clock is 100 seconds later
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    trainer._start_clock()
+    monkeypatch.setattr("transformers.Trainer.evaluate", lambda self: {})
+    trainer.evaluate()
+    trainer._stop_clock()
+    assert trainer.train_seconds == 200  # before and after, not the 100 between
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows", "own"), [(2, 5, [1, 0]), (2, 6, [2, 0]), (2, 7, [2, 1]), (2, 8, [2, 2]), (1, 5, [1])]
+)
+def test_rows_that_only_fill_up_the_last_round_are_not_counted(build_trainer, monkeypatch, processes, rows, own):
+    trainer = build_trainer()
+    state = trainer.accelerator.gradient_state
+    monkeypatch.setattr(type(state), "end_of_dataloader", True)
+    monkeypatch.setattr(type(state), "remainder", rows % (2 * processes))
+    for process, expected in enumerate(own):
+        monkeypatch.setattr(type(trainer.args), "process_index", process)
+        rows_here = 2 if processes > 1 else 1  # one process leaves its last batch short
+        assert trainer._rows_of_their_own(rows_here) == expected
