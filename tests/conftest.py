@@ -5,7 +5,7 @@ import random
 import tempfile
 
 # The hub libraries read these once, when they are imported, so they are set before anything else is. Every process has a
-# cache of its own, removed at exit: no test sees what another, or the user, has cached.
+# cache of its own, removed in the end: no test sees what another, or the user, has cached.
 _CACHE = tempfile.TemporaryDirectory(prefix="transxssm-tests-")
 os.environ |= {
     "HF_HOME": _CACHE.name,
@@ -30,6 +30,10 @@ torch.set_num_threads(1)
 # time says nothing about the code.
 hypothesis.settings.register_profile("transxssm", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("transxssm")
+
+
+def pytest_unconfigure() -> None:
+    _CACHE.cleanup()  # here and not at exit, which the workers of pytest-xdist skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

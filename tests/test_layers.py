@@ -16,6 +16,7 @@ LAYERS = {
     "data": 2,
     "training": 3,
     "evaluation": 3,
+    "inspection": 3,
     "benchmarking": 3,
     "serving": 3,
     "studies": 4,

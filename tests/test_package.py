@@ -2,14 +2,17 @@
 
 import email
 import email.message
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 import transxssm
+from tests.test_layers import modules_imported
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,9 +64,32 @@ def test_metadata_states_version_licence_and_python(metadata):
     assert metadata["Requires-Python"] == ">=3.11"
 
 
-def test_development_tools_are_not_requirements_of_users(metadata):
-    required = {line.split(">")[0].split(";")[0].strip() for line in metadata.get_all("Requires-Dist")}
-    assert not required & {"pytest", "ruff", "mypy", "hypothesis", "pre-commit"}
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@pytest.fixture(scope="module")
+def required(metadata) -> set[str]:
+    """The distributions that an installation brings, options aside."""
+    lines = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    return {canonical(re.match(r"[\w.-]+", line).group()) for line in lines}
+
+
+def test_every_library_that_is_imported_is_required(required):
+    """What another package happens to bring may be gone with its next version."""
+    package = ROOT / "src" / "transxssm"
+    libraries = {name.split(".")[0] for path in package.rglob("*.py") for name in modules_imported(path, package)}
+    provided_by = packages_distributions()
+    missing = {
+        library
+        for library in libraries - sys.stdlib_module_names - {"transxssm"}
+        if required.isdisjoint(map(canonical, provided_by.get(library, [])))
+    }
+    assert not missing
+
+
+def test_development_tools_are_not_required(required):
+    assert required.isdisjoint({"pytest", "ruff", "mypy", "hypothesis", "pre-commit"})
 
 
 def test_the_installed_command_is_the_one_in_the_metadata(wheel):
