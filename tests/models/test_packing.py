@@ -1,5 +1,7 @@
 """Documents packed into one row see nothing of each other: logits, losses and gradients are those of each document alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,7 +136,7 @@ def test_a_packed_row_in_packed_pieces(variant):
     ends = [0, 4, 11, 14, 15, 16]  # none of them at a boundary between documents
     pieces = [
         logits_of(model, ids[:, start:end], seq_idx=seq_idx[:, start:end], past_key_values=cache)
-        for start, end in zip(ends, ends[1:], strict=False)
+        for start, end in pairwise(ends)
     ]
     assert_close(torch.cat(pieces, dim=1), torch.cat([one_row(model, docs) for docs in rows]), torch.float64)
 

@@ -1,0 +1,230 @@
+"""The configuration: presets and their sizes, what is derived, what is refused, and its way through JSON."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from tests.models.tiny import ALL_VARIANTS, SIZES, tiny_config
+from tests.tolerances import assert_close
+from transxssm import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models import PRESETS
+from transxssm.models.modeling_transxssm import TransXSSMRotaryEmbedding
+
+
+def num_parameters(config: TransXSSMConfig | LlamaConfig) -> int:
+    """Parameters of the causal language model, a tied head counted once; no memory is allocated."""
+    model_class = TransXSSMForCausalLM if isinstance(config, TransXSSMConfig) else LlamaForCausalLM
+    with torch.device("meta"):
+        return model_class(config).num_parameters()
+
+
+class TestPresets:
+    @pytest.mark.parametrize(("name", "expected"), [("320m", 321_980_664), ("1.3b", 1_299_877_184)])
+    def test_the_papers_sizes(self, name, expected):
+        assert num_parameters(TransXSSMConfig.from_preset(name)) == expected
+
+    @pytest.mark.parametrize(("name", "low", "high"), [("small", 28e6, 32e6), ("tiny", 5e6, 9e6)])
+    def test_the_demonstration_sizes(self, name, low, high):
+        assert low <= num_parameters(TransXSSMConfig.from_preset(name)) <= high
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_is_as_large_as_a_llama_of_its_widths(self, name):
+        config = TransXSSMConfig.from_preset(name)
+        shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        llama = LlamaConfig(**{field: getattr(config, field) for field in shared}, tie_word_embeddings=True)
+        assert num_parameters(config) == pytest.approx(num_parameters(llama), rel=0.02)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_holds_the_papers_pattern(self, name):
+        config = TransXSSMConfig.from_preset(name)
+        module = ["linear_attention"] * 7 + ["full_attention"]
+        assert config.layer_types == module * (config.num_hidden_layers // 8)
+        assert config.head_dim == 64
+        assert config.ssd_state_size == 128
+        assert config.ssd_num_groups == config.num_attention_heads // 2
+        assert (config.ssd_position_embedding, config.ssd_conv_kernel_size, config.ssd_skip) == ("rope", 0, False)
+
+    def test_fields_can_be_replaced(self):
+        assert TransXSSMConfig.from_preset("tiny", vocab_size=300).vocab_size == 300
+        assert PRESETS["tiny"]["vocab_size"] == 4096
+
+    def test_an_unknown_name_is_refused_with_the_known_ones(self):
+        with pytest.raises(ValueError, match=r"unknown preset 'huge': expected one of tiny, small, 320m, 1\.3b"):
+            TransXSSMConfig.from_preset("huge")
+
+
+class TestDerived:
+    @pytest.mark.parametrize(
+        ("hidden_size", "heads", "groups"), [(256, 4, 2), (64, 1, 1), (96, 3, 1), (320, 5, 1), (384, 6, 3)]
+    )
+    def test_width_and_heads_alone_are_enough(self, hidden_size, heads, groups):
+        config = TransXSSMConfig(hidden_size=hidden_size, num_attention_heads=heads)
+        assert config.head_dim == config.ssd_head_dim == hidden_size // heads
+        assert config.ssd_num_heads == config.num_key_value_heads == heads
+        assert config.ssd_state_size == 2 * config.head_dim
+        assert config.ssd_num_groups == groups
+        assert config.layer_types == (["linear_attention"] * 7 + ["full_attention"]) * 3
+
+    def test_an_ssd_layer_costs_what_an_attention_layer_does(self):
+        config = TransXSSMConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=8)
+        with torch.device("meta"):
+            layers = TransXSSMForCausalLM(config).model.layers
+        ssd = sum(parameter.numel() for parameter in layers[0].ssd.parameters())
+        attention = sum(parameter.numel() for parameter in layers[7].self_attn.parameters())
+        assert ssd == attention + 256 * 4 + 2 * 4  # dt_proj, A_log and dt_bias
+
+    @pytest.mark.parametrize("num_layers", [1, 2, 7, 8, 9, 16])
+    def test_every_eighth_layer_is_attention_and_there_is_one_at_least(self, num_layers):
+        layer_types = TransXSSMConfig(num_hidden_layers=num_layers).layer_types
+        attention = [layer + 1 for layer, kind in enumerate(layer_types) if kind == "full_attention"]
+        assert attention == ([num_layers] if num_layers < 8 else list(range(8, num_layers + 1, 8)))
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_json_round_trip(variant, tmp_path):
+    config = tiny_config(
+        variant, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}, num_labels=3
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is TransXSSMConfig
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transxssm"
+
+
+REFUSED = [
+    (
+        {"hidden_size": 100, "num_attention_heads": 3},
+        "hidden_size must be a multiple of num_attention_heads: got 100 and 3",
+    ),
+    (
+        {"num_attention_heads": 4, "num_key_value_heads": 3},
+        "num_attention_heads must be a multiple of num_key_value_heads: got 4 and 3",
+    ),
+    ({"hidden_size": 32, "ssd_head_dim": 12}, "hidden_size must be a multiple of ssd_head_dim: got 32 and 12"),
+    ({"ssd_num_heads": 4, "ssd_num_groups": 3}, "ssd_num_heads must be a multiple of ssd_num_groups: got 4 and 3"),
+    (
+        {"hidden_size": 128, "num_attention_heads": 2, "ssd_state_size": 96},
+        "ssd_state_size must be an even multiple of head_dim, so that both rotate on one table: got 96 and 64",
+    ),
+    ({"num_attention_heads": 32}, "ssd_state_size must be an even multiple of head_dim.*got 2 and 1"),
+    (
+        {"layer_types": ["linear_attention"] * 2},
+        "layer_types must name each of the num_hidden_layers=3 layers: got 2 names",
+    ),
+    (
+        {"layer_types": ["linear_attention", "mamba", "full_attention"]},
+        "layer_types may contain linear_attention, full_attention, sliding_attention: got 'mamba'",
+    ),
+    (
+        {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
+        "sliding_attention layers need sliding_window ≥ 1 tokens: got None",
+    ),
+    ({"hidden_size": 0}, "hidden_size must be at least 1: got 0"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1: got -1"),
+    ({"ssd_chunk_size": 0}, "ssd_chunk_size must be at least 1: got 0"),
+    ({"ssd_conv_kernel_size": -1}, "ssd_conv_kernel_size must be 0 .* or more: got -1"),
+    ({"ssd_A_min": 0.0}, "expected 0 < ssd_A_min ≤ ssd_A_max: got 0.0 and 16.0"),
+    ({"ssd_dt_min": 0.2}, "expected 0 < ssd_dt_floor ≤ ssd_dt_min ≤ ssd_dt_max: got 0.0001, 0.2 and 0.1"),
+    ({"length_scaling_base": 1}, "length_scaling_base must be at least 2 tokens.*got 1"),
+    (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type 'dynamic' .* a state summed under old frequencies cannot be rotated again: use one of default, linear, llama3, yarn",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        "rope_type 'longrope' .* cannot be rotated again",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "spiral"}},
+        "rope_type must be one of default, linear, llama3, yarn: got 'spiral'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=lambda case: str(case)[:60])
+def test_what_does_not_fit_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TransXSSMConfig(**{**SIZES, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ssd_position_embedding": "learned"}, r"expected one of \('rope', 'none'\), got learned"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused_as_in_all_strict_configurations(fields, message):
+    with pytest.raises(StrictDataclassFieldValidationError, match=message):
+        TransXSSMConfig(**{**SIZES, **fields})
+
+
+ROPE = {
+    "default": {"rope_theta": 50_000.0},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+}
+POSITIONS = torch.tensor([[0, 1, 5, 300, 4000]])
+
+
+def rope_config(rope_type: str, **overrides) -> TransXSSMConfig:
+    return tiny_config(rope_parameters={"rope_type": rope_type, "rope_theta": 10_000.0, **ROPE[rope_type]}, **overrides)
+
+
+def llama_rotary(config: TransXSSMConfig, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' own cos and sin for heads of `width`."""
+    llama = LlamaConfig(
+        hidden_size=width,
+        num_attention_heads=1,
+        rope_parameters=dict(config.rope_parameters),
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    cos, sin = LlamaRotaryEmbedding(llama)(torch.zeros(1), POSITIONS)
+    return cos[..., : width // 2], sin[..., : width // 2]
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+class TestStaticRope:
+    def test_attention_of_the_tables_width_rotates_as_llama_does(self, rope_type):
+        config = rope_config(rope_type, ssd_state_size=8)
+        assert config.rotary_width == config.head_dim == 8
+        _, attention = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float32)
+        for got, expected in zip(attention, llama_rotary(config, 8), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)  # theirs are float32 angles of thousands
+
+    def test_narrower_attention_reads_every_second_frequency_of_the_state(self, rope_type):
+        config = rope_config(rope_type)
+        assert (config.rotary_width, config.head_dim) == (16, 8)
+        ssd, attention = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float64)
+        factor = config.rotary_frequencies()[1]
+        for of_state, of_attention in zip(ssd, attention, strict=True):
+            assert_close(of_attention, factor * of_state[..., ::2], torch.float64)
+
+    def test_the_state_rotates_as_a_llama_of_its_width_without_the_attention_factor(self, rope_type):
+        config = rope_config(rope_type)
+        ssd, _ = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float64)
+        factor = config.rotary_frequencies()[1]
+        for got, expected in zip(ssd, llama_rotary(config, 16), strict=True):
+            torch.testing.assert_close(got.float(), expected / factor, rtol=0, atol=1e-3)
+        assert_close(ssd[0] ** 2 + ssd[1] ** 2, torch.ones_like(ssd[0]), torch.float64)  # a rotation: no gain
+
+    def test_scaling_moves_the_frequencies(self, rope_type):
+        unscaled = tiny_config().rotary_frequencies()[0]
+        assert rope_config(rope_type).rotary_frequencies()[0] != unscaled
+
+
+def test_only_yarn_has_an_attention_factor():
+    factors = {rope_type: rope_config(rope_type).rotary_frequencies()[1] for rope_type in ROPE}
+    assert factors.pop("yarn") == pytest.approx(1.1386, abs=1e-4)  # 0.1 ln 4 + 1
+    assert set(factors.values()) == {1.0}

@@ -1,0 +1,170 @@
+"""What trainers do to a model: checkpointing, compiling, adapters, classification."""
+
+import math
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.tiny import ALL_VARIANTS, gradients_of, logits_of, pad_rows, tiny_config, tiny_model, tokens
+from tests.tolerances import assert_close
+from transxssm import TransXSSMForCausalLM, TransXSSMForSequenceClassification
+
+PROJECTIONS = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("x_proj", "B_proj", "C_proj", "dt_proj", "out_proj"),
+]
+
+
+def losses_of_training(model: nn.Module, num_steps: int, **batch: Tensor) -> list[float]:
+    """Losses of AdamW steps on one batch, before each step and after the last."""
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(num_steps):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return [*losses, model(**batch).loss.item()]
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_learns_a_batch_by_heart(variant):
+    model = tiny_model(variant, dtype=torch.float32).train()
+    ids = tokens(4, 12)
+    losses = losses_of_training(model, 60, input_ids=ids, labels=ids)
+    assert losses[-1] < 0.2 * losses[0]
+    prompt = ids[:, :4]
+    continued = model.eval().generate(prompt, max_new_tokens=8, do_sample=False)
+    assert (continued == ids).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_gradient_checkpointing_changes_no_gradient(variant, use_reentrant):
+    model, ids = tiny_model(variant).train(), tokens(2, 12)
+    marks = {"seq_idx": torch.tensor([[0] * 5 + [1] * 7, [0] * 12])}
+    plain_loss = model(ids, labels=ids, **marks).loss
+    plain_loss.backward()
+    plain = gradients_of(model)
+
+    calls = 0
+
+    def count(*_) -> None:
+        nonlocal calls
+        calls += 1
+
+    handles = [layer.input_layernorm.register_forward_pre_hook(count) for layer in model.model.layers]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    loss = model(ids, labels=ids, **marks).loss
+    loss.backward()
+    assert calls == 2 * len(handles)  # each layer ran again in backward
+    assert_close(loss, plain_loss, torch.float64)
+    for name, gradient in gradients_of(model).items():
+        assert_close(gradient, plain[name], torch.float64, name=name)
+
+
+# Capture is what fails where it fails, so the backend is one that generates no code, which takes minutes.
+@pytest.mark.parametrize("variant", ["hybrid", "everything"])
+def test_compiles_as_one_graph(variant):
+    model, ids = tiny_model(variant).train(), tokens(2, 9)
+    model(ids, labels=ids, skip_logits=False, use_cache=False).loss.backward()
+    expected = gradients_of(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(ids, labels=ids, skip_logits=False, use_cache=False)
+    assert_close(output.logits, logits_of(model, ids, use_cache=False), torch.float64)
+    output.loss.backward()
+    for name, gradient in gradients_of(model).items():
+        assert_close(gradient, expected[name], torch.float64, name=name)
+
+
+def with_lora(model: TransXSSMForCausalLM) -> peft.PeftModel:
+    """Adapters on every projection; a constant rank, and no dropout, so that a loss is a number."""
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    )
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "everything", "all_ssd"])
+class TestLora:
+    def test_adapts_every_projection(self, variant):
+        model = with_lora(tiny_model(variant, dtype=torch.float32))
+        linear = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+        bare = {
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and "lora_" not in name and "base_layer" not in name
+        }
+        assert linear
+        assert [name.rsplit(".", 1)[-1] for name in bare] == ["lm_head"]
+
+    def test_trains_and_leaves_the_base_alone(self, variant):
+        model = with_lora(tiny_model(variant, dtype=torch.float32)).train()
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        ids = tokens(4, 12)
+        losses = losses_of_training(model, 30, input_ids=ids, labels=ids)
+        assert losses[-1] < 0.7 * losses[0]
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, before[name]) == ("lora_" not in name), name
+
+    def test_merges_and_comes_back_from_a_file(self, variant, tmp_path):
+        model = with_lora(tiny_model(variant, dtype=torch.float32))
+        ids = tokens(4, 12)
+        losses_of_training(model, 3, input_ids=ids, labels=ids)
+        model.eval()
+        adapted = logits_of(model, ids)
+        assert (adapted - logits_of(tiny_model(variant, dtype=torch.float32), ids)).abs().max() > 1e-2
+        generated = model.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False)
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(tiny_model(variant, dtype=torch.float32), tmp_path).eval()
+        assert torch.equal(logits_of(loaded, ids), adapted)
+
+        merged = model.merge_and_unload()
+        assert type(merged) is TransXSSMForCausalLM
+        assert_close(logits_of(merged, ids), adapted, torch.float32)
+        assert torch.equal(merged.generate(ids[:, :4], max_new_tokens=3, do_sample=False), generated)
+
+
+def test_an_adapted_head_is_in_the_loss():
+    """The fused loss reads the head's weight; with an adapter on the head that is not all of it."""
+    model = peft.get_peft_model(
+        tiny_model(dtype=torch.float32, tie_word_embeddings=False),
+        peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False),
+    )
+    ids = tokens(2, 9)
+    logits = logits_of(model, ids)
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert_close(model(input_ids=ids, labels=ids).loss, expected, torch.float32)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+class TestSequenceClassification:
+    PAD = 0
+
+    def classifier(self, variant: str) -> TransXSSMForSequenceClassification:
+        torch.manual_seed(1)
+        config = tiny_config(variant, num_labels=3, pad_token_id=self.PAD)
+        return TransXSSMForSequenceClassification(config)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_reads_the_last_token_that_is_no_pad(self, variant, side):
+        model = self.classifier(variant).double().eval()
+        rows = [tokens(1, length, seed=length)[0] for length in (9, 4)]
+        ids, mask = pad_rows(rows, [0, 5 if side == "left" else 0], 9)
+        ids = ids.masked_fill(mask == 0, self.PAD)  # the head finds the last token by its id
+        with torch.no_grad():
+            padded = model(ids, attention_mask=mask).logits
+            alone = torch.cat([model(row[None]).logits for row in rows])
+        assert_close(padded, alone, torch.float64)
+
+    def test_trains_on_a_padded_batch(self, variant):
+        ids, mask = pad_rows([tokens(1, length, seed=length)[0] for length in (9, 4, 6)], [0, 0, 0], 9)
+        ids = ids.masked_fill(mask == 0, self.PAD)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
+        losses = losses_of_training(self.classifier(variant).train(), 20, **batch)
+        assert losses[-1] < 0.5 * losses[0]
+        assert all(map(math.isfinite, losses))
