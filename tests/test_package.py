@@ -1,12 +1,13 @@
 """The wheel: that it builds, what lies in it, and what its metadata says."""
 
+import configparser
 import email
 import email.message
 import re
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import packages_distributions
+from importlib.metadata import EntryPoint, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import transxssm
 from tests.test_layers import modules_imported
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def metadata(wheel) -> email.message.Message:
 def test_every_source_file_is_in_the_wheel(wheel):
     sources = {
         path.relative_to(ROOT / "src").as_posix()
-        for path in (ROOT / "src" / "transxssm").rglob("*")
+        for path in (ROOT / "src").rglob("*")
         if path.suffix in {".py", ".yaml", ".typed"}
     }
     assert sources <= set(wheel.namelist())
@@ -48,11 +50,9 @@ def test_the_wheel_has_types_and_recipes(wheel):
     assert any(name.startswith("transxssm/recipes/") and name.endswith(".yaml") for name in names)
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    assert {name.split("/")[0] for name in wheel.namelist()} == {
-        "transxssm",
-        f"transxssm-{transxssm.__version__}.dist-info",
-    }
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
+    information = f"transxssm-{transxssm.__version__}.dist-info"
+    assert {name.split("/")[0] for name in wheel.namelist()} == PACKAGES | {information}
     assert not [name for name in wheel.namelist() if "test" in name or "__pycache__" in name]
 
 
@@ -77,12 +77,16 @@ def required(metadata) -> set[str]:
 
 def test_every_library_that_is_imported_is_required(required):
     """What another package happens to bring may be gone with its next version."""
-    package = ROOT / "src" / "transxssm"
-    libraries = {name.split(".")[0] for path in package.rglob("*.py") for name in modules_imported(path, package)}
+    libraries = {
+        name.split(".")[0]
+        for package in PACKAGES
+        for path in (ROOT / "src" / package).rglob("*.py")
+        for name in modules_imported(path, ROOT / "src" / package)
+    }
     provided_by = packages_distributions()
     missing = {
         library
-        for library in libraries - sys.stdlib_module_names - {"transxssm"}
+        for library in libraries - sys.stdlib_module_names - PACKAGES
         if required.isdisjoint(map(canonical, provided_by.get(library, [])))
     }
     assert not missing
@@ -92,6 +96,10 @@ def test_development_tools_are_not_required(required):
     assert required.isdisjoint({"pytest", "ruff", "mypy", "hypothesis", "pre-commit"})
 
 
-def test_the_installed_command_is_the_one_in_the_metadata(wheel):
-    entry_points = wheel.read(f"transxssm-{transxssm.__version__}.dist-info/entry_points.txt").decode()
-    assert "transxssm = transxssm.cli:main" in entry_points
+def test_the_installed_command_can_be_called(wheel):
+    text = wheel.read(f"transxssm-{transxssm.__version__}.dist-info/entry_points.txt").decode()
+    parser = configparser.ConfigParser()
+    parser.read_string(text)
+    (command,) = parser["console_scripts"].items()
+    assert command[0] == "transxssm"
+    assert callable(EntryPoint(*command, group="console_scripts").load())
