@@ -37,6 +37,7 @@ def generated_dataset(
     split: str,
     identity: str,
     cache_dir: str | None,
+    if_empty: str,
 ) -> Dataset:
     """The data set of `generator(**arguments)`: out of the cache where `identity` is known, else generated into it.
 
@@ -47,16 +48,18 @@ def generated_dataset(
         split: name for the progress bar and the cache's file.
         identity: fingerprint of everything that the rows depend on.
         cache_dir: see `cache_folder`.
+        if_empty: what is wrong, and what to do, where `generator` yields nothing (which the cache could not hold).
 
     Raises:
-        ValueError, OSError: as raised by `generator`; nothing stays in the cache.
+        ValueError: no rows: `if_empty`.
+        ValueError, OSError: as raised by `generator`. Either way nothing stays in the cache.
     """
     try:
         return Dataset.from_generator(
-            generator,
+            _at_least_one,
             features=features,
             cache_dir=str(cache_folder(cache_dir)),
-            gen_kwargs=arguments,
+            gen_kwargs={"generator": generator, "arguments": arguments, "if_empty": if_empty},
             split=NamedSplit(split),
             fingerprint=identity,
         )
@@ -65,3 +68,13 @@ def generated_dataset(
         if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
         raise
+
+
+def _at_least_one(
+    generator: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any], if_empty: str
+) -> Iterator[dict[str, Any]]:
+    row = None
+    for row in generator(**arguments):
+        yield row
+    if row is None:
+        raise ValueError(if_empty)

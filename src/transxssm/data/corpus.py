@@ -50,10 +50,11 @@ def load_corpus(data: DataArguments) -> Corpus:
     """
     path = Path(data.corpus).expanduser()
     if data.corpus in EMBEDDED_CORPORA or path.exists():
-        if data.streaming:
-            raise ValueError(
-                f"data.streaming is for hub data sets: got corpus {data.corpus!r}, which is on this machine; leave it out"
-            )
+        for name in ("streaming", "corpus_config"):
+            if getattr(data, name):
+                raise ValueError(
+                    f"data.{name} is for hub data sets: got corpus {data.corpus!r}, which is on this machine; leave it out"
+                )
         return _files_corpus(data, path)
     if not _HUB_NAME.fullmatch(data.corpus) or path.suffix.lower() in _FILE_SUFFIXES:
         raise ValueError(_unknown(data.corpus))
@@ -68,6 +69,7 @@ def load_corpus(data: DataArguments) -> Corpus:
         split="documents",
         identity=identity,
         cache_dir=data.cache_dir,
+        if_empty=_empty(data.corpus),
     )
     return _split(data, documents, identity)
 
@@ -86,17 +88,17 @@ def _files_corpus(data: DataArguments, path: Path) -> Corpus:
     identity = fingerprint("files", source, [(file.name, *_size_and_time(file.path)) for file in files])
     documents = generated_dataset(
         _first_documents,
-        # A list would be taken for shards, and the generator run once for each file.
-        {"corpus": data.corpus if embedded else path, "files": tuple(files), "data": data},
+        {"corpus": data.corpus if embedded else path, "files": files, "data": data},
         features=DOCUMENT_FEATURES,
         split="documents",
         identity=identity,
         cache_dir=data.cache_dir,
+        if_empty=_empty(data.corpus),
     )
     return _split(data, documents, identity)
 
 
-def _first_documents(corpus: str | Path, files: tuple[TextFile, ...], data: DataArguments) -> Iterator[dict[str, str]]:
+def _first_documents(corpus: str | Path, files: list[TextFile], data: DataArguments) -> Iterator[dict[str, str]]:
     match corpus:
         case Path():
             documents = local_documents(corpus, files, data.text_column)
@@ -112,10 +114,6 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 def _split(data: DataArguments, documents: Dataset, identity: str) -> Corpus:
     """Both splits of the documents, as views: the text is stored once."""
-    if not len(documents):
-        raise ValueError(
-            f"corpus {data.corpus!r} is empty: expected at least two documents with text; name another data.corpus"
-        )
     identity = fingerprint("split", identity, data.held_out_fraction)
     held_out = [is_held_out(name, data.held_out_fraction) for name in documents["name"]]
     splits = {
@@ -146,12 +144,11 @@ def _streamed_corpus(data: DataArguments, records: IterableDataset) -> Corpus:
         split="held_out",
         identity=fingerprint("held-out", identity, STREAM_HELD_OUT_SCAN),
         cache_dir=data.cache_dir,
-    )
-    if not len(held_out):
-        raise ValueError(
+        if_empty=(
             f"the first {STREAM_HELD_OUT_SCAN} documents of {data.corpus} have none for the held-out split; raise "
             f"data.held_out_fraction, now {data.held_out_fraction}"
-        )
+        ),
+    )
     train = IterableDataset.from_generator(_streamed_train, features=DOCUMENT_FEATURES, gen_kwargs=arguments)
     return Corpus(train, held_out, identity)
 
@@ -163,6 +160,10 @@ def _streamed_train(records: IterableDataset, text_column: str, fraction: float)
 def _streamed_held_out(records: IterableDataset, text_column: str, fraction: float) -> Iterator[dict[str, str]]:
     scanned = itertools.islice(hub_documents(records, text_column), STREAM_HELD_OUT_SCAN)
     return (document for document in scanned if is_held_out(document["name"], fraction))
+
+
+def _empty(corpus: str) -> str:
+    return f"corpus {corpus!r} is empty: expected at least two documents with text; name another data.corpus"
 
 
 def _unknown(corpus: str) -> str:

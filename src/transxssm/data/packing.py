@@ -61,11 +61,6 @@ def build_datasets(data: DataArguments, corpus: Corpus, tokenizer: PreTrainedTok
         )
     else:
         train = _pack_split(data, corpus.train, "train", corpus.identity, tokenizer)
-        if not len(train):
-            raise ValueError(
-                f"the training split of corpus {data.corpus!r} does not fill one row of data.sequence_length="
-                f"{data.sequence_length} tokens; lower it or add text"
-            )
     held_out_bytes = sum(
         len(text.encode()) for batch in corpus.held_out.iter(_READ_BATCH_DOCUMENTS) for text in batch["text"]
     )
@@ -142,6 +137,10 @@ def _pack_split(
         split=split,
         identity=rows_identity,
         cache_dir=data.cache_dir,
+        if_empty=(
+            f"the {split} split of corpus {data.corpus!r} does not fill one row of data.sequence_length="
+            f"{data.sequence_length} tokens; lower it or add text"
+        ),
     ).with_format("numpy")
 
 
