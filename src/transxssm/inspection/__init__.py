@@ -1,0 +1,16 @@
+"""What a model is made of and costs, from its configuration alone: parameters, FLOPs, bytes. No weight is loaded."""
+
+from transxssm.inspection.flops import FlopsPerToken, flops_per_token
+from transxssm.inspection.memory import CacheBytes, activation_bytes, all_attention, available_bytes, cache_bytes
+from transxssm.inspection.parameters import count_parameters
+
+__all__ = [
+    "CacheBytes",
+    "FlopsPerToken",
+    "activation_bytes",
+    "all_attention",
+    "available_bytes",
+    "cache_bytes",
+    "count_parameters",
+    "flops_per_token",
+]

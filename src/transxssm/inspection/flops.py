@@ -1,0 +1,71 @@
+"""Floating-point operations per token, two for a multiply-add, of every matrix product; elementwise work is left out.
+
+Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state size.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from transxssm.inspection.parameters import model_on_meta
+from transxssm.models import TransXSSMConfig
+from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
+
+# The backward pass has two products for each of the forward pass: one for the input's gradient, one for the weight's.
+TRAINING_PER_FORWARD = 3
+
+
+class FlopsPerToken(NamedTuple):
+    """FLOPs of a forward pass over a whole sequence, divided by its tokens."""
+
+    linear: float  # projections, FFN and head
+    attention: float  # scores and weighted values
+    ssd: float  # the chunked scan
+
+    @property
+    def forward(self) -> float:
+        """Of a forward pass."""
+        return sum(self)
+
+    @property
+    def training(self) -> float:
+        """Of a forward and a backward pass; nothing is computed twice (no gradient checkpointing)."""
+        return TRAINING_PER_FORWARD * self.forward
+
+
+def flops_per_token(config: TransXSSMConfig, context: int) -> FlopsPerToken:
+    """FLOPs per token of a sequence of `context` tokens.
+
+    Attention counts what causality leaves, (context + 1) / 2 keys for the mean token, as fused kernels skip the rest. The scan
+    counts whole chunks, as it computes them, in chunks of `config.ssd_chunk_size`, or the CPU's default where that is None.
+
+    Raises:
+        ValueError: `context` is less than one token.
+    """
+    if context < 1:
+        raise ValueError(f"context must be at least 1 token: got {context}")
+    linear = sum(
+        2 * module.weight.numel() for module in model_on_meta(config).modules() if isinstance(module, nn.Linear)
+    )
+    attention = 0.0
+    for layer_type in config.layer_types:
+        if layer_type in ("full_attention", "sliding_attention"):
+            window = config.sliding_window if layer_type == "sliding_attention" else None
+            attention += 4 * config.num_attention_heads * config.head_dim * _mean_keys(context, window)
+    num_ssd_layers = config.layer_types.count("linear_attention")
+    return FlopsPerToken(linear, attention, num_ssd_layers * _scan_flops(config, context))
+
+
+def _mean_keys(context: int, window: int | None) -> float:
+    """Keys that the mean token of a sequence sees, itself included."""
+    growing = context if window is None else min(context, window)
+    return (growing * (growing + 1) / 2 + (context - growing) * growing) / context
+
+
+def _scan_flops(config: TransXSSMConfig, context: int) -> float:
+    """Of one layer's chunked scan, per token (Mamba-2, Section 6)."""
+    q = min(config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"], context)
+    h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
+    scores, within_chunk = 2 * q * g * n, 2 * q * h * p
+    into_state = from_state = 2 * h * p * n
+    return scores + within_chunk + into_state + from_state

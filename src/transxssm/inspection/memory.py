@@ -1,0 +1,93 @@
+"""Bytes that a sequence needs: the cache it keeps, the activations of its forward pass; and what the machine has left.
+
+Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state size, d head_dim of attention.
+"""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from transxssm.models import TransXSSMConfig
+from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
+
+FLOAT32, FLOAT64 = 4, 8  # bytes
+# Limits of a container (cgroup v2), which the machine's own figures do not know of.
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class CacheBytes(NamedTuple):
+    """What one sequence keeps between two tokens."""
+
+    kv: int  # keys and values of attention layers
+    state: int  # states of SSD layers, with their convolutions' last inputs
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def cache_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype) -> CacheBytes:
+    """Bytes in the cache of one sequence of `num_tokens` tokens.
+
+    Keys, values and the convolutions' inputs have the model's `dtype`, the states are float32. A sliding window keeps one token
+    less than it sees: the next token is the last one it sees.
+    """
+    kept = {
+        "full_attention": num_tokens,
+        "sliding_attention": min(num_tokens, (config.sliding_window or 1) - 1),
+        "linear_attention": 0,
+    }
+    per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    kv = per_token * sum(kept[layer_type] for layer_type in config.layer_types)
+
+    x_size, state_size = config.ssd_num_heads * config.ssd_head_dim, config.ssd_num_groups * config.ssd_state_size
+    state = FLOAT32 * x_size * config.ssd_state_size
+    window = dtype.itemsize * (x_size + 2 * state_size) * max(config.ssd_conv_kernel_size - 1, 0)
+    return CacheBytes(kv, config.layer_types.count("linear_attention") * (state + window))
+
+
+def all_attention(config: TransXSSMConfig) -> TransXSSMConfig:
+    """The same sizes with a full attention layer in place of every layer: what the cache is compared with."""
+    changed = copy.deepcopy(config)
+    changed.layer_types = ["full_attention"] * config.num_hidden_layers
+    return changed
+
+
+def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Peak of the activations while one sequence goes through the model without gradients; at most twice too high.
+
+    The residual stream and the rotary tables live throughout; of the layers, which run one after another, the widest counts.
+    """
+    item, h, p, n = dtype.itemsize, config.ssd_num_heads, config.ssd_head_dim, config.ssd_state_size
+    groups_width = config.ssd_num_groups * n
+    tables = config.rotary_width // 2 * (3 * FLOAT64 + 4 * FLOAT32)
+    stream = 4 * config.hidden_size * item + tables
+    ffn = 3 * config.intermediate_size * item
+    q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = 3 * (q_width + 2 * kv_width) * item + 2 * q_width * FLOAT32
+    q = min(config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"], num_tokens)
+    chunk_products = q * h * (3 * FLOAT32 + item)  # decays, their exponentials, scores ∘ L in float32 and in dtype
+    inputs = (2 * h * p + 4 * groups_width) * item + (2 * h * p + 2 * groups_width) * FLOAT32
+    states = 3 * h * p * n * FLOAT32 // q
+    layers = {
+        "full_attention": attention,
+        "sliding_attention": attention,
+        "linear_attention": chunk_products + inputs + states,
+    }
+    widest = max(ffn, *(layers[layer_type] for layer_type in config.layer_types))
+    return num_tokens * (stream + widest)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a process may still take on a device: a GPU's own, or the machine's up to the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except FileNotFoundError:  # no container, or none of this kind
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))

@@ -1,0 +1,130 @@
+"""A checkpoint folder, read with every refusal in one line: missing, cut short, of another model, with another's tokenizer."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+
+CONFIG = "config.json"
+HEADER_LENGTH_BYTES = 8  # a safetensors file: the header's length, the header in JSON, the tensors
+
+
+def read_config(folder: Path) -> TransXSSMConfig:
+    """The configuration in a checkpoint folder; no weight is read.
+
+    Raises:
+        ValueError: there is no such folder, it holds no model, another kind of model, or sizes that do not fit each other.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ValueError(f"no checkpoint folder {folder}: found {found} there, expected a run folder or a saved model")
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no model: {CONFIG} is missing{_unfinished_hint(folder)}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged, not JSON: {error}") from None
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind != TransXSSMConfig.model_type:
+        raise ValueError(f"{folder} holds another kind of model: got {kind!r}, expected {TransXSSMConfig.model_type!r}")
+    try:
+        return TransXSSMConfig.from_pretrained(folder)
+    except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
+        raise ValueError(f"{folder / CONFIG}: {_one_line(error.__cause__ or error)}") from error
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> TransXSSMForCausalLM:
+    """The language model in a checkpoint folder, on a device, in evaluation mode.
+
+    Args:
+        folder: as `save_pretrained` leaves it.
+        dtype: of the weights (A_log, dt_bias and D stay float32); None: as they were saved.
+        device: from `read_device`.
+
+    Raises:
+        ValueError: see `read_config`; weights that are missing, cut short, or of other shapes than the configuration says.
+    """
+    config = read_config(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_whole(path)
+    try:
+        model, report = TransXSSMForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:  # transformers would draw them at random
+        raise ValueError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]} among them: save it anew")
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path, config: TransXSSMConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder.
+
+    Raises:
+        ValueError: there is none, or it has token ids that the model has no embedding for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer in {folder}: {_one_line(error)}; save it there with save_pretrained") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} does not fit its model: got token ids up to {largest}, expected less than "
+            f"vocab_size={config.vocab_size}; put the tokenizer there that the model was trained with"
+        )
+    return tokenizer
+
+
+def read_device(name: str) -> torch.device:
+    """A device by name; "auto" is the first GPU if torch sees one, else the CPU.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:1, …") from None
+    try:
+        torch.zeros(1, device=device).item()  # the name alone says nothing about the machine
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {_one_line(error)}") from error
+    return device
+
+
+def _check_whole(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        header = file.read(header_length) if header_length < size else b""
+    try:
+        tensors = json.loads(header)
+        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is truncated or damaged: its header is not whole; copy or save it again") from None
+    expected = HEADER_LENGTH_BYTES + header_length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(
+            f"{path} is truncated or damaged: got {size} bytes, expected {expected}; copy or save it again"
+        )
+
+
+def _unfinished_hint(folder: Path) -> str:
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    if not checkpoints:
+        return "; expected a run folder or a saved model"
+    last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return f", the run is unfinished: continue it with --resume, or take its last checkpoint, {last}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,156 @@
+"""One prompt in, text out as it comes."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from transxssm.models import TransXSSMForCausalLM
+from transxssm.serving.text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How tokens are chosen, and when to stop choosing.
+
+    Args:
+        max_new_tokens: tokens to generate at most.
+        temperature: divides the logits; 0 takes the likeliest token (greedy).
+        top_p: of the likeliest tokens, as many as together have this probability; 1: all.
+        seed: of the random numbers.
+        stop_strings: the text ends before the first of them.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+    stop_strings: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max-new-tokens must be at least 1: got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or more: got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p must be more than 0 and at most 1: got {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and less than 2**64: got {self.seed}")
+        if not all(self.stop_strings):
+            raise ValueError("a stop string must not be empty: every text would end before it began")
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Those of `GenerationConfig`."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a generation took.
+
+    Args:
+        num_prompt_tokens, num_new_tokens: bos and eos included.
+        prompt_seconds: up to and with the first new token.
+        decode_seconds: of the others.
+    """
+
+    num_prompt_tokens: int
+    num_new_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, vocab_size: int) -> Tensor:
+    """(1, t) ids of a prompt that begins a document: bos first, or eos where there is no bos, as in training.
+
+    Raises:
+        ValueError: an id outside the model's vocabulary; an empty prompt where the tokenizer has neither bos nor eos.
+    """
+    ids = tokenizer(prompt)["input_ids"]
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    if not ids:
+        raise ValueError(
+            "an empty prompt needs a token to start from: the tokenizer has neither bos_token nor eos_token"
+        )
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"the prompt has token ids outside the model's vocabulary: got {outside[0]}, expected 0 … {vocab_size - 1}; "
+            "use the tokenizer that the model was trained with"
+        )
+    return torch.tensor([ids])
+
+
+def generate_text(
+    model: TransXSSMForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    write: Callable[[str], object],
+    settings: GenerationSettings,
+) -> Generation:
+    """Continues a prompt until the model ends the document, a stop string appears, or `max_new_tokens` are there.
+
+    Args:
+        model, tokenizer: from `load_model`, `load_tokenizer`.
+        input_ids: (1, t), from `encode_prompt`.
+        write: is called with each piece of text as it comes: whole characters, nothing from a stop string on.
+        settings: how tokens are chosen, and when to stop.
+    """
+    stream = _TimedStream(tokenizer, write, settings.stop_strings)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        **settings.sampling_arguments(),
+    )
+    torch.manual_seed(settings.seed)
+    started = time.perf_counter()
+    input_ids = input_ids.to(model.device)
+    model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=generation_config,
+        streamer=stream,
+        stopping_criteria=StoppingCriteriaList([_StreamStopped(stream)]),
+    )
+    ended = time.perf_counter()
+    return Generation(
+        num_prompt_tokens=input_ids.shape[1],
+        num_new_tokens=stream.num_tokens,
+        prompt_seconds=stream.first_token_at - started,
+        decode_seconds=ended - stream.first_token_at,
+    )
+
+
+class _TimedStream(TextStream):
+    """Notes when the first new token came."""
+
+    first_token_at = 0.0
+
+    def put(self, value: Tensor) -> None:
+        super().put(value)
+        if self.num_tokens == 1 and not self.first_token_at:
+            self.first_token_at = time.perf_counter()
+
+
+class _StreamStopped(StoppingCriteria):
+    """Ends `generate` when a stop string has come."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self.stream = stream
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.stream.stopped, dtype=torch.bool, device=input_ids.device)

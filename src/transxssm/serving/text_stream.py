@@ -1,0 +1,91 @@
+"""Tokens to text as they come: whole characters only, and nothing from a stop string on."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
+
+INCOMPLETE = "�"  # what a decoder makes of the first bytes of a character
+
+
+class TextStream(BaseStreamer):
+    """Takes one sequence's tokens from `generate` and writes their text in pieces.
+
+    A piece may lag behind its token: while a character lacks bytes, and while the text could still become a stop string.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object], stop_strings: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            tokenizer: of the model; its special tokens are left out of the text.
+            write: is called with each piece.
+            stop_strings: the text ends before the first of them; none is empty.
+        """
+        self.stopped = False
+        self.num_tokens = 0
+        self._tokenizer = tokenizer
+        self._write = write
+        self._stop_strings = tuple(stop_strings)
+        self._prompt_seen = False
+        # Ids not yet written, after those of the piece before: many tokenizers decode a token by what stands before it.
+        self._ids: list[int] = []
+        self._num_context = 0
+        self._held = ""  # text that could be the beginning of a stop string
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt's ids at the first call, (1, t), then a token at a time, (1,)."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.tolist():
+            if not self.stopped:
+                self.num_tokens += 1
+                self._take(self._decode(token))
+
+    def end(self) -> None:
+        """Writes what was held back, except a character that never got all its bytes."""
+        if not self.stopped:
+            self._emit(self._held)
+        self._held = ""
+
+    def _decode(self, token: int) -> str:
+        self._ids.append(token)
+        before, now = (
+            self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (self._ids[: self._num_context], self._ids)
+        )
+        if now.endswith(INCOMPLETE) or len(now) <= len(before):
+            return ""
+        self._ids = self._ids[self._num_context :]
+        self._num_context = len(self._ids)
+        return now[len(before) :]
+
+    def _take(self, piece: str) -> None:
+        text = self._held + piece
+        found = [start for stop in self._stop_strings if (start := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._emit(text[: min(found)])
+            return
+        num_held = self._length_of_a_beginning(text)
+        self._emit(text[: len(text) - num_held])
+        self._held = text[len(text) - num_held :]
+
+    def _length_of_a_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = max(map(len, self._stop_strings), default=1) - 1
+        return next(
+            (
+                n
+                for n in range(min(longest, len(text)), 0, -1)
+                if any(s.startswith(text[-n:]) for s in self._stop_strings)
+            ),
+            0,
+        )
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self._write(text)

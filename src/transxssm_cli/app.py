@@ -1,0 +1,158 @@
+"""The commands and their options. What they do is in `transxssm` and in this package's other modules."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from transxssm_cli.one_line_errors import OneLineErrors
+
+# transformers and datasets read these when they are imported.
+LIBRARY_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
+
+app = typer.Typer(
+    name="transxssm",
+    cls=OneLineErrors,
+    help="Train, run and inspect TransXSSM models: state-space and attention layers under one rotary position embedding.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> NoReturn:
+    """The installed command."""
+    app()
+    raise AssertionError("the group of commands ends the process")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"transxssm {version('transxssm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the libraries' own messages and warnings too.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("transxssm")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False
+    if verbose:
+        return
+    for variable in LIBRARY_VERBOSITY:
+        os.environ.setdefault(variable, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [section.key=value]...",
+            help="A YAML file or the name of a bundled recipe (default: tiny), then settings that override it.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last whole checkpoint.")] = False,
+) -> None:
+    """Train a model as a recipe says; everything about the run goes into one folder.
+
+    Examples: [cyan]transxssm train[/], [cyan]transxssm train small training.max_steps=2000[/],
+    [cyan]transxssm train my.yaml --resume[/]
+    """
+    from transxssm_cli.training import train_recipe
+
+    train_recipe(arguments or [], resume=resume)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or a folder written by save_pretrained.")],
+    prompt: Annotated[
+        str,
+        typer.Option("--prompt", "-p", help="Text to continue; - reads it from standard input. Empty: a new document."),
+    ] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file to continue, in place of --prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 always takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the random numbers. Default: a new one, which is shown.", show_default=False)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string; may be given several times.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Continue a prompt, token by token as they come.
+
+    The completion alone goes to standard output (on a terminal, after the prompt), timing to standard error.
+    """
+    from transxssm.serving import GenerationSettings
+    from transxssm_cli.generation import generate_to_stdout, new_seed, read_prompt
+
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=new_seed() if seed is None else seed,
+        stop_strings=stop or [],
+    )
+    text = read_prompt(prompt, prompt_file)
+    generate_to_stdout(checkpoint, text, settings, dtype_name=dtype, device_name=device)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="PRESET|CHECKPOINT", help="tiny, small, 320m, 1.3b, or a folder.")],
+    context: Annotated[int, typer.Option(help="Tokens in the sequence that FLOPs are counted for.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="Of keys and values: float32, bfloat16 or float16.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of tables.")] = False,
+) -> None:
+    """Show what a model is made of and costs: parameters, FLOPs per token, bytes per sequence. Loads no weight."""
+    from transxssm_cli.information import describe, tables
+
+    description = describe(model, context=context, dtype=dtype)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+        return
+    console = Console(highlight=False)
+    for part in tables(description):
+        console.print(part)
+
+
+@app.command()
+def demo(
+    recipe: Annotated[str, typer.Option(help="What to train: a bundled recipe or a YAML file.")] = "tiny",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Override it.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a small model on Python's own standard library (about five minutes), show how well it does and let it write.
+
+    Continues by itself where it was interrupted; shows the result again once it has finished.
+    """
+    from transxssm_cli.demo import run_demo
+
+    run_demo(recipe, overrides or [])

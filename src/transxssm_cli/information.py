@@ -1,0 +1,122 @@
+"""`transxssm info`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from transxssm.inspection import all_attention, cache_bytes, count_parameters, flops_per_token
+from transxssm.models import PRESETS, TransXSSMConfig
+from transxssm.serving import read_config
+from transxssm_cli.dtypes import read_dtype
+
+CONTEXTS = tuple(1024 * 2**power for power in range(2, 8))  # 4K … 128K
+LAYER_LABELS = {"linear_attention": "SSD", "full_attention": "attention", "sliding_attention": "sliding attention"}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "ssd_num_heads",
+    "ssd_head_dim",
+    "ssd_state_size",
+    "ssd_num_groups",
+)
+
+
+def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
+    """Everything that the command shows, as plain values: FLOPs for one token, bytes for one sequence.
+
+    Args:
+        model: a preset's name, or a checkpoint folder.
+        context: tokens of the sequence that FLOPs are counted for.
+        dtype: of keys and values.
+
+    Raises:
+        ValueError: neither a preset nor a checkpoint; an unknown dtype; a context of less than one token.
+    """
+    kv_dtype = read_dtype(dtype)
+    config = _config_of(model)
+    flops = flops_per_token(config, context)
+    parameters = count_parameters(config)
+    return {
+        "model": model,
+        "layers": {kind: config.layer_types.count(kind) for kind in dict.fromkeys(config.layer_types)},
+        "sizes": {name: getattr(config, name) for name in SIZES},
+        "tied_head": config.tie_word_embeddings,
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "flops_per_token": {
+            "context": context,
+            **flops._asdict(),
+            "forward": flops.forward,
+            "training": flops.training,
+        },
+        "cache_dtype": dtype,
+        "cache_bytes_per_sequence": [
+            {
+                "context": length,
+                "kv": (own := cache_bytes(config, length, kv_dtype)).kv,
+                "state": own.state,
+                "total": own.total,
+                "all_attention": cache_bytes(all_attention(config), length, kv_dtype).total,
+            }
+            for length in CONTEXTS
+        ],
+    }
+
+
+def tables(description: dict[str, Any]) -> Iterator[str | Table]:
+    """What `describe` returns, for the terminal: a heading and a table in turn."""
+    layers = ", ".join(f"{count} {LAYER_LABELS[kind]}" for kind, count in description["layers"].items())
+    counts = dict(description["parameters"])
+    total = counts.pop("total")
+    yield f"[bold]{description['model']}[/]: {total / 1e6:,.1f}M parameters in {layers} layers"
+    table = _table("", "parameters", "share")
+    for kind, count in counts.items():
+        tied = kind == "head" and description["tied_head"]
+        table.add_row(
+            _label(kind), *(("tied to the embeddings", "") if tied else (f"{count:,}", f"{count / total:.1%}"))
+        )
+    yield table
+
+    flops = dict(description["flops_per_token"])
+    context, forward, training = flops.pop("context"), flops.pop("forward"), flops.pop("training")
+    yield f"\nMFLOPs per token in a sequence of {context:,}; training, with the backward pass: {training / 1e6:,.1f}"
+    table = _table("", "forward", "share")
+    for kind, count in flops.items():
+        table.add_row(_label(kind), f"{count / 1e6:,.1f}", f"{count / forward:.1%}")
+    table.add_row("total", f"{forward / 1e6:,.1f}", "")
+    yield table
+
+    yield f"\nCache of one sequence in MB: keys and values in {description['cache_dtype']}, states in float32"
+    table = _table("tokens", "keys, values", "states", "total", "all-attention", "ratio")
+    for row in description["cache_bytes_per_sequence"]:
+        megabytes = (f"{row[name] / 1e6:,.1f}" for name in ("kv", "state", "total", "all_attention"))
+        ratio = f"{row['all_attention'] / row['total']:.1f}×" if row["total"] else "–"
+        table.add_row(f"{row['context'] // 1024}K", *megabytes, ratio)
+    yield table
+
+
+def _config_of(model: str) -> TransXSSMConfig:
+    if model in PRESETS:
+        return TransXSSMConfig.from_preset(model)
+    if not Path(model).exists():
+        raise ValueError(f"{model!r} is neither a preset ({', '.join(PRESETS)}) nor a checkpoint folder")
+    return read_config(Path(model))
+
+
+def _label(kind: str) -> str:
+    return {"ssd": "SSD", "ffn": "FFN", "linear": "linear layers"}.get(kind, kind)
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

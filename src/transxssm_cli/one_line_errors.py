@@ -1,0 +1,63 @@
+"""What a user did wrong is one line and exit code 2; what we did wrong keeps its traceback."""
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+DEBUG_VARIABLE = "TRANSXSSM_DEBUG"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# Typer carries click inside itself in newer versions and not in older ones; through its own subclass both are found.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class OneLineErrors(TyperGroup):
+    """The group of commands: no arguments show the help, and errors are told as this module says."""
+
+    def main(self, args: Any = None, *rest: Any, **options: Any) -> NoReturn:
+        arguments = list(sys.argv[1:] if args is None else args)
+        try:
+            result = super().main(arguments or ["--help"], *rest, **(options | {"standalone_mode": False}))
+        except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit is quiet
+            sys.exit(1)
+        except Exception as error:
+            if os.environ.get(DEBUG_VARIABLE) or not is_users(error):
+                raise
+            typer.echo(f"error: {line_of(error)}", err=True)
+            sys.exit(EXIT_USER_ERROR)
+        sys.exit(result if isinstance(result, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:  # Typer would drop its words
+            typer.echo(f"interrupted: {stop}" if str(stop) else "interrupted", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from stop
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error comes from what the user gave or from the machine, rather than from a mistake in the code.
+
+    By name where the class would have to be imported to be known.
+    """
+    if isinstance(error, (ValueError, OSError, MemoryError, _UsageError)):
+        return True
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"StrictDataclassError", "OutOfMemoryError"})
+
+
+def line_of(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, _UsageError):
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        text = str(error.__cause__)
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__

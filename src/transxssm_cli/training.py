@@ -1,0 +1,41 @@
+"""`transxssm train`."""
+
+import os
+from pathlib import Path
+
+import typer
+
+from transxssm.training import Recipe, load_recipe, train
+
+DEFAULT_RECIPE = "tiny"
+
+
+def train_recipe(arguments: list[str], *, resume: bool) -> None:
+    """Trains the recipe that a command line names and says what came of it."""
+    name, overrides = split_arguments(arguments)
+    recipe = load_recipe(name, overrides)
+    try:
+        summary = train(recipe, resume=resume)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or "continue with the same command and --resume") from None
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, one speaks
+        typer.echo(result_line(recipe, summary))
+
+
+def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe's name and the overrides; a first argument with "=" is an override of the default recipe, unless a file."""
+    if not arguments:
+        return DEFAULT_RECIPE, []
+    first, *rest = arguments
+    if "=" in first and not Path(first).is_file():
+        return DEFAULT_RECIPE, arguments
+    return first, rest
+
+
+def result_line(recipe: Recipe, summary: dict[str, float]) -> str:
+    """A finished run in two lines: how good the model is, and how to hear it."""
+    return (
+        f"{recipe.output_dir}: held-out loss {summary['eval_loss']:.4f}, perplexity {summary['perplexity']:.2f}, "
+        f"{summary['bits_per_byte']:.4f} bits per byte after {summary['train_tokens']:,} tokens\n"
+        f'try it: transxssm generate {recipe.output_dir} --prompt "import "'
+    )
