@@ -142,7 +142,6 @@ def test_a_row_of_right_pads_keeps_its_state(kernel, device):
     assert torch.equal(after[1], state[1])
 
 
-@pytest.mark.xfail(strict=True, reason="left pads stand as zeros between the carried inputs and the tokens")
 @pytest.mark.parametrize("kernel", [2, 4])
 def test_left_pads_do_not_part_a_state_from_its_tokens(kernel, device):
     """A second turn, padded on the left to the batch's longest, still continues the row's first turn."""

@@ -41,6 +41,11 @@ def short_convolution(
     if mask is not None:
         x = x * mask[..., None].to(x.dtype)
     history = torch.cat((initial_state.to(x.dtype), x), dim=1)  # (b, k−1+t, e)
+    if mask is not None:  # the inputs before the first token stand right before it, behind the pads on its left
+        num_left_pads = mask.to(torch.uint8).argmax(dim=1, keepdim=True)  # (b, 1)
+        rows = num_left_pads + torch.arange(memory, device=x.device)  # (b, k−1)
+        history = torch.cat((torch.zeros_like(initial_state, dtype=x.dtype), x), dim=1)
+        history = history.scatter(1, rows[..., None].expand(-1, -1, channels), initial_state.to(x.dtype))
     weight = weight.to(x.dtype)
 
     documents = None

@@ -143,10 +143,10 @@ def assert_equal_laws(actual: Law, expected: Law, case: Case, *, expected_case: 
     `expected_case` gives the other side the same numbers in another precision.
 
     A's gradient is a sum over all tokens in which terms of both signs cancel. Since A and dt meet only in dt·A, the terms of
-    A·∂/∂A are of the size of dt·∂/∂dt, and that is what its error is measured by.
+    A·∂/∂A are of the size of dt·∂/∂dt, and the sum of their sizes is what its error is measured by.
     """
     wanted = results(expected, expected_case or case)
-    terms_of_A = (case.dt * wanted["gradient of dt"] / case.A).norm().item()
+    terms_of_A = (case.dt * wanted["gradient of dt"] / case.A).abs().sum((0, 1)).norm().item()
     for name, result in results(actual, case).items():
         scale = max(terms_of_A, NEGLIGIBLE) if name == "gradient of A" else NEGLIGIBLE
         assert_close(result, wanted[name], case.x.dtype, name, scale)
