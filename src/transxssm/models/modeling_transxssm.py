@@ -414,6 +414,8 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 and_mask_function=same_document,
+                # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
+                layer_idx=self.config.layer_types.index(kind),
             )
             for kind in create
             if kind in self.config.layer_types
