@@ -1,10 +1,13 @@
-"""Trains a recipe in a process of its own: launch.py RECIPE [section.key=value …] [--resume] [--kill-in-step N]."""
+"""Trains a recipe in a process of its own: launch.py RECIPE [section.key=value …] [--resume] [--kill-in-step N] [--shard-on-cpu]."""
 
 import argparse
 import os
 import signal
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from transxssm.training import TransXSSMTrainer, load_recipe, train
 
@@ -15,10 +18,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-in-step", type=int)
+    parser.add_argument("--shard-on-cpu", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.kill_in_step:
         kill_in_step(arguments.kill_in_step)
+    if arguments.shard_on_cpu:
+        shard_on_cpu()
     train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
 
 
@@ -33,6 +39,23 @@ def kill_in_step(step: int) -> None:
         return loss
 
     TransXSSMTrainer.training_step = deadly
+
+
+def shard_on_cpu() -> None:
+    """Lets accelerate take FSDP's settings on the CPU too, where it otherwise leaves them out, and checks that it does."""
+    initialise, training_step = AcceleratorState.__init__, TransXSSMTrainer.training_step
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    def sharded(self, model, *args, **kwargs):
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return training_step(self, model, *args, **kwargs)
+
+    AcceleratorState.__init__, TransXSSMTrainer.training_step = with_fsdp, sharded
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ import pytest
 from transxssm.training.checkpoints import (
     MANIFEST,
     SaveError,
+    keep_latest,
     last_complete_checkpoint,
     publish_files,
     publish_folder,
     save_error,
+    step_of,
     why_incomplete,
     write_text_whole,
 )
@@ -47,6 +49,24 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, caplog, na
     assert last_complete_checkpoint(tmp_path) == earlier
     assert "checkpoint-10 is incomplete" in caplog.text
     assert name in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "also", "left"),
+    [
+        (None, None, [2, 9, 10, 11]),
+        (0, None, [2, 9, 10, 11]),
+        (1, None, [10, 11]),  # 11 is damaged and does not count: 10 is what a run would resume from
+        (2, None, [9, 10, 11]),
+        (1, "elsewhere/checkpoint-2", [2, 10, 11]),
+    ],
+)
+def test_old_checkpoints_go_and_the_last_whole_one_never_does(tmp_path, limit, also, left):
+    for step in (2, 9, 10, 11):
+        publish(tmp_path, step)
+    (tmp_path / "checkpoint-11" / MANIFEST).unlink()
+    keep_latest(tmp_path, limit, also)
+    assert sorted(step_of(path) for path in tmp_path.glob("checkpoint-*")) == left
 
 
 def test_no_checkpoint_at_all(tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs: what a folder holds in the end, and that an interrupted run ends where an uninterrupted one does."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transxssm.data import build_datasets
 from transxssm.training import NonFiniteError, SaveError, TransXSSMTrainer, load_recipe, train
 from transxssm.training.checkpoints import last_complete_checkpoint
 
@@ -40,6 +42,13 @@ def assert_same_run(run_dir, reference):
     summary, expected_summary = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, reference))
     assert summary["eval_loss"] == pytest.approx(expected_summary["eval_loss"], abs=SAME_WEIGHTS)
     assert summary["train_tokens"] == expected_summary["train_tokens"]
+
+
+def copy_of(run_dir, recipe):
+    """The run, as if it had been started in the recipe's folder."""
+    shutil.copytree(run_dir, recipe.output_dir)
+    (recipe.output_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    return recipe.output_dir
 
 
 def test_a_finished_run_leaves_everything_in_its_folder(finished_run):
@@ -160,9 +169,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(recipe, mon
 
 
 def test_a_half_written_checkpoint_is_skipped_and_written_again(recipe, finished_run, caplog):
-    run_dir = recipe().output_dir
-    shutil.copytree(finished_run, run_dir)
-    pretend_same_folder(run_dir, recipe)
+    run_dir = copy_of(finished_run, recipe())
     (run_dir / "summary.json").unlink()
     optimizer = run_dir / "checkpoint-20" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
@@ -172,14 +179,8 @@ def test_a_half_written_checkpoint_is_skipped_and_written_again(recipe, finished
     assert_same_run(run_dir, finished_run)
 
 
-def pretend_same_folder(run_dir, recipe):
-    (run_dir / "recipe.yaml").write_text(recipe().to_yaml())
-
-
 def test_resuming_after_the_last_step_takes_no_step_more(recipe, finished_run):
-    run_dir = recipe().output_dir
-    shutil.copytree(finished_run, run_dir)
-    pretend_same_folder(run_dir, recipe)
+    run_dir = copy_of(finished_run, recipe())
     for name in ("summary.json", "model.safetensors"):  # stopped between the last checkpoint and the end
         (run_dir / name).unlink()
     train(recipe(), resume=True)
@@ -187,9 +188,7 @@ def test_resuming_after_the_last_step_takes_no_step_more(recipe, finished_run):
 
 
 def test_resuming_a_finished_run_keeps_its_results(recipe, finished_run, caplog):
-    run_dir = recipe().output_dir
-    shutil.copytree(finished_run, run_dir)
-    pretend_same_folder(run_dir, recipe)
+    run_dir = copy_of(finished_run, recipe())
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert train(recipe(), resume=True) == json.loads((run_dir / "summary.json").read_text())
     assert "has finished already" in caplog.text
@@ -197,9 +196,7 @@ def test_resuming_a_finished_run_keeps_its_results(recipe, finished_run, caplog)
 
 
 def test_a_finished_run_can_be_prolonged(recipe, finished_run, caplog):
-    run_dir = recipe().output_dir
-    shutil.copytree(finished_run, run_dir)
-    pretend_same_folder(run_dir, recipe)
+    copy_of(finished_run, recipe())
     summary = train(recipe("training.max_steps=22"), resume=True)
     assert summary["steps"] == 22
     assert "training.max_steps was 20 and is 22" in caplog.text
@@ -229,9 +226,7 @@ def test_a_run_folder_that_is_a_file(recipe):
 
 
 def test_another_model_or_other_data_is_not_resumed(recipe, finished_run):
-    run_dir = recipe().output_dir
-    shutil.copytree(finished_run, run_dir)
-    pretend_same_folder(run_dir, recipe)
+    copy_of(finished_run, recipe())
     with pytest.raises(ValueError, match=r"model\.intermediate_size was 96 and is 128; data\.seed was 0 and is 1"):
         train(recipe("model.intermediate_size=128", "data.seed=1"), resume=True)
 
@@ -272,7 +267,7 @@ def test_a_file_size_limit_stops_weights_from_being_half_saved(recipe):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # below the size of the weights
-        with pytest.raises(SaveError, match="checkpoint-5 in .*there is no earlier checkpoint"):
+        with pytest.raises(SaveError, match=r"checkpoint-5 in .*there is no earlier checkpoint"):
             train(recipe())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -327,6 +322,36 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_weight(
     ):
         train(recipe())
     assert all(parameter.isfinite().all() for parameter in trainers[0].model.parameters())
+
+
+def test_the_best_model_is_the_one_saved_and_summed_up_if_asked_for(recipe):
+    # The highest loss counts as the best here, so that it is not the last one.
+    best = ["training.load_best_model_at_end=true", "training.greater_is_better=true", "training.eval_steps=5"]
+    summary = train(recipe(*best, "training.save_total_limit=1"))
+    run_dir = recipe().output_dir
+    losses = {row["step"]: row["eval_loss"] for row in metrics_of(run_dir) if "eval_loss" in row}
+    assert summary["eval_loss"] == pytest.approx(losses[5], rel=1e-6)
+    assert losses[5] == max(losses.values())
+    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-5"]
+    final = load_file(run_dir / "model.safetensors")
+    for name, value in load_file(run_dir / "checkpoint-5" / "model.safetensors").items():
+        assert torch.equal(final[name], value)
+
+
+def test_a_stream_trains_and_resumes_like_a_table(recipe, monkeypatch):
+    def streamed(data, corpus, tokenizer):
+        rows = build_datasets(data, corpus, tokenizer)
+        return dataclasses.replace(rows, train=rows.train.to_iterable_dataset())
+
+    monkeypatch.setattr("transxssm.training.loop.build_datasets", streamed)
+    whole = recipe(f"training.output_dir={recipe().output_dir}-whole")
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 10, lambda model: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe())
+    train(recipe(), resume=True)
+    assert_same_run(recipe().output_dir, whole.output_dir)
 
 
 def test_bfloat16_autocast_trains_close_to_float32(recipe, finished_run):

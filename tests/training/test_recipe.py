@@ -1,6 +1,7 @@
 import pytest
 
-from transxssm.training import bundled_recipes, load_recipe, recipe as recipe_module
+from transxssm.training import bundled_recipes, load_recipe
+from transxssm.training import recipe as recipe_module
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ from transxssm.training import bundled_recipes, load_recipe, recipe as recipe_mo
     ],
 )
 def test_a_bad_override_is_one_line_that_says_what_and_what_instead(recipe, override, parts):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         recipe(override)
     message = str(caught.value)
     assert "\n" not in message
@@ -42,7 +43,7 @@ def test_a_bad_override_is_one_line_that_says_what_and_what_instead(recipe, over
 
 
 def test_settings_that_contradict_each_other_are_one_line(recipe):
-    with pytest.raises(ValueError, match="training: .*requires the save and eval strategy to match") as caught:
+    with pytest.raises(ValueError, match=r"training: .*requires the save and eval strategy to match") as caught:
         recipe("training.load_best_model_at_end=true", "training.save_strategy=epoch").training_arguments()
     assert "\n" not in str(caught.value)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -89,8 +89,8 @@ class MetricsFile(TrainerCallback):
 class ProgressDisplay(TrainerCallback):
     """A bar with loss, tokens per second and time left on a terminal; elsewhere a line per logged step."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
 
     def on_train_begin(

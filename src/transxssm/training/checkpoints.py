@@ -71,13 +71,23 @@ def why_incomplete(checkpoint: Path) -> str | None:
 
 def last_complete_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint of the latest step that is whole; each later one that isn't is skipped with a warning."""
-    numbered = [path for path in run_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
-    for path in sorted(numbered, key=step_of, reverse=True):
+    for path in reversed(_checkpoints(run_dir)):
         reason = why_incomplete(path)
         if reason is None:
             return path
         logger.warning("%s is incomplete and skipped: %s", path, reason)
     return None
+
+
+def keep_latest(run_dir: Path, limit: int | None, also: str | None = None) -> None:
+    """Deletes whole checkpoints but the latest `limit` (None or 0: all of them) and the one whose path ends like `also`."""
+    if not limit or limit < 0:
+        return
+    whole = [path for path in _checkpoints(run_dir) if why_incomplete(path) is None]
+    kept = {path.name for path in whole[-limit:]} | ({Path(also).name} if also else set())
+    for path in whole:
+        if path.name not in kept:
+            shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -97,6 +107,11 @@ def save_error(what: str, run_dir: Path, error: Exception) -> SaveError:
     return SaveError(
         f"could not save {what} in {run_dir}: {reason} ({free_mb:.0f} MB free); {kept}: make room, then run the same command with --resume"
     )
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    numbered = [path for path in run_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(numbered, key=step_of)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,11 +1,14 @@
 """A run from a recipe to a folder: corpus, tokenizer, rows, model, Trainer, summary."""
 
+import errno
 import logging
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -15,7 +18,13 @@ from transxssm.data import PackedCollator, PackedDatasets, build_datasets, build
 from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.training import run_folder
 from transxssm.training.callbacks import Interrupt, LastStep, MetricsFile, ProgressDisplay, rows_of
-from transxssm.training.checkpoints import last_complete_checkpoint, step_of, write_text_whole
+from transxssm.training.checkpoints import (
+    SaveError,
+    last_complete_checkpoint,
+    save_error,
+    step_of,
+    write_text_whole,
+)
 from transxssm.training.recipe import Recipe
 from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
 from transxssm.training.trainer import TransXSSMTrainer
@@ -45,35 +54,39 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C, when the checkpoint has been saved.
     """
     arguments = recipe.training_arguments()
-    run_dir = recipe.output_dir
+    run_dir, is_main = recipe.output_dir, arguments.process_index == 0
+    say = logger.warning if is_main else logger.debug
     with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
+        if is_main:
             _check_folder(run_dir, recipe, resume)
     checkpoint = None
     if resume:
         finished = read_summary(run_dir)
         if finished is not None and run_folder.has_same_training(run_dir, recipe):
-            logger.warning("%s has finished already: its results are kept", run_dir)
+            say("%s has finished already: its results are kept", run_dir)
             return finished
         checkpoint = last_complete_checkpoint(run_dir)
         if checkpoint is None:
-            logger.warning("nothing to resume in %s: starting from scratch", run_dir)
+            say("nothing to resume in %s: starting from scratch", run_dir)
         else:
-            logger.warning("resuming from %s", checkpoint)
+            say("resuming from %s", checkpoint)
     started = time.perf_counter()
     with arguments.main_process_first(local=False):
         tokenizer, rows = _prepare_data(recipe)
     prepare_seconds = time.perf_counter() - started
     trainer = _build_trainer(recipe, arguments, tokenizer, rows, checkpoint)
-    if arguments.process_index == 0:
-        run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
-        write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
-    _run(trainer, checkpoint)
-    trainer.save_final()
-    summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
-    if arguments.process_index == 0:
-        plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
-        write_summary(run_dir, summary)
+    if _asks_to_shard(arguments) and not trainer.is_fsdp_enabled:
+        say("accelerate shards over accelerators only: on the CPU every process holds the whole model")
+    with _full_disk_in_one_line(run_dir):
+        if is_main:
+            run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
+            write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
+        _run(trainer, checkpoint)
+        trainer.save_final()
+        summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
+        if is_main:
+            plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
+            write_summary(run_dir, summary)
     return summary
 
 
@@ -123,6 +136,10 @@ def _build_trainer(
     )
 
 
+def _asks_to_shard(arguments: TrainingArguments) -> bool:
+    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TransXSSMConfig:
     padded = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     from_tokenizer = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -154,9 +171,24 @@ def _run(trainer: TransXSSMTrainer, checkpoint: Path | None) -> None:
         )
 
 
+@contextmanager
+def _full_disk_in_one_line(run_dir: Path) -> Iterator[None]:
+    """Metrics, events and plots meet a full disk as well as checkpoints do."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise save_error("the run's records", run_dir, error) from error
+
+
 def _summary(recipe: Recipe, trainer: TransXSSMTrainer) -> dict[str, Any]:
     arguments, state = trainer.args, trainer.state
     evaluated = [row for row in rows_of(state.log_history) if "eval_loss" in row][-1]
+    if arguments.load_best_model_at_end:  # whose weights are those of an earlier step
+        evaluated = evaluated | trainer.held_out_metrics()
     seconds, tokens = trainer.train_seconds, state.num_input_tokens_seen
     return {
         "recipe": recipe.name,

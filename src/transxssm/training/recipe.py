@@ -34,6 +34,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,
     "save_total_limit": 2,
     "report_to": "tensorboard",
+    "ddp_find_unused_parameters": False,  # every parameter has a part in every step
 }
 # Kwargs of the default schedule; another lr_scheduler_type would choke on them.
 COSINE_TO_A_TENTH = {"min_lr_rate": 0.1}

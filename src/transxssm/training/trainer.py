@@ -5,19 +5,22 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from transxssm.training.checkpoints import (
     PREFIX,
     STAGING,
+    keep_latest,
     last_complete_checkpoint,
     publish_files,
     publish_folder,
@@ -74,6 +77,8 @@ class TransXSSMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer calls this once a step, with the gradients complete and the weights untouched.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(grad_norm, DTensor):  # FSDP2: each process holds its part of the sum
+            grad_norm = grad_norm.full_tensor()
         losses, batches = torch.stack(self._step_losses), self._step_batches
         self._step_losses, self._step_batches = [], []
         finite = torch.isfinite(losses).all()
@@ -89,10 +94,8 @@ class TransXSSMTrainer(Trainer):
         module = model if self.is_fsdp_enabled else self.accelerator.unwrap_model(model, keep_torch_compile=False)
         origin = None
         for inputs, num_items in batches:
-            inputs = self._prepare_inputs(inputs)
-            origin = origin or find_origin(
-                module, lambda batch=inputs, items=num_items: self.compute_loss(module, batch, num_items_in_batch=items)
-            )
+            again = partial(self.compute_loss, module, self._prepare_inputs(inputs), num_items_in_batch=num_items)
+            origin = origin or find_origin(module, again)
         what = f"loss {losses.sum().item():.4g}, gradient norm {float(grad_norm):.4g}"
         where = f"first in the {origin}" if origin else "but running the batch again stayed finite on this process"
         last = last_complete_checkpoint(Path(self.args.output_dir))
@@ -124,6 +127,11 @@ class TransXSSMTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
         output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.held_out_bytes
         return output
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Evaluates the model as it is now, without an entry in the log."""
+        loop = self.evaluation_loop(self.get_eval_dataloader(), description="Evaluation", prediction_loss_only=True)
+        return loop.metrics
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -195,12 +203,7 @@ class TransXSSMTrainer(Trainer):
                     self.state.best_model_checkpoint = str(run_dir / name)
                     self.state.save_to_json(str(self._staging / name / "trainer_state.json"))
                 publish_folder(self._staging / name, run_dir / name)
-                rotate_checkpoints(
-                    output_dir=str(run_dir),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
+                keep_latest(run_dir, self.args.save_total_limit, also=self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             raise save_error(name, run_dir, error) from error
@@ -217,6 +220,8 @@ class TransXSSMTrainer(Trainer):
             state_dict = self.accelerator.get_state_dict(self.model_wrapped)
             if self.args.should_save:
                 model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+                for name in model.all_tied_weights_keys:  # gathered from shards, they are copies
+                    state_dict.pop(name, None)
                 with self._saving():
                     model.save_pretrained(staging, state_dict=state_dict)
                 if self.processing_class is not None:

@@ -1,0 +1,86 @@
+"""Two processes on the CPU (gloo) against one with twice the batch: the same losses, evaluations and weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.training.conftest import write_recipe
+from transxssm.training import load_recipe, train
+
+SAME = 1e-5  # gradients of two halves are summed in another order
+
+LAUNCH = str(Path(__file__).with_name("launch.py"))
+STEPS = ["training.max_steps=6", "training.logging_steps=1", "training.save_steps=3", "training.eval_steps=3"]
+FSDP2 = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    },
+    "mixed_precision": "no",
+    "num_machines": 1,
+    "num_processes": 2,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, corpus):
+    recipe = load_recipe(
+        write_recipe(tmp_path_factory.mktemp("one"), corpus), [*STEPS, "training.per_device_train_batch_size=8"]
+    )
+    train(recipe)
+    return recipe.output_dir
+
+
+def run(*command, expect=0):
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(LAUNCH).parents[2])
+    assert (finished.returncode == 0) == (expect == 0), finished.stderr[-4000:]
+    return finished
+
+
+def assert_same_as_one_process(run_dir, one_process):
+    rows, expected_rows = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run_dir, one_process)
+    )
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for row, expected in zip(rows, expected_rows, strict=True):
+        for key in expected.keys() & {"tokens", "loss", "grad_norm", "eval_loss", "eval_bits_per_byte"}:
+            assert row[key] == pytest.approx(expected[key], rel=SAME), (row["step"], key)
+    weights, expected_weights = load_file(run_dir / "model.safetensors"), load_file(one_process / "model.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=SAME)
+    summary, expected_summary = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, one_process))
+    assert summary["parameters"] == expected_summary["parameters"]
+    assert summary["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(recipe_file, recipe, one_process):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    run(*torchrun, LAUNCH, recipe_file, *STEPS, "training.per_device_train_batch_size=4")
+    assert_same_as_one_process(recipe().output_dir, one_process)
+
+
+@pytest.mark.slow
+def test_the_same_recipe_shards_with_fsdp2_under_accelerate_launch_and_resumes(
+    recipe_file, recipe, one_process, tmp_path
+):
+    # accelerate knows FSDP on accelerators only; on the CPU launch.py overrules it, and torch shards there as well.
+    config = tmp_path / "fsdp2.yaml"
+    config.write_text(yaml.safe_dump(FSDP2))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    command = [*launch, LAUNCH, recipe_file, *STEPS, "training.per_device_train_batch_size=4", "--shard-on-cpu"]
+    run(*command, "--kill-in-step", "5", expect=1)
+    run(*command, "--resume")
+    assert_same_as_one_process(recipe().output_dir, one_process)
