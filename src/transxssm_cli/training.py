@@ -1,8 +1,10 @@
 """`transxssm train`."""
 
 import os
+import sys
 from pathlib import Path
 
+import datasets
 import typer
 
 from transxssm.training import Recipe, load_recipe, train
@@ -14,12 +16,19 @@ def train_recipe(arguments: list[str], *, resume: bool) -> None:
     """Trains the recipe that a command line names and says what came of it."""
     name, overrides = split_arguments(arguments)
     recipe = load_recipe(name, overrides)
+    quiet_progress_bars()
     try:
         summary = train(recipe, resume=resume)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or "continue with the same command and --resume") from None
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, one speaks
         typer.echo(result_line(recipe, summary))
+
+
+def quiet_progress_bars() -> None:
+    """No bars over the preparation of data where nobody watches: in a log each of their steps would be a line."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:

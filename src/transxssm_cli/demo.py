@@ -1,0 +1,115 @@
+"""`transxssm demo`: train, measure, let it write, and say where everything lies."""
+
+import json
+import lzma
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers.utils import logging
+
+from transxssm.data import DataArguments, load_corpus
+from transxssm.serving import GenerationSettings, encode_prompt, generate_text, load_model, load_tokenizer
+from transxssm.training import Recipe, load_recipe, run_folder, train
+from transxssm.training.report import read_summary
+from transxssm_cli.chart import chart
+from transxssm_cli.training import quiet_progress_bars
+
+XZ_PRESET = 9
+# Prompts and seeds, fixed so that a demonstration can be repeated.
+COMPLETIONS = (("def fibonacci(", 0), ("import os\n\n\nclass ", 1))
+NEW_TOKENS = 120
+
+
+def run_demo(recipe_name: str, overrides: list[str]) -> None:
+    """Trains a recipe, or goes on with it, or finds it finished; then shows what came of it."""
+    recipe = load_recipe(recipe_name, overrides)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    run_dir = recipe.output_dir
+    finished = read_summary(run_dir) is not None
+    if not finished:
+        console.print(f"Training the recipe {recipe.name} on {recipe.data.corpus}, into {run_dir}.")
+        console.print("Ctrl-C stops it; the same command goes on from there.\n")
+    quiet_progress_bars()
+    try:
+        summary = train(recipe, resume=run_dir.exists())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
+    _show_loss(console, run_dir)
+    _show_bits_per_byte(console, recipe.data, summary)
+    _show_completions(console, run_dir)
+    _show_places(console, recipe)
+    if finished:
+        console.print(f"\nThis run had finished before. To train it again: rm -r {run_dir}, then the same command.")
+
+
+def xz_bits_per_byte(texts: Iterator[str]) -> tuple[float, int]:
+    """Bits that `xz -9` needs for a byte of the concatenated texts, and their number of bytes."""
+    content = "".join(texts).encode("utf-8")
+    return 8 * len(lzma.compress(content, preset=XZ_PRESET)) / len(content), len(content)
+
+
+def loss_points(metrics: Path, key: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows of metrics.jsonl that have the key."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def _show_loss(console: Console, run_dir: Path) -> None:
+    metrics = run_dir / run_folder.METRICS
+    console.print("\nLoss in nats per token over steps: · training, o held out")
+    for line in chart({"·": loss_points(metrics, "loss"), "o": loss_points(metrics, "eval_loss")}):
+        console.print(line)
+    console.print(f"The same as a picture: {run_dir / run_folder.LOSS_PLOT}")
+
+
+def _show_bits_per_byte(console: Console, data: DataArguments, summary: dict[str, Any]) -> None:
+    held_out = load_corpus(data).held_out
+    xz, num_bytes = xz_bits_per_byte(held_out["text"])
+    model = (
+        f"{summary['parameters'] / 1e6:.1f}M parameters after {summary['train_tokens'] / 1e6:.2f}M tokens "
+        f"and {summary['train_seconds'] / 60:.1f} minutes"
+    )
+    console.print(f"\nBits per byte on {len(held_out)} held-out files, {num_bytes:,} bytes that it was not trained on:")
+    console.print(f"  {summary['bits_per_byte']:.3f}  this model, {model}")
+    console.print(f"  {xz:.3f}  xz -{XZ_PRESET}, on the same files concatenated")
+
+
+def _show_completions(console: Console, run_dir: Path) -> None:
+    logging.disable_progress_bar()  # a bar over the loading of weights
+    model = load_model(run_dir, dtype=None, device=torch.device("cpu"))
+    tokenizer = load_tokenizer(run_dir, model.config)
+    for prompt, seed in COMPLETIONS:
+        pieces: list[str] = []
+        input_ids = encode_prompt(tokenizer, prompt, model.config.vocab_size)
+        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, seed=seed)
+        generate_text(model, tokenizer, input_ids, pieces.append, settings)
+        console.print(f"\nIt continues {prompt!r} (seed {seed}):")
+        console.print(Text.assemble((prompt, "dim"), "".join(pieces)))
+
+
+def _show_places(console: Console, recipe: Recipe) -> None:
+    run_dir = recipe.output_dir
+    # In a virtual environment that is not active, the bare name would not be found.
+    command = "transxssm" if shutil.which("transxssm") else sys.argv[0]
+    console.print(
+        f"""
+Everything lies in {run_dir}: the model (model.safetensors, config.json, tokenizer.json), {run_folder.RECIPE},
+{run_folder.METRICS}, summary.json, {run_folder.LOSS_PLOT}, {run_folder.TENSORBOARD}/ and the last checkpoints.
+
+In Python:
+  import transxssm
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+  model = AutoModelForCausalLM.from_pretrained("{run_dir}")
+  tokenizer = AutoTokenizer.from_pretrained("{run_dir}")
+
+Next:
+  {command} generate {run_dir} --prompt "class Stack:"
+  {command} info {run_dir}
+  {command} train small"""
+    )
