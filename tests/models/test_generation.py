@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from tests.models.tiny import (
     ALL_VARIANTS,
+    SLIDING,
     WITH_ATTENTION,
     logits_of,
     pad_rows,
@@ -40,7 +41,7 @@ class TestGreedy:
     @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
     def test_follows_the_argmax(self, model, variant, arguments):
         if "cache_implementation" in arguments:
-            skip_where_transformers_is_wrong(variant, "static cache")
+            skip_where_transformers_is_wrong("static cache of sliding layers", variant, SLIDING)
         ids = tokens(2, 7)
         assert torch.equal(generate(model, ids, **arguments), greedy_by_hand(model, ids))
 
@@ -49,7 +50,7 @@ class TestGreedy:
     )
     def test_left_padded_batch_is_each_row_alone(self, model, variant, arguments):
         if "cache_implementation" in arguments:
-            skip_where_transformers_is_wrong(variant, "static cache")
+            skip_where_transformers_is_wrong("static cache of sliding layers", variant, SLIDING)
         rows = [tokens(1, length, seed=length)[0] for length in (9, 3, 6)]
         ids, mask = pad_rows(rows, left=[0, 6, 3], width=9)
         generated = generate(model, ids, attention_mask=mask, **arguments)[:, 9:]

@@ -55,10 +55,10 @@ SLIDING = [name for name, options in VARIANTS.items() if "sliding_window" in opt
 WITH_ATTENTION = [name for name in VARIANTS if not name.startswith("all_ssd")]
 
 
-def skip_where_transformers_is_wrong(variant: str, feature: str) -> None:
-    """Skips what transformers 5.17 itself gets wrong where layers slide; found right in 5.23."""
-    if variant in SLIDING and Version(transformers.__version__) < Version("5.23"):
-        pytest.skip(f"transformers {transformers.__version__} has no correct {feature} with sliding layers")
+def skip_where_transformers_is_wrong(feature: str, variant: str, affected: list[str]) -> None:
+    """Skips what transformers 5.17 itself gets wrong; found right in 5.23."""
+    if variant in affected and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {transformers.__version__} has no correct {feature}")
 
 
 def tiny_config(variant: str = "hybrid", **overrides) -> TransXSSMConfig:
