@@ -62,7 +62,7 @@ def test_what_a_generator_raises_arrives_as_it_is(generate, error):
 
 
 def test_no_rows_are_an_error_that_says_what_to_do(generate):
-    with pytest.raises(ValueError, match="^no numbers$"):
+    with pytest.raises(ValueError, match=r"^no numbers$"):
         generate(count, to=0, calls=[])
 
 

@@ -160,6 +160,7 @@ def test_a_tokenizer_without_an_end_is_refused(build, tmp_path):
 def test_use_leaves_the_identity_unchanged(tokenizer):
     before = tokenizer_identity(tokenizer)
     tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_identity(tokenizer) == before
     tokenize_documents(["text"], tokenizer)
     assert tokenizer_identity(tokenizer) == before
     tokenizer.add_tokens(["another"])
