@@ -145,6 +145,20 @@ class TestPrecision:
             assert weight.dtype == (torch.float32 if is_float32(name) else torch.bfloat16), name
 
 
+def test_a_model_cast_to_bfloat16_still_computes_its_decays_in_float32(monkeypatch):
+    """`.to(bfloat16)` rounds A_log and dt_bias, but what is computed from them isn't rounded again."""
+    seen = []
+    scan = modeling_transxssm.ssd_chunk_scan
+
+    def watched(x, dt, A, B, C, **options):
+        seen.append((dt.dtype, A.dtype))
+        return scan(x, dt, A, B, C, **options)
+
+    monkeypatch.setattr(modeling_transxssm, "ssd_chunk_scan", watched)
+    logits_of(tiny_model(dtype=torch.bfloat16), tokens(1, 5))
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
 def softplus(dt_bias: Tensor) -> Tensor:
     return F.softplus(dt_bias.double())
 
