@@ -13,7 +13,7 @@ import torch
 from transxssm.models import TransXSSMConfig
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
-FLOAT32, FLOAT64 = 4, 8  # bytes
+FLOAT32 = 4  # bytes
 # Limits of a container (cgroup v2), which the machine's own figures do not know of.
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -57,28 +57,27 @@ def all_attention(config: TransXSSMConfig) -> TransXSSMConfig:
 
 
 def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Peak of the activations while one sequence goes through the model without gradients; at most twice too high.
+    """Peak of the activations while one sequence goes through the model without gradients; an estimate, up to twice too high.
 
-    The residual stream and the rotary tables live throughout; of the layers, which run one after another, the widest counts.
+    The residual stream and the rotary tables live throughout; of the parts, which run one after another, the largest counts.
     """
     item, h, p, n = dtype.itemsize, config.ssd_num_heads, config.ssd_head_dim, config.ssd_state_size
-    groups_width = config.ssd_num_groups * n
-    tables = config.rotary_width // 2 * (3 * FLOAT64 + 4 * FLOAT32)
-    stream = 4 * config.hidden_size * item + tables
-    ffn = 3 * config.intermediate_size * item
-    q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = 3 * (q_width + 2 * kv_width) * item + 2 * q_width * FLOAT32
-    q = min(config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"], num_tokens)
-    chunk_products = q * h * (3 * FLOAT32 + item)  # decays, their exponentials, scores ∘ L in float32 and in dtype
-    inputs = (2 * h * p + 4 * groups_width) * item + (2 * h * p + 2 * groups_width) * FLOAT32
-    states = 3 * h * p * n * FLOAT32 // q
-    layers = {
+    q = config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"]
+    query_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    x_B_C = h * p + 2 * config.ssd_num_groups * n
+    convolved = 4 if config.ssd_conv_kernel_size else 0  # copies of x, B and C on their way through the convolution
+    attention = 2 * (query_width + 2 * kv_width) * item + query_width * FLOAT32
+    masks = 3 * num_tokens * item  # a window's mask and what is made of it: a row for each token
+    parts = {
+        "norm": 4 * config.hidden_size * FLOAT32,
+        "ffn": 3 * config.intermediate_size * item,
         "full_attention": attention,
-        "sliding_attention": attention,
-        "linear_attention": chunk_products + inputs + states,
+        "sliding_attention": attention + masks,
+        "linear_attention": ((1 + convolved) * x_B_C + h * p) * item + h * p * n * item // q,
     }
-    widest = max(ffn, *(layers[layer_type] for layer_type in config.layer_types))
-    return num_tokens * (stream + widest)
+    present = {"norm", "ffn", *config.layer_types}
+    stream = 6 * config.hidden_size * item + 2 * config.rotary_width * FLOAT32
+    return num_tokens * (stream + max(parts[name] for name in present))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,0 +1,108 @@
+"""Bytes by formula are those of a real cache, and of a real forward pass within a factor of two."""
+
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from tests.models.tiny import ALL_VARIANTS, tiny_config, tiny_model, tokens
+from transxssm.inspection import activation_bytes, all_attention, available_bytes, cache_bytes, memory
+from transxssm.models import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def bytes_of(cache: TransXSSMCache) -> tuple[int, int]:
+    """(keys and values, states) that a cache holds."""
+    kv = state = 0
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            held = (*layer.recurrent_states.values(), *layer.conv_states.values())
+            state += sum(tensor.nbytes for tensor in held if tensor is not None)
+        else:
+            kv += layer.keys.nbytes + layer.values.nbytes
+    return kv, state
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [2, 9])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_a_real_cache(variant, length, dtype):
+    model = tiny_model(variant, dtype=dtype)
+    cache = TransXSSMCache(config=model.config)
+    with torch.no_grad():
+        for piece in tokens(1, length).split(1, dim=1):
+            model(piece, past_key_values=cache)
+    assert cache_bytes(model.config, length, dtype) == bytes_of(cache)
+
+
+def test_all_attention_keeps_keys_and_values_in_every_layer():
+    config = tiny_config("hybrid")  # one attention layer of three
+    assert all_attention(config).layer_types == ["full_attention"] * 3
+    assert config.layer_types.count("full_attention") == 1
+    own, other = (cache_bytes(each, 100, torch.bfloat16) for each in (config, all_attention(config)))
+    assert (other.kv, other.state) == (3 * own.kv, 0)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at one time; temporaries inside an operator are not seen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self.sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return result
+
+    def free(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layer_types": ["linear_attention"] * 2},
+        {"layer_types": ["linear_attention"] * 2, "ssd_conv_kernel_size": 4, "intermediate_size": 64},
+        {"layer_types": ["full_attention"] * 2, "intermediate_size": 64},
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32},
+        {"intermediate_size": 4096},
+    ],
+    ids=str,
+)
+def test_activations_within_a_factor_of_two(options, dtype):
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
+    config = TransXSSMConfig(**(sizes | {"num_hidden_layers": 2} | options))
+    model, length = TransXSSMForCausalLM(config).to(dtype).eval(), 512
+    ids = torch.randint(0, 64, (1, length))
+    with torch.no_grad(), PeakBytes(model) as measured:
+        output = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    peak = measured.peak - sum(bytes_of(output.past_key_values))
+    assert 1 <= activation_bytes(config, length, dtype) / peak <= 2
+
+
+def test_a_containers_limit_bounds_what_is_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    cpu = torch.device("cpu")
+    assert available_bytes(cpu) == 1000
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(cpu) == 1000
+    (tmp_path / "memory.max").write_text("900\n")
+    assert available_bytes(cpu) == 500

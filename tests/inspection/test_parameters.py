@@ -1,0 +1,38 @@
+"""Parameters by kind add up to what the model holds."""
+
+import pytest
+
+from tests.models.tiny import ALL_VARIANTS, tiny_config
+from transxssm.inspection import count_parameters
+from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_kinds_add_up(variant, tied):
+    config = tiny_config(variant, tie_word_embeddings=tied)
+    counts = count_parameters(config)
+    assert sum(counts.values()) == TransXSSMForCausalLM(config).num_parameters()
+    assert counts["embeddings"] == config.vocab_size * config.hidden_size
+    assert counts["head"] == (0 if tied else counts["embeddings"])
+
+
+def test_kinds_are_told_apart():
+    counts = count_parameters(
+        tiny_config("everything", ssd_num_groups=2)
+    )  # one SSD layer, a sliding and a full attention layer
+    hidden, ffn, head_dim, state = 32, 48, 8, 16
+    projections = 2 * hidden * hidden + 2 * hidden * 2 * state + hidden * 4  # x and out, B and C, dt
+    assert (
+        counts["ssd"] == projections + 3 * 4 + (hidden + 2 * 2 * state) * 3
+    )  # A_log, dt_bias and D; a convolution of 3
+    assert counts["attention"] == 2 * (2 * hidden * hidden + 2 * hidden * head_dim)  # one key-value head
+    assert counts["ffn"] == 3 * 3 * hidden * ffn
+    assert counts["norms"] == 7 * hidden
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("320m", 322.0), ("1.3b", 1299.9)])
+def test_the_papers_sizes(preset, millions):
+    assert sum(count_parameters(TransXSSMConfig.from_preset(preset)).values()) / 1e6 == pytest.approx(
+        millions, abs=0.05
+    )

@@ -1,0 +1,109 @@
+"""A prompt is continued as asked: what comes, when it stops, what it was."""
+
+import pytest
+import torch
+
+from tests.serving.checkpoints import RECITED, byte_tokenizer, write_random_checkpoint, write_reciting_checkpoint
+from transxssm.serving import GenerationSettings, encode_prompt, generate_text, load_model
+
+CPU = torch.device("cpu")
+GREEDY = {"temperature": 0.0}
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def reciting(tmp_path_factory):
+    return load_model(write_reciting_checkpoint(tmp_path_factory.mktemp("reciting")), dtype=None, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    return load_model(write_random_checkpoint(tmp_path_factory.mktemp("random")), dtype=None, device=CPU)
+
+
+def complete(model, prompt: str, **settings):
+    pieces = []
+    ids = encode_prompt(TOKENIZER, prompt, model.config.vocab_size)
+    generation = generate_text(model, TOKENIZER, ids, pieces.append, GenerationSettings(**settings))
+    return "".join(pieces), generation
+
+
+@pytest.mark.parametrize("prompt", ["", "x", "x = für ü"])
+def test_the_completion_and_what_it_took(reciting, prompt):
+    num_bytes = len(RECITED.encode())
+    text, generation = complete(reciting, prompt, max_new_tokens=2 * num_bytes, **GREEDY)
+    assert text == 2 * RECITED
+    assert generation.num_prompt_tokens == 1 + len(prompt.encode())  # bos
+    assert generation.num_new_tokens == 2 * num_bytes
+    assert generation.prompt_seconds > 0
+    assert generation.decode_seconds > 0
+
+
+def test_it_ends_with_the_document(tmp_path):
+    model = load_model(write_reciting_checkpoint(tmp_path, rounds=False), dtype=None, device=CPU)
+    text, generation = complete(model, "x", max_new_tokens=100, **GREEDY)
+    assert text == RECITED
+    assert generation.num_new_tokens == len(RECITED.encode()) + 1  # eos
+
+
+def test_a_stop_string_ends_generation_at_once(reciting):
+    text, generation = complete(reciting, "x", max_new_tokens=1000, stop_strings=["no", "€"], **GREEDY)
+    assert text == "def(é"
+    assert generation.num_new_tokens == len("def(é€".encode())
+
+
+def test_the_seed_decides(random_model):
+    first, _ = complete(random_model, "a", max_new_tokens=30, seed=3)
+    assert complete(random_model, "a", max_new_tokens=30, seed=3)[0] == first
+    assert complete(random_model, "a", max_new_tokens=30, seed=4)[0] != first
+
+
+def test_greedy_is_the_limit_of_a_low_temperature_and_of_a_low_top_p(random_model):
+    greedy, _ = complete(random_model, "a", max_new_tokens=30, **GREEDY)
+    assert complete(random_model, "a", max_new_tokens=30, temperature=1e-4)[0] == greedy
+    assert complete(random_model, "a", max_new_tokens=30, temperature=1.0, top_p=1e-6)[0] == greedy
+    assert complete(random_model, "a", max_new_tokens=30, temperature=1.0, top_p=1.0)[0] != greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 0}, "max-new-tokens must be at least 1: got 0"),
+        ({"temperature": -0.1}, "temperature must be 0 (greedy) or more: got -0.1"),
+        ({"temperature": float("nan")}, "got nan"),
+        ({"temperature": float("inf")}, "got inf"),
+        ({"top_p": 0.0}, "top-p must be more than 0 and at most 1: got 0.0"),
+        ({"top_p": 1.1}, "got 1.1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**64}, "less than 2**64"),
+        ({"stop_strings": ["a", ""]}, "a stop string must not be empty"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 (the words are compared below)
+        GenerationSettings(**settings)
+    assert words in str(refusal.value)
+
+
+class TestEncodePrompt:
+    def test_begins_with_bos_once(self):
+        bos = TOKENIZER.bos_token_id
+        assert encode_prompt(TOKENIZER, "", 258).tolist() == [[bos]]
+        assert encode_prompt(TOKENIZER, "ab", 258).tolist() == [[bos, 97, 98]]
+
+    def test_begins_with_eos_where_there_is_no_bos(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.bos_token = None
+        tokenizer.backend_tokenizer.post_processor = None
+        assert encode_prompt(tokenizer, "a", 258).tolist() == [[tokenizer.eos_token_id, 97]]
+
+    def test_refuses_an_empty_prompt_without_a_token_to_start_from(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.bos_token = tokenizer.eos_token = None
+        tokenizer.backend_tokenizer.post_processor = None
+        with pytest.raises(ValueError, match="neither bos_token nor eos_token"):
+            encode_prompt(tokenizer, "", 258)
+
+    def test_refuses_ids_outside_the_vocabulary(self):
+        with pytest.raises(ValueError, match="got 256, expected 0 … 255"):
+            encode_prompt(TOKENIZER, "a", 256)
