@@ -12,7 +12,7 @@ from transxssm._version import __version__
 from transxssm.training.checkpoints import write_text_whole
 
 SUMMARY = "summary.json"
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+LIBRARIES = ("transformers", "accelerate", "datasets", "tokenizers")
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -33,6 +33,7 @@ def versions() -> dict[str, str]:
     return {
         "transxssm": __version__,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with its build, such as +cpu
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
