@@ -84,15 +84,15 @@ def check_memory(model: TransXSSMForCausalLM, num_prompt_tokens: int, max_new_to
     available = available_bytes(model.device)
     if cache + activations > available:
         raise ValueError(
-            f"a prompt of {num_prompt_tokens:,} tokens and {max_new_tokens:,} new ones need about {gigabytes(cache + activations)} "
-            f"(activations {gigabytes(activations)}, cache {gigabytes(cache)}), but {model.device} has {gigabytes(available)} left: "
+            f"a prompt of {num_prompt_tokens:,} tokens and {max_new_tokens:,} new ones need about {megabytes(cache + activations)} "
+            f"(activations {megabytes(activations)}, cache {megabytes(cache)}), but {model.device} has {megabytes(available)} left: "
             "shorten the prompt, or choose a smaller --dtype"
         )
 
 
-def gigabytes(num_bytes: int) -> str:
-    """Such as "1.25 GB"."""
-    return f"{num_bytes / 1e9:,.2f} GB"
+def megabytes(num_bytes: int) -> str:
+    """Such as "1,234.5 MB"."""
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def write_now(text: str) -> None:

@@ -21,9 +21,6 @@ class OneLineErrors(TyperGroup):
         arguments = list(sys.argv[1:] if args is None else args)
         try:
             result = super().main(arguments or ["--help"], *rest, **(options | {"standalone_mode": False}))
-        except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit is quiet
-            sys.exit(1)
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE) or not is_users(error):
                 raise

@@ -1,0 +1,91 @@
+"""`transxssm demo`, from nothing to the last line, at a size that takes seconds."""
+
+import json
+import lzma
+import re
+
+import pytest
+
+from transxssm_cli import demo
+from transxssm_cli.demo import loss_points, xz_bits_per_byte
+
+
+@pytest.fixture
+def show(run, recipe):
+    def invoke(*overrides):
+        return run("demo", "--recipe", recipe, *overrides)
+
+    return invoke
+
+
+def test_it_trains_and_shows_what_came_of_it_and_shows_it_again(show, tmp_path, corpus):
+    folder = tmp_path / "run"
+    first = show()
+    assert first.exit_code == 0, first.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+
+    assert f"Training the recipe recipe on {corpus}, into {folder}." in first.stdout
+    assert re.search(r"^\d\.\d\d ┤", first.stdout, re.MULTILINE)  # the chart's upper end
+    assert f"{folder}/loss.png" in first.stdout
+    held_out, num_bytes, bits = re.search(
+        r"on (\d+) held-out files, ([\d,]+) bytes.*\n +([\d.]+)  this model", first.stdout
+    ).groups()
+    assert 0 < int(held_out) < 12
+    assert int(num_bytes.replace(",", "")) == summary["held_out_bytes"]
+    assert float(bits) == pytest.approx(summary["bits_per_byte"], abs=5e-4)
+    assert re.search(r"[\d.]+  xz -9, on the same files", first.stdout)
+    for prompt, seed in demo.COMPLETIONS:
+        assert f"It continues {prompt!r} (seed {seed}):\n{prompt}" in first.stdout
+    for place in (f'from_pretrained("{folder}")', f"generate {folder}", "metrics.jsonl"):
+        assert place in first.stdout
+
+    again = show()
+    assert again.exit_code == 0
+    assert "Training the recipe" not in again.stdout
+    assert f"To train it again: rm -r {folder}" in again.stdout
+    # The same figures and, from fixed seeds, the same completions.
+    result = first.stdout[first.stdout.index("Loss in nats") :]
+    assert again.stdout[again.stdout.index("Loss in nats") :].startswith(result)
+
+
+def test_it_goes_on_with_an_unfinished_run(show, tmp_path):
+    assert show("training.max_steps=2").exit_code == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    resumed = show()
+    assert resumed.exit_code == 0
+    assert "resuming from" in resumed.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+
+
+def test_an_interruption_says_that_the_same_command_goes_on(show, monkeypatch):
+    def interrupt(recipe, resume):
+        raise KeyboardInterrupt("continue with --resume")  # which this command does not have
+
+    monkeypatch.setattr(demo, "train", interrupt)
+    result = show()
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: the same command goes on from the last checkpoint\n"
+
+
+def test_another_run_in_its_folder_is_left_alone(run, recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    result = run("demo", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert "holds something other than a run" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_bits_per_byte_of_xz():
+    texts = ["def f(x):\n    return x\n" * 50, "é€😀"]
+    content = "".join(texts).encode()
+    bits, num_bytes = xz_bits_per_byte(iter(texts))
+    assert num_bytes == len(content)
+    assert bits * num_bytes / 8 == len(lzma.compress(content, preset=9))
+
+
+def test_loss_points(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0, "eval_loss": 4.5}\n')
+    assert loss_points(path, "loss") == [(1, 5.0), (2, 4.0)]
+    assert loss_points(path, "eval_loss") == [(2, 4.5)]

@@ -1,0 +1,145 @@
+"""`transxssm generate`."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.serving.checkpoints import RECITED, byte_tokenizer
+from transxssm_cli import generation
+
+NUM_BYTES = len(RECITED.encode())
+ROUND = ("--max-new-tokens", str(NUM_BYTES), "--temperature", "0")
+
+
+def test_the_completion_alone_goes_to_stdout_and_timing_to_stderr(run, reciting):
+    result = run("generate", reciting, "--prompt", "x =", *ROUND)
+    assert (result.exit_code, result.stdout) == (0, RECITED)
+    timing = r"4 prompt tokens in \d+\.\d\d s \([\d,]+/s\), 16 new tokens \([\d,.]+/s\), greedy, cpu\n"
+    assert re.fullmatch(timing, result.stderr)
+
+
+def test_an_empty_prompt_starts_a_document(run, reciting):
+    result = run("generate", reciting, *ROUND)
+    assert result.stdout == RECITED
+    assert result.stderr.startswith("1 prompt tokens")
+
+
+def test_the_prompt_may_come_from_stdin_or_a_file(run, reciting, tmp_path):
+    text = "über:\r\n"  # nine bytes with bos; line ends stay as they are
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(text.encode())
+    for result in (
+        run("generate", reciting, "--prompt", "-", *ROUND, input=text.encode()),
+        run("generate", reciting, "--prompt-file", path, *ROUND),
+    ):
+        assert result.stdout == RECITED
+        assert result.stderr.startswith("9 prompt tokens")
+
+
+def test_stop_strings_are_not_printed(run, reciting):
+    result = run("generate", reciting, "--stop", "😀", "--stop", "never", "--temperature", "0")
+    assert result.stdout == "def(é€"
+    assert "13 new tokens" in result.stderr
+
+
+def test_a_seed_repeats_a_text_and_one_that_nobody_chose_is_shown(run, random_checkpoint):
+    options = ("generate", random_checkpoint, "--prompt", "a", "--max-new-tokens", "30")
+    first = run(*options)
+    seed = re.search(r"seed (\d+)", first.stderr).group(1)
+    assert run(*options, "--seed", seed).stdout == first.stdout
+    assert run(*options, "--seed", int(seed) + 1).stdout != first.stdout
+
+
+def test_a_terminal_shows_the_prompt_dimmed_and_ends_the_line(run, reciting):
+    result = run("generate", reciting, "--prompt", "[b]x[/b]", *ROUND, env={"FORCE_COLOR": "1", "TERM": "xterm"})
+    assert result.stdout == f"\x1b[2m[b]x[/b]\x1b[0m{RECITED}\n"
+
+
+def test_dtype(run, reciting):
+    assert run("generate", reciting, "--dtype", "bfloat16", *ROUND).stdout == RECITED
+
+
+def test_pieces_are_written_as_they_come(reciting, monkeypatch):
+    """Character by character, not at the end."""
+    pieces = []
+    monkeypatch.setattr(generation, "write_now", pieces.append)
+    settings = generation.GenerationSettings(max_new_tokens=NUM_BYTES, temperature=0.0)
+    generation.generate_to_stdout(reciting, "", settings, dtype_name="auto", device_name="cpu")
+    assert pieces == list(RECITED)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(reciting):
+    command = "from transxssm_cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "generate", str(reciting), "--max-new-tokens", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.read(4) == b"def("
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert errors == b""
+
+
+class TestRefusals:
+    def test_no_folder(self, error_of, tmp_path):
+        assert "no checkpoint folder" in error_of("generate", tmp_path / "absent")
+
+    def test_no_model_in_it(self, error_of, tmp_path):
+        assert "config.json is missing" in error_of("generate", tmp_path)
+
+    def test_weights_cut_short(self, error_of, reciting, tmp_path):
+        folder = shutil.copytree(reciting, tmp_path / "run")
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        assert "model.safetensors is truncated or damaged" in error_of("generate", folder)
+
+    def test_a_prompt_that_memory_does_not_hold(self, error_of, reciting, monkeypatch):
+        monkeypatch.setattr(generation, "available_bytes", lambda device: 2_000_000)
+        words = error_of("generate", reciting, "--prompt", "x" * 999, "--max-new-tokens", "24")
+        assert words.startswith("a prompt of 1,000 tokens and 24 new ones need about")
+        # One attention layer keeps 1024 · 2 · 264 floats; one SSD layer four heads of 66 × 132.
+        assert f"cache {(1024 * 2 * 264 + 264 * 132) * 4 / 1e6:,.1f} MB" in words
+        assert "cpu has 2.0 MB left: shorten the prompt" in words
+
+    def test_a_tokenizer_of_another_model(self, error_of, reciting, tmp_path):
+        folder = shutil.copytree(reciting, tmp_path / "run")
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(["one more"])
+        tokenizer.save_pretrained(folder)
+        assert "token ids up to 258, expected less than vocab_size=258" in error_of("generate", folder)
+
+    def test_sizes_that_do_not_fit(self, error_of, reciting, tmp_path):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads((reciting / "config.json").read_text()) | {"head_dim": 100}))
+        assert "an even multiple of head_dim" in error_of("generate", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--device", "gpu"], "unknown device 'gpu'"),
+            (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+            (["--dtype", "int8"], "unknown dtype 'int8': expected one of auto, float32"),
+            (["--max-new-tokens", "0"], "max-new-tokens must be at least 1"),
+            (["--temperature", "-1"], "temperature must be 0 (greedy) or more"),
+            (["--top-p", "0"], "top-p must be more than 0"),
+            (["--seed", "-1"], "seed must be at least 0"),
+            (["--stop", ""], "a stop string must not be empty"),
+            (["--prompt", "a", "--prompt-file", "b"], "got both --prompt and --prompt-file"),
+            (["--prompt-file", "absent.txt"], "absent.txt: No such file or directory"),
+        ],
+        ids=str,
+    )
+    def test_options(self, error_of, reciting, options, words):
+        assert words in error_of("generate", reciting, *options)
+
+    def test_a_prompt_that_is_no_text(self, error_of, reciting, tmp_path):
+        path = tmp_path / "prompt.bin"
+        path.write_bytes(b"ab\xff")
+        assert "is not UTF-8 text: byte 2 is 0xff" in error_of("generate", reciting, "--prompt-file", path)
+        assert "standard input is not UTF-8 text" in error_of("generate", reciting, "-p", "-", input=b"\xff")

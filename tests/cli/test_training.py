@@ -1,0 +1,127 @@
+"""`transxssm train`: the recipe and its overrides, the way to resume, and every mistake in one line."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from transxssm.training import SaveError
+from transxssm_cli import training
+from transxssm_cli.training import split_arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("tiny", [])),
+        (["small"], ("small", [])),
+        (["small", "training.seed=1"], ("small", ["training.seed=1"])),
+        (["training.seed=1", "data.seed=2"], ("tiny", ["training.seed=1", "data.seed=2"])),
+    ],
+    ids=str,
+)
+def test_arguments_are_a_recipe_and_overrides(arguments, expected):
+    assert split_arguments(arguments) == expected
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path):
+    path = tmp_path / "width=64.yaml"
+    assert split_arguments([str(path)])[0] == "tiny"
+    path.touch()
+    assert split_arguments([str(path), "a.b=1"]) == (str(path), ["a.b=1"])
+
+
+def test_a_run_can_be_resumed_generated_from_and_described(run, recipe, tmp_path):
+    folder = tmp_path / "run"
+    result = run("train", recipe, "training.max_steps=2")
+    assert result.exit_code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{summary['bits_per_byte']:.4f} bits per byte after 128 tokens" in result.stdout
+    assert result.stderr.count("\n") == len(result.stderr.splitlines())  # no bars, which rewrite their line
+    assert "step 2/2" in result.stderr
+
+    result = run("train", recipe, "--resume")  # to the recipe's own four steps
+    assert result.exit_code == 0
+    assert "resuming from" in result.stderr
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+
+    assert run("generate", folder, "--prompt", "def ", "--max-new-tokens", "5").exit_code == 0
+    assert json.loads(run("info", folder, "--json").stdout)["parameters"]["total"] == summary["parameters"]
+
+
+def test_one_process_of_several_speaks(run, recipe, monkeypatch):
+    summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}
+    monkeypatch.setattr(training, "train", lambda recipe, resume: summary)
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", recipe).stdout == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "1.4000 bits per byte" in run("train", recipe).stdout
+
+
+def test_ctrl_c_ends_it_with_a_line_on_how_to_go_on(recipe, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "transxssm", "train", str(recipe), "training.max_steps=1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stderr:
+            if line.startswith("step 3/"):
+                break
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, stdout) == (130, "")
+    last = stderr.splitlines()[-1]
+    assert last.startswith("interrupted: stopped after step ")
+    assert "--resume" in last
+    assert "Traceback" not in stderr
+    assert list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.max_stepss=3"], "did you mean training.max_steps?"),
+        (["trainin.max_steps=3"], "trainin"),
+        (["training.learning_rate=fast"], "training.learning_rate"),
+        (["data.sequence_length=1.5"], "data.sequence_length"),
+        (["data.sequence_length=0"], "data.sequence_length must be at least 2"),
+        (["data.tokenizer=bpe", "data.vocab_size=100"], "data.vocab_size must be at least 258"),
+        (["model.num_attention_heads=3"], "hidden_size must be a multiple of num_attention_heads"),
+        (["model.ssd_state_size=20"], "an even multiple of head_dim"),
+        (["model.rope_parameters={rope_type: dynamic, rope_theta: 10000.0}"], "cannot be rotated again"),
+        (["model.preset=huge"], "got 'huge'"),
+        (["max_steps"], "expected section.key=value"),
+        (["data.corpus=no-such-corpus"], "no corpus 'no-such-corpus'"),
+    ],
+    ids=str,
+)
+def test_bad_settings(error_of, recipe, tmp_path, overrides, words):
+    assert words in error_of("train", recipe, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe(error_of, tmp_path):
+    assert "no recipe 'absent.yaml'" in error_of("train", "absent.yaml")
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "empty"), (b"\x00\x01binary\xff", "data.bin")])
+def test_bad_corpora(error_of, recipe, tmp_path, content, words):
+    corpus = tmp_path / "data.bin"
+    if content is None:
+        corpus = tmp_path / "empty"
+        corpus.mkdir()
+    else:
+        corpus.write_bytes(content)
+    assert words in error_of("train", recipe, f"data.corpus={corpus}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_told_as_it_comes(error_of, recipe, monkeypatch):
+    def fail(recipe, resume):
+        raise SaveError("could not save checkpoint-2: No space left on device; checkpoint-1 is whole")
+
+    monkeypatch.setattr(training, "train", fail)
+    assert error_of("train", recipe).endswith("checkpoint-1 is whole")
