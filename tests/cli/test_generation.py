@@ -1,5 +1,6 @@
 """`transxssm generate`."""
 
+import io
 import json
 import re
 import shutil
@@ -72,6 +73,13 @@ def test_pieces_are_written_as_they_come(reciting, monkeypatch):
     assert pieces == list(RECITED)
 
 
+def test_a_piece_does_not_wait_for_a_full_line(monkeypatch):
+    received = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(received, encoding="utf-8"))
+    generation.write_now("é")
+    assert received.getvalue() == "é".encode()
+
+
 def test_a_reader_that_has_seen_enough_ends_it_quietly(reciting):
     command = "from transxssm_cli import main; main()"
     process = subprocess.Popen(
@@ -100,12 +108,13 @@ class TestRefusals:
         assert "model.safetensors is truncated or damaged" in error_of("generate", folder)
 
     def test_a_prompt_that_memory_does_not_hold(self, error_of, reciting, monkeypatch):
-        monkeypatch.setattr(generation, "available_bytes", lambda device: 2_000_000)
+        monkeypatch.setattr(generation, "available_bytes", lambda device: 2_500_000)
         words = error_of("generate", reciting, "--prompt", "x" * 999, "--max-new-tokens", "24")
+        # The cache alone would fit.
         assert words.startswith("a prompt of 1,000 tokens and 24 new ones need about")
         # One attention layer keeps 1024 · 2 · 264 floats; one SSD layer four heads of 66 × 132.
         assert f"cache {(1024 * 2 * 264 + 264 * 132) * 4 / 1e6:,.1f} MB" in words
-        assert "cpu has 2.0 MB left: shorten the prompt" in words
+        assert "cpu has 2.5 MB left: shorten the prompt" in words
 
     def test_a_tokenizer_of_another_model(self, error_of, reciting, tmp_path):
         folder = shutil.copytree(reciting, tmp_path / "run")

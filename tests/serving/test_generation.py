@@ -47,9 +47,11 @@ def test_it_ends_with_the_document(tmp_path):
 
 
 def test_a_stop_string_ends_generation_at_once(reciting):
-    text, generation = complete(reciting, "x", max_new_tokens=1000, stop_strings=["no", "€"], **GREEDY)
+    calls = []
+    with reciting.register_forward_hook(lambda *arguments: calls.append(1)):
+        text, generation = complete(reciting, "x", max_new_tokens=1000, stop_strings=["no", "€"], **GREEDY)
     assert text == "def(é"
-    assert generation.num_new_tokens == len("def(é€".encode())
+    assert generation.num_new_tokens == len(calls) == len("def(é€".encode())
 
 
 def test_the_seed_decides(random_model):

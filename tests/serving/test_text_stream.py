@@ -1,7 +1,6 @@
 """Text comes in whole characters, and not beyond a stop string."""
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -10,12 +9,11 @@ from transxssm.serving import TextStream
 
 
 def pieces_of(tokenizer, ids: list[int], stop_strings=()) -> list[str]:
-    """What a stream writes, with "|" where `generate` would hand it the next token."""
+    """What a stream writes, with "|" after each token."""
     pieces = []
     stream = TextStream(tokenizer, pieces.append, stop_strings)
-    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in ids:
-        stream.put(torch.tensor([token]))
+        stream.push(token)
         pieces.append("|")
     stream.end()
     return pieces
@@ -80,9 +78,10 @@ def test_nothing_from_a_stop_string_on(text, stop_strings, expected):
     assert text_of(pieces_of(byte_tokenizer(), list(text.encode()), stop_strings)) == expected
 
 
-def test_a_stop_string_inside_one_token_ends_the_text_before_it():
-    tokenizer = Tokenizer(models.WordLevel({"ab\ncd": 0, "x": 1}, unk_token="x"))
-    assert text_of(pieces_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 1], ["\n"])) == "ab"
+@pytest.mark.parametrize("stop_strings", [["\n"], ["#", "\n"], ["\n", "#"]], ids=ascii)
+def test_a_stop_string_inside_one_token_ends_the_text_before_the_first(stop_strings):
+    tokenizer = Tokenizer(models.WordLevel({"ab\ncd#": 0, "x": 1}, unk_token="x"))
+    assert text_of(pieces_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 1], stop_strings)) == "ab"
 
 
 def test_text_is_held_back_only_while_it_could_become_a_stop_string():

@@ -107,7 +107,8 @@ def generate_text(
         write: is called with each piece of text as it comes: whole characters, nothing from a stop string on.
         settings: how tokens are chosen, and when to stop.
     """
-    stream = _TimedStream(tokenizer, write, settings.stop_strings)
+    stream = TextStream(tokenizer, write, settings.stop_strings)
+    follower = _Follower(stream)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     generation_config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -123,34 +124,32 @@ def generate_text(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=generation_config,
-        streamer=stream,
-        stopping_criteria=StoppingCriteriaList([_StreamStopped(stream)]),
+        stopping_criteria=StoppingCriteriaList([follower]),
     )
+    stream.end()
     ended = time.perf_counter()
     return Generation(
         num_prompt_tokens=input_ids.shape[1],
-        num_new_tokens=stream.num_tokens,
-        prompt_seconds=stream.first_token_at - started,
-        decode_seconds=ended - stream.first_token_at,
+        num_new_tokens=follower.num_tokens,
+        prompt_seconds=follower.first_token_at - started,
+        decode_seconds=ended - follower.first_token_at,
     )
 
 
-class _TimedStream(TextStream):
-    """Notes when the first new token came."""
+class _Follower(StoppingCriteria):
+    """Hands each new token to the stream, and ends `generate` with the token that completes a stop string.
 
-    first_token_at = 0.0
-
-    def put(self, value: Tensor) -> None:
-        super().put(value)
-        if self.num_tokens == 1 and not self.first_token_at:
-            self.first_token_at = time.perf_counter()
-
-
-class _StreamStopped(StoppingCriteria):
-    """Ends `generate` when a stop string has come."""
+    A streamer of transformers would get each token only after it was decided whether to go on.
+    """
 
     def __init__(self, stream: TextStream) -> None:
         self.stream = stream
+        self.num_tokens = 0
+        self.first_token_at = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.stream.stopped, dtype=torch.bool, device=input_ids.device)
+        self.stream.push(int(input_ids[0, -1]))
+        self.num_tokens += 1
+        if self.num_tokens == 1:
+            self.first_token_at = time.perf_counter()
+        return torch.full((1,), self.stream.stopped, dtype=torch.bool, device=input_ids.device)

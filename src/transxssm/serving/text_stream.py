@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import BaseStreamer
 
 INCOMPLETE = "�"  # what a decoder makes of the first bytes of a character
 
 
-class TextStream(BaseStreamer):
-    """Takes one sequence's tokens from `generate` and writes their text in pieces.
+class TextStream:
+    """Takes one sequence's new tokens and writes their text in pieces.
 
     A piece may lag behind its token: while a character lacks bytes, and while the text could still become a stop string.
     """
@@ -24,26 +22,19 @@ class TextStream(BaseStreamer):
             write: is called with each piece.
             stop_strings: the text ends before the first of them; none is empty.
         """
-        self.stopped = False
-        self.num_tokens = 0
+        self.stopped = False  # whether a stop string has come
         self._tokenizer = tokenizer
         self._write = write
         self._stop_strings = tuple(stop_strings)
-        self._prompt_seen = False
         # Ids not yet written, after those of the piece before: many tokenizers decode a token by what stands before it.
         self._ids: list[int] = []
         self._num_context = 0
         self._held = ""  # text that could be the beginning of a stop string
 
-    def put(self, value: Tensor) -> None:
-        """Takes the prompt's ids at the first call, (1, t), then a token at a time, (1,)."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.tolist():
-            if not self.stopped:
-                self.num_tokens += 1
-                self._take(self._decode(token))
+    def push(self, token: int) -> None:
+        """Takes the next token's id; ignores it where the text has stopped."""
+        if not self.stopped:
+            self._take(self._decode(token))
 
     def end(self) -> None:
         """Writes what was held back, except a character that never got all its bytes."""
