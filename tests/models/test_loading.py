@@ -138,7 +138,6 @@ class TestPrecision:
         generated = loaded.generate(ids, max_new_tokens=3, do_sample=False)
         assert torch.equal(generated, loaded.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False))
 
-    @pytest.mark.xfail(reason="transformers applies _keep_in_fp32_modules_strict only when it loads a checkpoint")
     def test_a_model_built_in_bfloat16_keeps_them_too(self, variant):
         model = AutoModelForCausalLM.from_config(tiny_config(variant), dtype=torch.bfloat16)
         for name, weight in model.state_dict().items():

@@ -217,3 +217,13 @@ def test_every_kind_of_layer_is_packed():
     """The tests above run on each kind of layer and each option that the model has."""
     kinds = {kind for options in VARIANTS.values() for kind in options.get("layer_types", [])}
     assert kinds == {"linear_attention", "full_attention", "sliding_attention"}
+
+
+def test_generate_takes_the_documents_of_a_packed_prompt():
+    """Generated tokens continue the last document alone, with a cache and without."""
+    model, ids = tiny_model("hybrid").eval(), tokens(2, 20)
+    seq_idx = torch.tensor([[0] * 9 + [1] * 11]).expand(2, -1)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    alone = model.generate(ids[:, 9:], **options)[:, 11:]
+    assert torch.equal(model.generate(ids, seq_idx=seq_idx, **options)[:, 20:], alone)
+    assert torch.equal(model.generate(ids, seq_idx=seq_idx, use_cache=False, **options)[:, 20:], alone)

@@ -94,9 +94,10 @@ class TransXSSMSSDMixer(nn.Module):
         self.C_proj = nn.Linear(config.hidden_size, state_size, bias=False)
         self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
         self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        self.D = nn.Parameter(torch.empty(self.num_heads)) if config.ssd_skip else None
+        # float32 in a model of any dtype: bfloat16 would move decays by a part in 256.
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32)) if config.ssd_skip else None
         self.conv_weight = None
         if config.ssd_conv_kernel_size:
             self.conv_weight = nn.Parameter(torch.empty(sum(self.split_sizes), config.ssd_conv_kernel_size))
@@ -104,6 +105,8 @@ class TransXSSMSSDMixer(nn.Module):
     def forward(self, hidden_states: Tensor, positions: Positions, past_key_values: Cache | None = None) -> Tensor:
         batch, length, _ = hidden_states.shape
         state, conv_state = read_ssd_layer(past_key_values, self.layer_idx)
+        if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
+            hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
         x, B, C = self.x_proj(hidden_states), self.B_proj(hidden_states), self.C_proj(hidden_states)
         new_conv_state = None
         if self.conv_weight is not None:
@@ -119,7 +122,6 @@ class TransXSSMSSDMixer(nn.Module):
         A = -torch.exp(_at_least_float32(self.A_log))
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
             dt = dt * positions.padding_mask[..., None]
-            x = x * positions.padding_mask[..., None].to(x.dtype)
         x = x.view(batch, length, self.num_heads, self.head_dim)
         B = B.view(batch, length, self.num_groups, self.state_size)
         C = C.view(batch, length, self.num_groups, self.state_size)
@@ -323,8 +325,8 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                 position_ids. With a cache, the first token continues the cached document.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; packed rows with a cache or an attention implementation
-                that would let documents leak.
+            ValueError: both or neither of input_ids and inputs_embeds; a mask of another shape; packed rows with a cache or an
+                attention implementation that would let documents leak.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
@@ -334,7 +336,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             past_key_values = TransXSSMCache(config=self.config)
         length = inputs_embeds.shape[1]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        padding = self._padding(attention_mask, past_length, length)
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
             seq_idx = documents_from_positions(position_ids, padding)
         if seq_idx is not None:
@@ -375,6 +377,23 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                     seq_idx, past_length, past_key_values.document_start
                 )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _padding(
+        self, attention_mask: Tensor | dict[str, Tensor | None] | None, past_length: int, length: int
+    ) -> Tensor | None:
+        """The two-dimensional mask, if there is one, after a check that it says what SSD layers need to know."""
+        if not isinstance(attention_mask, Tensor):
+            return None
+        if attention_mask.dim() != 2 and SSD_LAYER_TYPE in self.config.layer_types:
+            raise ValueError(
+                "attention_mask must have shape (b, cached + t), since SSD layers read pads from it: "
+                f"got {tuple(attention_mask.shape)}; pass seq_idx for packed rows"
+            )
+        if attention_mask.dim() == 2 and attention_mask.shape[1] != past_length + length:
+            raise ValueError(
+                f"attention_mask must cover the {past_length} cached and the {length} new tokens: got {attention_mask.shape[1]} columns"
+            )
+        return attention_mask if attention_mask.dim() == 2 else None
 
     def _attention_masks(
         self,
@@ -502,6 +521,19 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         if num_items is None:
             return loss
         return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+
+    def prepare_inputs_for_generation(  # generate looks for inputs_embeds among the names
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """`generate(seq_idx=…)` numbers the prompt's documents; generated tokens continue the last of them."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        seq_idx, cache = inputs.get("seq_idx"), inputs.get("past_key_values")
+        if seq_idx is not None:
+            tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            start = 0 if cache is None else cache.get_seq_length()
+            wanted = torch.arange(start, start + tokens.shape[1], device=seq_idx.device).clamp(max=seq_idx.shape[1] - 1)
+            inputs["seq_idx"] = seq_idx[:, wanted]
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
