@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -113,3 +114,12 @@ def test_a_save_error_is_one_line_with_reason_and_what_is_left(tmp_path):
     assert "\n" not in message
     for part in ("checkpoint-10", "No space left on device", "checkpoint-5 is whole", "--resume"):
         assert part in message
+
+
+def test_a_full_disk_is_recognised_whatever_the_library_calls_it(tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    error = save_error(
+        "checkpoint-5", tmp_path, RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")
+    )
+    assert "No space left on device (0 MB free)" in str(error)

@@ -39,6 +39,8 @@ def assert_same_run(run_dir, reference):
         for key in ("tokens", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_byte"):
             expected_value = pytest.approx(expected_row[key], rel=SAME_WEIGHTS) if key in expected_row else None
             assert row.get(key) == expected_value, (row["step"], key)
+    seconds = [row["train_seconds"] for row in rows]
+    assert seconds == sorted(seconds), "time goes on where it stopped"
     summary, expected_summary = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, reference))
     assert summary["eval_loss"] == pytest.approx(expected_summary["eval_loss"], abs=SAME_WEIGHTS)
     assert summary["train_tokens"] == expected_summary["train_tokens"]
@@ -124,8 +126,10 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_end(recipe, recipe_file,
         metrics_of(run_dir)[-1]["step"] == 12
     )  # two steps beyond the checkpoint: these rows must not stay beside their repetition
     assert last_complete_checkpoint(run_dir).name == "checkpoint-10"
+    (run_dir / ".unfinished" / "checkpoint-15").mkdir(parents=True)  # as if it had been killed while saving
     train(recipe(), resume=True)
     assert_same_run(run_dir, finished_run)
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in finished_run.iterdir()}
 
 
 def stop_in_step(monkeypatch, step, stop):
@@ -262,6 +266,16 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_removes_the_half_one(recipe
     assert_same_run(run_dir, finished_run)
 
 
+def test_a_disk_that_fills_up_with_records_is_one_line_too(recipe, monkeypatch):
+    def full_disk(self, state):
+        if state.global_step == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("transxssm.training.callbacks.MetricsFile._append", full_disk)
+    with pytest.raises(SaveError, match=r"the run's records.*No space left on device.*checkpoint-5 is whole"):
+        train(recipe())
+
+
 def test_a_file_size_limit_stops_weights_from_being_half_saved(recipe):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -341,7 +355,8 @@ def test_the_best_model_is_the_one_saved_and_summed_up_if_asked_for(recipe):
 def test_a_stream_trains_and_resumes_like_a_table(recipe, monkeypatch):
     def streamed(data, corpus, tokenizer):
         rows = build_datasets(data, corpus, tokenizer)
-        return dataclasses.replace(rows, train=rows.train.to_iterable_dataset())
+        streams = {"train": rows.train.to_iterable_dataset(), "held_out": rows.held_out.to_iterable_dataset()}
+        return dataclasses.replace(rows, **streams)
 
     monkeypatch.setattr("transxssm.training.loop.build_datasets", streamed)
     whole = recipe(f"training.output_dir={recipe().output_dir}-whole")

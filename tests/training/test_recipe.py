@@ -30,6 +30,8 @@ from transxssm.training import recipe as recipe_module
         ("training.max_steps", ["section.key=value"]),
         ("training.max_steps.x=3", ["training.max_steps is 20"]),
         ("training.optim_args=[1", ["training.optim_args=[1", "expected"]),
+        ("training.max_steps=0", ["training.max_steps", "got 0", "at least 1"]),
+        ("training.save_only_model=true", ["save_only_model", "must stay False"]),
         ("training.logging_nan_inf_filter=true", ["logging_nan_inf_filter", "must stay False"]),
     ],
 )

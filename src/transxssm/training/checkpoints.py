@@ -99,9 +99,12 @@ def save_error(what: str, run_dir: Path, error: Exception) -> SaveError:
     """One line that says what could not be saved, why, and what is left to continue from."""
     free_mb = shutil.disk_usage(run_dir).free / 1e6
     cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError) and e.errno), None)
-    reason = os.strerror(cause.errno) if cause is not None and cause.errno else " ".join(str(error).split())
-    if cause is None and free_mb < 1:  # torch and safetensors report a full disk in words of their own
-        reason = f"{os.strerror(errno.ENOSPC)} ({reason})"
+    if cause is not None and cause.errno:
+        reason = os.strerror(cause.errno)
+    elif free_mb < 1:  # torch and safetensors report a full disk in words of their own
+        reason = os.strerror(errno.ENOSPC)
+    else:
+        reason = " ".join(str(error).split())
     last = last_complete_checkpoint(run_dir)
     kept = f"{last} is whole" if last is not None else "there is no earlier checkpoint"
     return SaveError(

@@ -43,13 +43,14 @@ FIXED_TRAINING = {
     "logging_nan_inf_filter": (False, "a loss that is not finite must stop the run, not be averaged away"),
     "include_num_input_tokens_seen": ("all", "metrics and summary count tokens with it"),
     "resume_from_checkpoint": (None, "resume the whole run folder instead (--resume)"),
+    "save_only_model": (False, "a run resumes from the optimiser's state too"),
     "label_smoothing_factor": (0.0, "the loss is computed without the logits it needs"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A checked recipe with every default filled in, so that it says the same on another day and machine.
+    """A checked recipe with the defaults of data and training filled in, precision and device included.
 
     Args:
         name: of the file it came from, without suffix.
@@ -185,6 +186,8 @@ def _with_defaults(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, (value, reason) in FIXED_TRAINING.items():
         if key in given and given[key] != value:
             raise ValueError(f"training.{key}: got {given[key]!r}, but it must stay {value!r}: {reason}")
+    if given.get("max_steps") == 0:
+        raise ValueError("training.max_steps: got 0, expected at least 1, or -1 to train for training.num_train_epochs")
     training = {**TRAINING_DEFAULTS, **given, "output_dir": given.get("output_dir") or f"runs/{name}"}
     if "lr_scheduler_type" not in given:
         training.setdefault("lr_scheduler_kwargs", dict(COSINE_TO_A_TENTH))

@@ -53,9 +53,8 @@ class TransXSSMTrainer(Trainer):
         self._held_out_sums = torch.zeros(2)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed at the very end, where Trainer would take one step more
+        # Resumed after its last step, Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -82,9 +81,8 @@ class TransXSSMTrainer(Trainer):
         losses, batches = torch.stack(self._step_losses), self._step_batches
         self._step_losses, self._step_batches = [], []
         finite = torch.isfinite(losses).all()
-        if (
-            self.accelerator.scaler is None
-        ):  # fp16's scaler meets infinite gradients by design and skips the step itself
+        # fp16's scaler meets infinite gradients by design, and skips the step itself.
+        if self.accelerator.scaler is None:
             finite = finite & torch.isfinite(torch.as_tensor(grad_norm, device=losses.device)).all()
         if not self.accelerator.gather(finite.reshape(1)).all():
             raise self._non_finite_error(model, losses, grad_norm, batches)
@@ -117,7 +115,8 @@ class TransXSSMTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; its mean over batches gives way to the exact loss, perplexity and bits per byte."""
-        self._held_out_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        widest = torch.float32 if self.args.device.type == "mps" else torch.float64
+        self._held_out_sums = torch.zeros(2, dtype=widest, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nats, tokens = self.accelerator.reduce(self._held_out_sums, reduction="sum").tolist()
         if tokens == 0:
@@ -143,7 +142,7 @@ class TransXSSMTrainer(Trainer):
             # A loss divided by one item is the sum; logits, tokens × vocabulary, are never formed.
             nats = model(**{**inputs, "labels": labels}, num_items_in_batch=1, skip_logits=True).loss
         tokens = (labels[:, 1:] != -100).sum()
-        self._held_out_sums += torch.stack((nats.double(), tokens.double()))
+        self._held_out_sums += torch.stack((nats, tokens)).to(self._held_out_sums)
         return nats / tokens.clamp(min=1), None, None
 
     def _rows_of_their_own(self, num_rows: int) -> int:
@@ -217,13 +216,15 @@ class TransXSSMTrainer(Trainer):
         staging = run_dir / STAGING
         try:
             self._clear_staging()
-            state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+            state_dict = None
+            if self.is_fsdp_enabled:  # gathers the shards, in which a tied head is a tensor of its own
+                gathered = self.accelerator.get_state_dict(self.model)
+                state_dict = {
+                    name: gathered[name] for name in gathered.keys() - self.model.all_tied_weights_keys.keys()
+                }
             if self.args.should_save:
-                model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-                for name in model.all_tied_weights_keys:  # gathered from shards, they are copies
-                    state_dict.pop(name, None)
                 with self._saving():
-                    model.save_pretrained(staging, state_dict=state_dict)
+                    self.model.save_pretrained(staging, state_dict=state_dict)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staging)
                 publish_files(staging, run_dir)
