@@ -97,7 +97,8 @@ def read_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=device).item()  # the name alone says nothing about the machine
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {_one_line(error)}") from error
+        reason = str(error).split("\n", 1)[0]  # CUDA's own go on with advice on debugging kernels
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
     return device
 
 
