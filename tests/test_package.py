@@ -3,6 +3,7 @@
 import configparser
 import email
 import email.message
+import os
 import re
 import subprocess
 import sys
@@ -20,13 +21,18 @@ PACKAGES = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file):
+    with zipfile.ZipFile(wheel_file) as archive:
         yield archive
 
 
@@ -103,3 +109,30 @@ def test_the_installed_command_can_be_called(wheel):
     (command,) = parser["console_scripts"].items()
     assert command[0] == "transxssm"
     assert callable(EntryPoint(*command, group="console_scripts").load())
+
+
+def test_the_wheel_trains_without_the_repository(wheel_file, tmp_path):
+    """Unpacked in a folder of its own, in front of everything else on the path, run from an empty directory."""
+    installed, work = tmp_path / "installed", tmp_path / "work"
+    work.mkdir()
+    with zipfile.ZipFile(wheel_file) as archive:
+        archive.extractall(installed)
+    corpus = work / "texts"
+    corpus.mkdir()
+    for index in range(40):
+        (corpus / f"{index}.txt").write_text(f"text number {index} " * 20, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=work, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    where = python("-c", "import transxssm, transxssm_cli; print(transxssm.__file__, transxssm_cli.__file__)")
+    assert all(path.startswith(str(installed)) for path in where.split())
+    settings = ["data.corpus=texts", "data.tokenizer=bytes", "data.sequence_length=64", "data.held_out_fraction=0.2"]
+    sizes = ["model.hidden_size=32", "model.intermediate_size=32", "model.num_attention_heads=1"]
+    python("-m", "transxssm", "train", "tiny", *settings, *sizes, "training.max_steps=2", "training.output_dir=run")
+    assert (work / "run" / "model.safetensors").is_file()

@@ -180,3 +180,11 @@ def test_arguments_are_left_as_they_were(device):
     chunked(8)(case)
     for name in ("x", "dt", "A", "B", "C", "D", "initial_state"):
         assert torch.equal(getattr(case, name), getattr(before, name)), name
+
+
+@pytest.mark.parametrize("scores_in_a_block", [1, 500], ids=["a chunk a block", "a few chunks a block"])
+@pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
+def test_chunks_in_several_blocks(scores_in_a_block, documents, device, monkeypatch):
+    """States, their gradients and documents pass from block to block as from chunk to chunk."""
+    monkeypatch.setattr("transxssm.ops.ssd.chunked._BLOCK_SCORES", scores_in_a_block)
+    assert_equals_oracle(make_case(documents=documents, device=device), chunk_size=4)

@@ -1,10 +1,11 @@
 """The chunked SSD scan: matrix products inside chunks, a short recurrence over the chunks' states (Mamba-2, Section 6).
 
-One custom operator with its own backward. Both walk over chunks with views of the inputs, so that what they form fits the
-cache, rotate B and C as they load them, fold the heads that share B and C into one matrix product, and keep only the state that each
-chunk began with; the rest is formed again in the backward pass.
+One custom operator with its own backward. Both walk over blocks of a few chunks with views of the inputs, so that what they
+form fits the cache, rotate B and C as they load them, fold the heads that share B and C into one matrix product, and keep only the
+state that each chunk began with; the rest is formed again in the backward pass.
 
-Letters: b batch, t time, c chunk, q and k positions in a chunk, h heads, g groups, r = h/g heads of a group, p head_dim, n state size.
+Letters: b batch, t time, m chunks of a block, a = b m their joint batch axis, q and k positions in a chunk, h heads, g groups,
+r = h/g heads of a group, p head_dim, n state size.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.rotary import apply_rotary
+
+_BLOCK_SCORES = 2**19  # scores of a block over all heads and rows: 2 MiB of float32
 
 
 def ssd_chunked(
@@ -68,29 +71,29 @@ def _scan(
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     rows = heads // groups * head_dim
-    num_chunks = -(-length // chunk_size)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    states = x.new_empty(num_chunks, batch, groups, rows, state_size)
+    states = x.new_empty(batch, -(-length // chunk_size), groups, rows, state_size)
     state = (
         dt.new_zeros(batch, groups, rows, state_size)
         if initial_state is None
-        else initial_state.reshape(batch, groups, rows, state_size).clone()
+        else initial_state.reshape(batch, groups, rows, state_size)
     )
-    for c in range(num_chunks):
-        chunk = _load(c, x, dt, A, B, C, cos, sin, seq_idx, chunk_size)
-        states[c] = state
-        scores = chunk.C @ chunk.B.mT  # (b, g, q, k)
-        weights = (scores[:, :, None] * chunk.L).mul_(chunk.dt[..., None, :]).to(x.dtype)  # (b, g, r, q, k)
-        inside = (weights @ chunk.x).to(dt.dtype)  # (b, g, r, q, p)
-        from_start = chunk.C @ states[c].mT  # (b, g, q, r p)
-        from_start = from_start.unflatten(-1, (-1, head_dim)).transpose(2, 3)  # (b, g, r, q, p)
+    for block in _blocks(x, chunk_size):
+        chunk = _load(block, x, dt, A, B, C, cos, sin, seq_idx)
+        weighted_x = (chunk.x * (chunk.dt * chunk.to_end)[..., None]).to(x.dtype)  # (a, g, r, q, p)
+        updates = (_rows(weighted_x).mT @ chunk.B).unflatten(0, (batch, -1))  # (b, m, g, r p, n)
+        for c, update, across in zip(block.chunks, updates.unbind(1), chunk.across.unbind(1), strict=True):
+            states[:, c] = state
+            state = _scale_rows(state, across, head_dim) + update
+        entering = states[:, block.chunks.start : block.chunks.stop].flatten(0, 1)  # (a, g, r p, n)
+        scores = chunk.C @ chunk.B.mT  # (a, g, q, k)
+        weights = (scores[:, :, None] * chunk.L).mul_(chunk.dt[..., None, :]).to(x.dtype)  # (a, g, r, q, k)
+        inside = (weights @ chunk.x).to(dt.dtype)  # (a, g, r, q, p)
+        from_start = _by_head(chunk.C @ entering.mT, head_dim)  # (a, g, r, q, p)
         inside.addcmul_(from_start.to(dt.dtype), chunk.from_start[..., None])
         if D is not None:
             inside.addcmul_(chunk.x.to(dt.dtype), D.view(groups, -1, 1, 1))
-        y[:, chunk.tokens] = inside.flatten(1, 2).transpose(1, 2)
-        weighted_x = (chunk.x * (chunk.dt * chunk.to_end)[..., None]).to(x.dtype)  # (b, g, r, q, p)
-        update = _rows(weighted_x).mT @ chunk.B  # (b, g, r p, n)
-        state = _scale_rows(state, chunk.across, head_dim).add_(update)
+        y[:, block.tokens] = _tokens(inside.flatten(1, 2), batch)
     return y, state.view(batch, heads, head_dim, state_size), states
 
 
@@ -110,11 +113,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
-    num_chunks = -(-length // chunk_size)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         dt.new_empty(batch, heads, head_dim, state_size),
-        x.new_empty(num_chunks, batch, groups, heads // groups * head_dim, state_size),
+        x.new_empty(batch, -(-length // chunk_size), groups, heads // groups * head_dim, state_size),
     )
 
 
@@ -160,55 +162,63 @@ def _backward_chunks(
     grad_x, grad_B, grad_C = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
     grad_dt, grad_A = torch.empty_like(dt), torch.zeros_like(A)
     grad_D = dt.new_zeros(0 if D is None else heads)
-    grad_state = grad_state.reshape(batch, groups, -1, state_size).to(acc).clone()  # (b, g, r p, n)
+    grad_state = grad_state.reshape(batch, groups, -1, state_size).to(acc)  # (b, g, r p, n)
     rates = A.view(groups, -1, 1)
-    for c in reversed(range(states.shape[0])):
-        chunk = _load(c, x, dt, A, B, C, cos, sin, seq_idx, chunk_size)
-        dy = _heads(grad_y[:, chunk.tokens], groups)  # (b, g, r, q, p)
-        entering = states[c]  # (b, g, r p, n)
-        leaving = grad_state.to(x.dtype)
+    for block in reversed(_blocks(x, chunk_size)):
+        chunk = _load(block, x, dt, A, B, C, cos, sin, seq_idx)
+        dy = _heads(_chunks(grad_y[:, block.tokens], block), groups)  # (a, g, r, q, p)
+        entering = states[:, block.chunks.start : block.chunks.stop].flatten(0, 1)  # (a, g, r p, n)
+
+        # The states' gradients, from the last chunk to the first.
+        weighted_dy = (dy * chunk.from_start[..., None]).to(x.dtype)
+        updates = (_rows(weighted_dy).mT @ chunk.C).unflatten(0, (batch, -1))  # (b, m, g, r p, n)
+        leaving = dt.new_empty(updates.shape)
+        for c in reversed(range(len(block.chunks))):
+            leaving[:, c] = grad_state
+            grad_state = _scale_rows(grad_state, chunk.across[:, c], head_dim) + updates[:, c]
+        leaving = leaving.flatten(0, 1)  # (a, g, r p, n)
+        across = chunk.across.flatten(0, 1)  # (a, g, r)
 
         # y_q = Σ_k s_qk L_qk dt_k x_k: to the scores, to dt x, and to the decays between q and k.
-        scores = chunk.C @ chunk.B.mT  # (b, g, q, k)
-        decayed = (scores[:, :, None] * chunk.L).to(x.dtype)  # (b, g, r, q, k)
+        scores = chunk.C @ chunk.B.mT  # (a, g, q, k)
+        decayed = (scores[:, :, None] * chunk.L).to(x.dtype)  # (a, g, r, q, k)
         to_scores = (dy @ chunk.x.mT) * chunk.L
         to_scores *= chunk.dt[..., None, :]  # by head
         between = to_scores * scores[:, :, None]  # one matrix for rows and columns, so that its rounding cancels below
-        to_log_decay = between.sum(-1) - between.sum(-2)  # (b, g, r, q)
-        to_scores = to_scores.sum(2).to(x.dtype)  # (b, g, q, k)
-        to_dt_x = (decayed.mT @ dy).to(acc)  # (b, g, r, k, p)
+        to_log_decay = between.sum(-1) - between.sum(-2)  # (a, g, r, q)
+        to_scores = to_scores.sum(2).to(x.dtype)  # (a, g, q, k)
+        to_dt_x = (decayed.mT @ dy).to(acc)  # (a, g, r, k, p)
 
         # S' = across · S + Σ_k to_end_k dt_k x_k B_k^T
-        through_state = (chunk.B @ leaving.mT).unflatten(-1, (-1, head_dim)).transpose(2, 3)  # (b, g, r, k, p)
+        kept = (leaving * entering).sum(-1).unflatten(-1, (-1, head_dim)).sum(-1) * across  # (a, g, r)
+        leaving = leaving.to(x.dtype)
+        through_state = _by_head(chunk.B @ leaving.mT, head_dim)  # (a, g, r, k, p)
         to_dt_x.addcmul_(through_state.to(acc), chunk.to_end[..., None])
         end_weight = chunk.dt * chunk.to_end
         weighted_x = (chunk.x * end_weight[..., None]).to(x.dtype)
-        dB = to_scores.mT @ chunk.C + _rows(weighted_x) @ leaving  # (b, g, k, n)
-        to_end = (chunk.x * through_state.to(acc)).sum(-1) * end_weight  # (b, g, r, k)
-        kept = (grad_state * entering).sum(-1).unflatten(-1, (-1, head_dim)).sum(-1) * chunk.across  # (b, g, r)
+        dB = to_scores.mT @ chunk.C + _rows(weighted_x) @ leaving  # (a, g, k, n)
+        to_end = (chunk.x * through_state.to(acc)).sum(-1) * end_weight  # (a, g, r, k)
         to_log_decay -= to_end
         to_log_decay[..., -1] += to_end.sum(-1) + kept
 
         # y_q += from_start_q · S C_q
-        weighted_dy = (dy * chunk.from_start[..., None]).to(x.dtype)
-        from_start = (chunk.C @ entering.mT).unflatten(-1, (-1, head_dim)).transpose(2, 3)
+        from_start = _by_head(chunk.C @ entering.mT, head_dim)
         to_log_decay += (weighted_dy * from_start.to(acc)).sum(-1)
-        dC = to_scores @ chunk.B + _rows(weighted_dy) @ entering  # (b, g, q, n)
+        dC = to_scores @ chunk.B + _rows(weighted_dy) @ entering  # (a, g, q, n)
 
         # The cumulative log decay at q sums dt_k A over k ≤ q.
         to_rate = to_log_decay.flip(-1).cumsum(-1).flip(-1)
         grad_A += (to_rate * chunk.dt).sum((0, -1)).view(heads)
-        to_dt = (chunk.x * to_dt_x).sum(-1) + rates * to_rate  # (b, g, r, q)
-        grad_dt[:, chunk.tokens] = to_dt.flatten(1, 2).transpose(1, 2)
+        to_dt = (chunk.x * to_dt_x).sum(-1) + rates * to_rate  # (a, g, r, q)
+        grad_dt[:, block.tokens] = _tokens(to_dt.flatten(1, 2), batch)
 
         dx = to_dt_x.mul_(chunk.dt[..., None])
         if D is not None:
             dx.addcmul_(dy.to(acc), D.view(groups, -1, 1, 1))
             grad_D += (dy.to(acc) * chunk.x).sum((0, -1, -2)).view(heads)
-        grad_x[:, chunk.tokens] = dx.flatten(1, 2).transpose(1, 2)
-        grad_B[:, chunk.tokens] = _rotate(dB.transpose(1, 2), cos, sin, chunk.tokens, inverse=True)
-        grad_C[:, chunk.tokens] = _rotate(dC.transpose(1, 2), cos, sin, chunk.tokens, inverse=True)
-        grad_state = _scale_rows(grad_state, chunk.across, head_dim).add_(_rows(weighted_dy).mT @ chunk.C)
+        grad_x[:, block.tokens] = _tokens(dx.flatten(1, 2), batch)
+        grad_B[:, block.tokens] = _rotate(_tokens(dB, batch), cos, sin, block.tokens, inverse=True)
+        grad_C[:, block.tokens] = _rotate(_tokens(dC, batch), cos, sin, block.tokens, inverse=True)
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_state.view(batch, heads, head_dim, state_size)
 
 
@@ -258,22 +268,44 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _grad_states: Tensor
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-class _Chunk(NamedTuple):
-    """One chunk's operands; B and C are rotated, decays are zero across document boundaries."""
+class _Block(NamedTuple):
+    """Chunks that are computed together: enough of them that a product is worth its call, few enough to fit the cache."""
 
+    chunks: range
     tokens: slice
-    x: Tensor  # (b, g, r, q, p)
-    B: Tensor  # (b, g, q, n)
-    C: Tensor  # (b, g, q, n)
-    dt: Tensor  # (b, g, r, q)
-    L: Tensor  # (b, g, r, q, k): decay from token k to token q ≥ k
-    from_start: Tensor  # (b, g, r, q): decay from the state that enters to token q
-    to_end: Tensor  # (b, g, r, q): decay from token q to the state that leaves
-    across: Tensor  # (b, g, r): decay from the state that enters to the state that leaves
+    chunk_length: int
+
+
+def _blocks(x: Tensor, chunk_size: int) -> list[_Block]:
+    """All whole chunks in blocks of equal size, then the last chunk if it is shorter."""
+    batch, length, heads, _ = x.shape
+    num_whole = length // chunk_size
+    size = max(1, _BLOCK_SCORES // (batch * heads * chunk_size * chunk_size))
+    blocks = []
+    for first in range(0, num_whole, size):
+        chunks = range(first, min(first + size, num_whole))
+        blocks.append(_Block(chunks, slice(first * chunk_size, chunks.stop * chunk_size), chunk_size))
+    rest = length - num_whole * chunk_size
+    if rest:
+        blocks.append(_Block(range(num_whole, num_whole + 1), slice(length - rest, length), rest))
+    return blocks
+
+
+class _Chunk(NamedTuple):
+    """The operands of a block's chunks; B and C are rotated, decays are zero across document boundaries."""
+
+    x: Tensor  # (a, g, r, q, p)
+    B: Tensor  # (a, g, q, n)
+    C: Tensor  # (a, g, q, n)
+    dt: Tensor  # (a, g, r, q)
+    L: Tensor  # (a, g, r, q, k): decay from token k to token q ≥ k
+    from_start: Tensor  # (a, g, r, q): decay from the state that enters to token q
+    to_end: Tensor  # (a, g, r, q): decay from token q to the state that leaves
+    across: Tensor  # (b, m, g, r): decay from the state that enters to the state that leaves
 
 
 def _load(
-    c: int,
+    block: _Block,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -282,22 +314,22 @@ def _load(
     cos: Tensor | None,
     sin: Tensor | None,
     seq_idx: Tensor | None,
-    chunk_size: int,
 ) -> _Chunk:
-    groups = B.shape[2]
-    start, end = c * chunk_size, min((c + 1) * chunk_size, x.shape[1])
-    tokens = slice(start, end)
-    dt_chunk = dt[:, tokens].unflatten(2, (groups, -1)).permute(0, 2, 3, 1).contiguous()  # (b, g, r, q)
-    exact = (dt_chunk * A.view(groups, -1, 1)).double().cumsum(-1)
+    batch, groups = B.shape[0], B.shape[2]
+    tokens, length = block.tokens, block.chunk_length
+    dt = _chunks(dt[:, tokens], block).unflatten(2, (groups, -1)).permute(0, 2, 3, 1).contiguous()  # (a, g, r, q)
+    exact = (dt * A.view(groups, -1, 1)).double().cumsum(-1)
     log_decay = exact.to(dt.dtype)
-    visible = torch.ones(end - start, end - start, dtype=torch.bool, device=x.device).tril()  # (q, k)
+    visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()  # (q, k)
     from_start = log_decay.exp()
     to_end = (exact[..., -1:] - exact).to(dt.dtype).exp_()
-    across = from_start[..., -1]
+    across = from_start[..., -1]  # (a, g, r)
     if seq_idx is not None:
-        documents = seq_idx[:, tokens]
-        entering, leaving = seq_idx[:, max(start - 1, 0)], documents[:, -1]
-        visible = visible & (documents[:, :, None] == documents[:, None, :])[:, None, None]  # (b, 1, 1, q, k)
+        documents = _chunks(seq_idx[:, tokens], block)  # (a, q)
+        before = seq_idx[:, max(tokens.start - 1, 0), None]  # (b, 1)
+        leaving = documents[:, -1]  # (a,)
+        entering = torch.cat((before, leaving.view(batch, -1)[:, :-1]), dim=1).flatten()  # (a,)
+        visible = visible & (documents[:, :, None] == documents[:, None, :])[:, None, None]  # (a, 1, 1, q, k)
         from_start = from_start * (documents == entering[:, None])[:, None, None]
         to_end = to_end * (documents == leaving[:, None])[:, None, None]
         across = across * (entering == leaving)[:, None, None]
@@ -306,25 +338,39 @@ def _load(
         remainder = (exact - log_decay).to(dt.dtype)
         exponents += remainder[..., :, None] - remainder[..., None, :]
     return _Chunk(
-        tokens=tokens,
-        x=_heads(x[:, tokens], groups),
-        B=_rotate(B[:, tokens], cos, sin, tokens).transpose(1, 2).contiguous(),
-        C=_rotate(C[:, tokens], cos, sin, tokens).transpose(1, 2).contiguous(),
-        dt=dt_chunk,
+        x=_heads(_chunks(x[:, tokens], block), groups),
+        B=_chunks(_rotate(B[:, tokens], cos, sin, tokens), block).transpose(1, 2).contiguous(),
+        C=_chunks(_rotate(C[:, tokens], cos, sin, tokens), block).transpose(1, 2).contiguous(),
+        dt=dt,
         L=exponents.masked_fill_(~visible, -torch.inf).exp_(),
         from_start=from_start,
         to_end=to_end,
-        across=across,
+        across=across.unflatten(0, (batch, -1)),
     )
 
 
+def _chunks(tensor: Tensor, block: _Block) -> Tensor:
+    """(b, m q, …) → (a, q, …)."""
+    return tensor.unflatten(1, (-1, block.chunk_length)).flatten(0, 1)
+
+
+def _tokens(tensor: Tensor, batch: int) -> Tensor:
+    """(a, h or g, q, …) → (b, m q, h or g, …), the inputs' layout."""
+    return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
+
+
 def _heads(tensor: Tensor, groups: int) -> Tensor:
-    """(b, q, h, p) → (b, g, r, q, p)."""
+    """(a, q, h, p) → (a, g, r, q, p)."""
     return tensor.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
 
 
+def _by_head(tensor: Tensor, head_dim: int) -> Tensor:
+    """(a, g, q, r p) → (a, g, r, q, p)."""
+    return tensor.unflatten(-1, (-1, head_dim)).transpose(2, 3)
+
+
 def _rows(tensor: Tensor) -> Tensor:
-    """(b, g, r, q, p) → (b, g, q, r p): the heads of a group side by side, for one product with their B or C."""
+    """(a, g, r, q, p) → (a, g, q, r p): the heads of a group side by side, for one product with their B or C."""
     return tensor.transpose(2, 3).flatten(3)
 
 
@@ -334,7 +380,7 @@ def _scale_rows(state: Tensor, factor: Tensor, head_dim: int) -> Tensor:
 
 
 def _rotate(tensor: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: slice, *, inverse: bool = False) -> Tensor:
-    """Rotates (b, q, g, n) to its positions, or back."""
+    """Rotates (b, t, g, n) to its positions, or back."""
     if cos is None or sin is None:
         return tensor
     return apply_rotary(tensor, cos[:, tokens], -sin[:, tokens] if inverse else sin[:, tokens])
