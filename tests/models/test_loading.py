@@ -18,7 +18,7 @@ from transxssm import (
     TransXSSMForSequenceClassification,
     TransXSSMModel,
 )
-from transxssm.models import modeling_transxssm
+from transxssm.models import ssd_mixer
 
 FLOAT32_NAMES = ("A_log", "dt_bias", "D")  # these set the decays, whose errors accumulate over a whole text
 
@@ -112,13 +112,13 @@ class TestPrecision:
         model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
         seen = []
-        scan = modeling_transxssm.ssd_chunk_scan
+        scan = ssd_mixer.ssd_chunk_scan
 
         def watched(x, dt, A, B, C, **options):
             seen.append((x.dtype, dt.dtype, A, options["rotary"]))
             return scan(x, dt, A, B, C, **options)
 
-        monkeypatch.setattr(modeling_transxssm, "ssd_chunk_scan", watched)
+        monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", watched)
         logits = logits_of(loaded, tokens(2, 9))
         assert logits.dtype == torch.bfloat16
         layers = [layer.ssd for layer in model.model.layers if layer.is_ssd]
@@ -147,13 +147,13 @@ class TestPrecision:
 def test_a_model_cast_to_bfloat16_still_computes_its_decays_in_float32(monkeypatch):
     """`.to(bfloat16)` rounds A_log and dt_bias, but what is computed from them isn't rounded again."""
     seen = []
-    scan = modeling_transxssm.ssd_chunk_scan
+    scan = ssd_mixer.ssd_chunk_scan
 
     def watched(x, dt, A, B, C, **options):
         seen.append((dt.dtype, A.dtype))
         return scan(x, dt, A, B, C, **options)
 
-    monkeypatch.setattr(modeling_transxssm, "ssd_chunk_scan", watched)
+    monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", watched)
     logits_of(tiny_model(dtype=torch.bfloat16), tokens(1, 5))
     assert set(seen) == {(torch.float32, torch.float32)}
 

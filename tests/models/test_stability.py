@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.models.tiny import VOCAB_SIZE, tokens
 from transxssm import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
-from transxssm.models import modeling_transxssm
+from transxssm.models import ssd_mixer
 
 LENGTH = 16_384  # the paper's longest training length
 
@@ -66,8 +66,8 @@ def test_states_stay_below_their_bound_along_16k_tokens(monkeypatch):
     torch.manual_seed(0)
     config = TransXSSMConfig.from_preset("small")
     model = TransXSSMForCausalLM(config).eval()
-    recorder = ScanRecorder(modeling_transxssm.ssd_chunk_scan)
-    monkeypatch.setattr(modeling_transxssm, "ssd_chunk_scan", recorder)
+    recorder = ScanRecorder(ssd_mixer.ssd_chunk_scan)
+    monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", recorder)
     num_layers = config.layer_types.count("linear_attention")
     ids = torch.randint(config.vocab_size, (1, LENGTH))
     cache = TransXSSMCache(config=config)

@@ -309,14 +309,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_layer_and_checkp
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_weight(recipe, monkeypatch):
-    from transxssm.models import modeling_transxssm
+    from transxssm.models import ssd_mixer
 
     trainers = []
 
     def poison(model):
-        monkeypatch.setattr(modeling_transxssm, "ssd_chunk_scan", poisoned)
+        monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", poisoned)
 
-    scan = modeling_transxssm.ssd_chunk_scan
+    scan = ssd_mixer.ssd_chunk_scan
 
     def poisoned(x, dt, A, B, C, **kwargs):
         y, state = scan(x, dt, A, B, C, **kwargs)

@@ -95,23 +95,23 @@ def test_a_gradient_is_traced_to_the_module_that_passed_it_back(model):
 
 
 def test_a_gradient_from_between_a_mixers_modules_is_named_by_the_mixer(model, monkeypatch):
-    from transxssm.models import modeling_transxssm
+    from transxssm.models import ssd_mixer
 
-    scan = modeling_transxssm.ssd_chunk_scan
+    scan = ssd_mixer.ssd_chunk_scan
 
     def poisoned_scan(x, dt, A, B, C, **kwargs):
         return scan(x, dt, A, Poison.apply(B), C, **kwargs)
 
-    monkeypatch.setattr(modeling_transxssm, "ssd_chunk_scan", poisoned_scan)
+    monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", poisoned_scan)
     assert str(origin_of(model)) == "gradient of model.layers.2.ssd"  # the last layer: its gradient comes first
 
 
 def test_a_parameters_own_gradient_is_named_by_the_parameter(model, monkeypatch):
-    from transxssm.models import modeling_transxssm
+    from transxssm.models import ssd_mixer
 
-    scan = modeling_transxssm.ssd_chunk_scan
+    scan = ssd_mixer.ssd_chunk_scan
     monkeypatch.setattr(
-        modeling_transxssm,
+        ssd_mixer,
         "ssd_chunk_scan",
         lambda x, dt, A, B, C, **kwargs: scan(x, dt, Poison.apply(A), B, C, **kwargs),
     )

@@ -28,10 +28,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # For five minutes on a laptop's CPU; the vocabulary is the tokenizer's.
     "tiny": {
         "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 704,
+        "hidden_size": 128,
+        "intermediate_size": 352,
         "num_hidden_layers": 8,
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
     },
     "small": {
         "vocab_size": 8192,

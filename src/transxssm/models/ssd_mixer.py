@@ -1,0 +1,92 @@
+"""The state-space layer of the model: projections around the SSD scan (paper, Section 3 and Appendix A).
+
+Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from transxssm.models.cache_transxssm import read_ssd_layer, write_ssd_layer
+from transxssm.models.configuration_transxssm import TransXSSMConfig
+from transxssm.models.positions import Positions
+from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step
+
+
+class TransXSSMSSDMixer(nn.Module):
+    """The state-space layer: x, B, C and dt from the input, the SSD recurrence with rotated C and B, an output projection (Appendix A)."""
+
+    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.ssd_num_heads, config.ssd_head_dim
+        self.num_groups, self.state_size = config.ssd_num_groups, config.ssd_state_size
+        self.chunk_size = config.ssd_chunk_size
+        x_size, state_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
+        self.split_sizes = (x_size, state_size, state_size)
+
+        self.x_proj = nn.Linear(config.hidden_size, x_size, bias=False)
+        self.B_proj = nn.Linear(config.hidden_size, state_size, bias=False)
+        self.C_proj = nn.Linear(config.hidden_size, state_size, bias=False)
+        self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
+        # float32 in a model of any dtype: bfloat16 would move decays by a part in 256.
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32)) if config.ssd_skip else None
+        self.conv_weight = None
+        if config.ssd_conv_kernel_size:
+            self.conv_weight = nn.Parameter(torch.empty(sum(self.split_sizes), config.ssd_conv_kernel_size))
+
+    def forward(self, hidden_states: Tensor, positions: Positions, past_key_values: Cache | None = None) -> Tensor:
+        batch, length, _ = hidden_states.shape
+        state, conv_state = read_ssd_layer(past_key_values, self.layer_idx)
+        if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
+            hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
+        x, B, C = self.x_proj(hidden_states), self.B_proj(hidden_states), self.C_proj(hidden_states)
+        new_conv_state = None
+        if self.conv_weight is not None:
+            convolved, new_conv_state = short_convolution(
+                torch.cat((x, B, C), dim=-1),
+                self.conv_weight,
+                initial_state=conv_state,
+                seq_idx=positions.seq_idx,
+                mask=positions.padding_mask,
+            )
+            x, B, C = F.silu(convolved).split(self.split_sizes, dim=-1)
+        dt = F.softplus(at_least_float32(self.dt_proj(hidden_states)) + at_least_float32(self.dt_bias))  # (b, t, h)
+        A = -torch.exp(at_least_float32(self.A_log))
+        if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
+            dt = dt * positions.padding_mask[..., None]
+        x = x.view(batch, length, self.num_heads, self.head_dim)
+        B = B.view(batch, length, self.num_groups, self.state_size)
+        C = C.view(batch, length, self.num_groups, self.state_size)
+        if positions.length_scale is not None:
+            C = (C * positions.length_scale[..., None, None]).to(C.dtype)
+
+        rotary = positions.ssd_rotary
+        if state is not None and length == 1:
+            step_rotary = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
+            y, state = ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], rotary=step_rotary, D=self.D)
+        else:
+            y, state = ssd_chunk_scan(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                rotary=rotary,
+                D=self.D,
+                initial_state=state,
+                seq_idx=positions.seq_idx,
+                chunk_size=self.chunk_size,
+            )
+        if past_key_values is not None:
+            write_ssd_layer(past_key_values, self.layer_idx, state, new_conv_state)
+        return self.out_proj(y.reshape(batch, length, -1))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float64 stays; everything below float32 is raised to it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
