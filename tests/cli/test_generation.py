@@ -126,7 +126,7 @@ class TestRefusals:
     def test_sizes_that_do_not_fit(self, error_of, reciting, tmp_path):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(json.loads((reciting / "config.json").read_text()) | {"head_dim": 100}))
-        assert "an even multiple of head_dim" in error_of("generate", tmp_path)
+        assert "must be even, one a multiple of the other" in error_of("generate", tmp_path)
 
     @pytest.mark.parametrize(
         ("options", "words"),

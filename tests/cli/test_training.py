@@ -90,7 +90,7 @@ def test_ctrl_c_ends_it_with_a_line_on_how_to_go_on(recipe, tmp_path):
         (["data.sequence_length=0"], "data.sequence_length must be at least 2"),
         (["data.tokenizer=bpe", "data.vocab_size=100"], "data.vocab_size must be at least 258"),
         (["model.num_attention_heads=3"], "hidden_size must be a multiple of num_attention_heads"),
-        (["model.ssd_state_size=20"], "an even multiple of head_dim"),
+        (["model.ssd_state_size=20"], "must be even, one a multiple of the other"),
         (["model.rope_parameters={rope_type: dynamic, rope_theta: 10000.0}"], "cannot be rotated again"),
         (["model.preset=huge"], "got 'huge'"),
         (["max_steps"], "expected section.key=value"),

@@ -109,9 +109,9 @@ REFUSED = [
     ({"ssd_num_heads": 4, "ssd_num_groups": 3}, "ssd_num_heads must be a multiple of ssd_num_groups: got 4 and 3"),
     (
         {"hidden_size": 128, "num_attention_heads": 2, "ssd_state_size": 96},
-        "ssd_state_size must be an even multiple of head_dim, so that both rotate on one table: got 96 and 64",
+        "ssd_state_size and head_dim must be even, one a multiple of the other, so that both rotate on one table: got 96 and 64",
     ),
-    ({"num_attention_heads": 32}, "ssd_state_size must be an even multiple of head_dim.*got 2 and 1"),
+    ({"num_attention_heads": 32}, "ssd_state_size and head_dim must be even, one a multiple of the other.*got 2 and 1"),
     (
         {"layer_types": ["linear_attention"] * 2},
         "layer_types must name each of the num_hidden_layers=3 layers: got 2 names",

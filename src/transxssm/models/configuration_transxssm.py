@@ -250,7 +250,7 @@ class TransXSSMConfig(PreTrainedConfig):
         widths = self._rotated_widths()
         if any(width % 2 or max(widths) % width for width in widths):
             raise ValueError(
-                "ssd_state_size must be an even multiple of head_dim, so that both rotate on one table: "
+                "ssd_state_size and head_dim must be even, one a multiple of the other, so that both rotate on one table: "
                 f"got {self.ssd_state_size} and {self.head_dim}"
             )
 

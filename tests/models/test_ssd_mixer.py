@@ -1,0 +1,45 @@
+"""The SSD layer is its projections around the recurrence of Appendix A, with every option in its place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.models.tiny import tiny_config
+from tests.tolerances import assert_close
+from transxssm.models.positions import Positions
+from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
+from transxssm.ops import rotary_cos_sin, rotary_frequencies
+from transxssm.ops.ssd import ssd_recurrence
+
+OPTIONS = [{}, {"ssd_skip": True}, {"ssd_conv_kernel_size": 3}, {"ssd_num_groups": 1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equals_its_formula(options):
+    torch.manual_seed(0)
+    config = tiny_config("hybrid", **options)
+    mixer = TransXSSMSSDMixer(config, layer_idx=0)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    mixer = mixer.double()
+    u = torch.randn(2, 9, config.hidden_size, dtype=torch.float64)
+    rotary = rotary_cos_sin(torch.arange(9)[None], rotary_frequencies(config.ssd_state_size), torch.float64)
+    scale = 1 + torch.rand(1, 9, dtype=torch.float64)  # of C alone
+    positions = Positions(ssd_rotary=rotary, attention_rotary=None, length_scale=scale, padding_mask=None, seq_idx=None)
+
+    parts = [u @ projection.weight.T for projection in (mixer.x_proj, mixer.B_proj, mixer.C_proj)]
+    if mixer.conv_weight is not None:
+        history = F.pad(torch.cat(parts, dim=-1).transpose(1, 2), (2, 0))
+        convolved = F.conv1d(history, mixer.conv_weight[:, None], groups=history.shape[1]).transpose(1, 2)
+        parts = list(F.silu(convolved).split([part.shape[-1] for part in parts], dim=-1))
+    x = parts[0].unflatten(-1, (config.ssd_num_heads, -1))
+    B, C = (part.unflatten(-1, (config.ssd_num_groups, -1)) for part in parts[1:])
+    dt = F.softplus(u @ mixer.dt_proj.weight.T + mixer.dt_bias)
+    y, _ = ssd_recurrence(x, dt, -mixer.A_log.exp(), B, C * scale[..., None, None], rotary=rotary, D=mixer.D)
+
+    assert_close(mixer(u, positions), y.flatten(2) @ mixer.out_proj.weight.T, torch.float64)
+
+
+def test_precision_is_raised_and_never_lowered():
+    assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
