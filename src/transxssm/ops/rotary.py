@@ -77,6 +77,20 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Writes the rotation of `apply_rotary` into `out`, for operators that lay out their operands as they load them. Not differentiable.
+
+    Args:
+        out: x's shape, any layout, in the dtype of cos and sin; no part of x.
+        x: (…, d), any floating dtype.
+        cos, sin: broadcastable to (…, d/2); −sin turns back.
+    """
+    first, second = x.to(out.dtype).chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+
+
 def subsample_rotary(rotary: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
     """The part of a wider table that rotates `dim` coordinates: every (width/dim)-th frequency.
 
