@@ -39,13 +39,22 @@ from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import (
     apply_rotary,
     linear_cross_entropy,
+    rms_norm,
     rotary_cos_sin,
     subsample_rotary,
+    swiglu,
 )
 
 
 class TransXSSMRMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation; the name tells transformers how to initialise it."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.variance_epsilon)
 
 
 class TransXSSMRotaryEmbedding(nn.Module):
@@ -141,7 +150,10 @@ class TransXSSMMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if type(self.act_fn) is nn.SiLU:
+            return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class TransXSSMDecoderLayer(GradientCheckpointingLayer):

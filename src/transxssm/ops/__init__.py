@@ -1,18 +1,22 @@
 """Layer 0: pure functions of tensors. They know no configuration, no module and no cache."""
 
 from transxssm.ops.linear_cross_entropy import linear_cross_entropy
+from transxssm.ops.rms_norm import rms_norm
 from transxssm.ops.rotary import apply_rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step
+from transxssm.ops.swiglu import swiglu
 
 __all__ = [
     "SSDBackend",
     "apply_rotary",
     "linear_cross_entropy",
+    "rms_norm",
     "rotary_cos_sin",
     "rotary_frequencies",
     "short_convolution",
     "ssd_chunk_scan",
     "ssd_step",
     "subsample_rotary",
+    "swiglu",
 ]
