@@ -11,6 +11,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from transxssm.models import TransXSSMConfig
+from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
+from transxssm.ops.ssd.chunked import BLOCK_SCORES
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 FLOAT32 = 4  # bytes
@@ -62,22 +64,33 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     The residual stream and the rotary tables live throughout; of the parts, which run one after another, the largest counts.
     """
     item, h, p, n = dtype.itemsize, config.ssd_num_heads, config.ssd_head_dim, config.ssd_state_size
-    q = config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"]
+    scan = _scan_workspace(config, num_tokens) // num_tokens
     query_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     x_B_C = h * p + 2 * config.ssd_num_groups * n
-    convolved = 4 if config.ssd_conv_kernel_size else 0  # copies of x, B and C on their way through the convolution
+    convolved = 4 * x_B_C * item if config.ssd_conv_kernel_size else 0  # copies on the way through the convolution
     attention = 2 * (query_width + 2 * kv_width) * item + query_width * FLOAT32
-    masks = 3 * num_tokens * item  # a window's mask and what is made of it: a row for each token
+    mask = num_tokens * (item + 1)  # a window's, and the booleans it is made from: a row for each token
+    blocks = 2 * FLOAT32 * min(ELEMENTS_PER_BLOCK // num_tokens, config.intermediate_size)  # of the SwiGLU
     parts = {
-        "norm": 4 * config.hidden_size * FLOAT32,
-        "ffn": 3 * config.intermediate_size * item,
+        "norm": 2 * config.hidden_size * item,
+        "ffn": 3 * config.intermediate_size * item + blocks,
         "full_attention": attention,
-        "sliding_attention": attention + masks,
-        "linear_attention": ((1 + convolved) * x_B_C + h * p) * item + h * p * n * item // q,
+        "sliding_attention": attention + 2 * mask,
+        "linear_attention": (x_B_C + h * p) * item + max(convolved, scan),
     }
     present = {"norm", "ffn", *config.layer_types}
     stream = 6 * config.hidden_size * item + 2 * config.rotary_width * FLOAT32
+    if "sliding_attention" in present:
+        stream += mask
     return num_tokens * (stream + max(parts[name] for name in present))
+
+
+def _scan_workspace(config: TransXSSMConfig, num_tokens: int) -> int:
+    """Bytes that the scan forms for a block of chunks, whatever the length of the sequence."""
+    h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
+    q = config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"]
+    operands, scores, states = 3 * h * p + 2 * g * n, 2 * h * q, 2 * h * p * n // q  # a token
+    return FLOAT32 * min(num_tokens, max(q, BLOCK_SCORES // (h * q))) * (operands + scores + states)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,23 +1,33 @@
-"""The decoding cache: transformers' dynamic cache, which also counts its tokens and remembers where the last document began."""
+"""The decoding cache: transformers' dynamic cache, which also counts its tokens, remembers where the last document began, and
+writes a token's keys and values where there is room instead of copying all the earlier ones.
+
+Letters: b batch, h heads, t time, d head_dim of attention.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
+
+_MIN_ROOM = 64  # tokens
 
 
 class TransXSSMCache(DynamicCache):
     """Keys and values of the attention layers, one constant-size state for each SSD layer.
 
     What `DynamicCache` lacks: the length of an all-SSD model's cache (no layer there holds an entry per token, and `generate`
-    asks), and the start of the last document, so that tokens decoded after a packed row do not attend to its earlier documents.
+    asks), the start of the last document, so that tokens decoded after a packed row do not attend to its earlier documents, and
+    room to grow (`GrowingLayer`).
     """
 
     def __init__(self, config: TransXSSMConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = GrowingLayer()
         self._has_attention = config.has_attention
         self.num_seen_tokens = 0
         self.document_start: Tensor | None = None  # (b,) index of the last document's first token; None: 0 everywhere
@@ -42,6 +52,59 @@ class TransXSSMCache(DynamicCache):
         super().reorder_cache(beam_idx)
         if self.document_start is not None:
             self.document_start = self.document_start.index_select(0, beam_idx.to(self.document_start.device))
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values at the front of buffers with room behind them, so that a token costs what it adds, not all before it.
+
+    `keys` and `values` are views of what is filled. Whoever replaces them (a beam search, `crop`) need not know of the buffers:
+    what no longer lies at a buffer's front is copied into a new one at the next update.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._buffers: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends (b, h, t, d) each; returns all keys and values."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self._buffers = {}
+        super().reset()
+
+    def _append(self, name: str, past: Tensor, new: Tensor) -> Tensor:
+        start = past.shape[-2] if past.numel() else 0
+        stop = start + new.shape[-2]
+        buffer = self._buffers.get(name)
+        if buffer is None or stop > buffer.shape[-2] or not _is_front(past, buffer):
+            room = max(
+                _MIN_ROOM, start // 4
+            )  # a prompt is taken as it is; what goes on growing is copied ever more rarely
+            buffer = new.new_empty(*new.shape[:-2], stop + room, new.shape[-1])
+            if start:
+                buffer[..., :start, :] = past
+            self._buffers[name] = buffer
+        buffer[..., start:stop, :] = new
+        return buffer[..., :stop, :]
+
+
+def _is_front(part: Tensor, buffer: Tensor) -> bool:
+    """Whether `part` is the first tokens of `buffer`, in place."""
+    return (
+        part.data_ptr() == buffer.data_ptr()
+        and part.shape[:-2] == buffer.shape[:-2]
+        and part.stride() == buffer.stride()
+    )
 
 
 def read_ssd_layer(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:

@@ -46,6 +46,9 @@ from transxssm.ops import (
 )
 
 
+SILU = type(ACT2FN["silu"])
+
+
 class TransXSSMRMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation; the name tells transformers how to initialise it."""
 
@@ -151,9 +154,9 @@ class TransXSSMMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        if type(self.act_fn) is nn.SiLU:
-            return self.down_proj(swiglu(gate, up))
-        return self.down_proj(self.act_fn(gate) * up)
+        gated = swiglu(gate, up) if type(self.act_fn) is SILU else self.act_fn(gate) * up
+        del gate, up  # the two largest tensors of a forward pass without gradients
+        return self.down_proj(gated)
 
 
 class TransXSSMDecoderLayer(GradientCheckpointingLayer):

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.row_blocks import row_blocks
+from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK, row_blocks
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) ∘ weight over the last axis (Zhang and Sennrich 2019), in float32 (float64 for float64 inputs).
 
-    On a CPU torch composes its own of six operators, and keeps most of what they form. Accelerators and the compiler have
-    fused kernels of torch's: there this is `torch.nn.functional.rms_norm`. On a CPU not twice differentiable.
+    On a CPU torch composes its own of six operators, and keeps most of what they form: fine for a decoded token, slow in
+    training. Accelerators and the compiler have fused kernels: there this is `torch.nn.functional.rms_norm`. On a CPU not twice
+    differentiable.
 
     Args:
         x: (…, d). weight: (d,).
@@ -30,23 +31,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape {tuple(x.shape[-1:])}, as wide as x: got {tuple(weight.shape)}")
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    is_small = not needs_grad and x.numel() <= ELEMENTS_PER_BLOCK  # a decoded token: what counts is the number of calls
+    if is_small or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if needs_grad else _forward(x, weight, eps)[0]
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result and (n, 1) 1 / root mean square of each token."""
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
+    scales = inputs.new_empty(inputs.shape[0], 1, dtype=accumulate)
+    for rows in row_blocks(inputs):
+        block = inputs[rows].to(accumulate)
+        mean_square = torch.linalg.vector_norm(block, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        torch.rsqrt(mean_square.add_(eps), out=scales[rows])
+        torch.mul(block * scales[rows], weight, out=outputs[rows])
+    return y, scales
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
-        scales = inputs.new_empty(inputs.shape[0], 1, dtype=accumulate)  # 1 / root mean square of each token
-        for rows in row_blocks(inputs):
-            block = inputs[rows].to(accumulate)
-            mean_square = torch.linalg.vector_norm(block, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-            torch.rsqrt(mean_square.add_(eps), out=scales[rows])
-            torch.mul(block * scales[rows], weight, out=outputs[rows])
+        y, scales = _forward(x, weight, eps)
         ctx.save_for_backward(x, weight, scales)
         return y
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.row_blocks import row_blocks
+from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK, row_blocks
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -28,13 +28,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate and up must have one shape: got {tuple(gate.shape)} and {tuple(up.shape)}")
-    if not torch.is_grad_enabled() or not (gate.requires_grad or up.requires_grad):
-        return _forward(gate, up)
-    return _SwiGLU.apply(gate, up)
+    if torch.compiler.is_compiling():  # which fuses better than blocks do, and decides itself what to keep
+        return F.silu(gate) * up
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up)
+    return _forward(gate, up)
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler fuses better than blocks do
+    if gate.numel() <= ELEMENTS_PER_BLOCK:  # a decoded token: what counts is the number of calls
         return F.silu(gate) * up
     output = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gates, ups, outputs = (tensor.reshape(-1, gate.shape[-1]) for tensor in (gate, up, output))

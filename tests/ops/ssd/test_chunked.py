@@ -186,5 +186,5 @@ def test_arguments_are_left_as_they_were(device):
 @pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
 def test_chunks_in_several_blocks(scores_in_a_block, documents, device, monkeypatch):
     """States, their gradients and documents pass from block to block as from chunk to chunk."""
-    monkeypatch.setattr("transxssm.ops.ssd.chunked._BLOCK_SCORES", scores_in_a_block)
+    monkeypatch.setattr("transxssm.ops.ssd.chunked.BLOCK_SCORES", scores_in_a_block)
     assert_equals_oracle(make_case(documents=documents, device=device), chunk_size=4)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.rotary import rotate_into
 
-_BLOCK_SCORES = 2**19  # scores of a block over all heads and rows: 2 MiB of float32
+BLOCK_SCORES = 2**19  # scores of a block over all heads and rows: 2 MiB of float32
 
 
 def ssd_chunked(
@@ -107,7 +107,7 @@ def _scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         from_start = _by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
         outputs = _product(from_start, chunk.from_start[..., None], chunk.x.dtype)
         weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L, chunk.x.dtype)  # (a, g, r, q, k)
-        outputs.flatten(0, 2).baddbmm_(weights.flatten(0, 2), chunk.x.flatten(0, 2))
+        _add_products(outputs, weights, chunk.x)
         outputs = outputs.unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
         if D is not None:
             outputs += D.view(groups, -1, 1, 1) * _heads(x[:, block.tokens], block, groups)
@@ -190,12 +190,12 @@ def _backward_chunks(
         to_log_decay -= to_end
         to_log_decay[..., -1] += to_end.sum(-1) + kept
         weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None]), operand).flatten(3)
-        dB = (weighted_x @ leaving.mT).flatten(0, 1).baddbmm_(to_scores.flatten(0, 1).mT, chunk.C.flatten(0, 1))
+        dB = _add_products(weighted_x @ leaving.mT, to_scores.mT, chunk.C)  # (a, g, k, n)
 
         # y_q += from_start_q · S C_q
         from_start = (chunk.C @ entering).unflatten(-1, (-1, head_dim))  # (a, g, q, r, p)
         to_log_decay += (weighted_dy.view_as(from_start) * from_start).sum(-1, dtype=acc).transpose(-1, -2)
-        dC = (weighted_dy @ entering.mT).flatten(0, 1).baddbmm_(to_scores.flatten(0, 1), chunk.B.flatten(0, 1))
+        dC = _add_products(weighted_dy @ entering.mT, to_scores, chunk.B)  # (a, g, q, n)
 
         # The cumulative log decay at q sums dt_k A over k ≤ q.
         to_rate = to_log_decay.flip(-1).cumsum(-1).flip(-1)
@@ -262,7 +262,7 @@ def _blocks(x: Tensor, chunk_size: int) -> list[_Block]:
     """All whole chunks in blocks of equal size, then the last chunk if it is shorter."""
     batch, length, heads, _ = x.shape
     num_whole = length // chunk_size
-    size = max(1, _BLOCK_SCORES // (batch * heads * chunk_size * chunk_size))
+    size = max(1, BLOCK_SCORES // (batch * heads * chunk_size * chunk_size))
     blocks = []
     for first in range(0, num_whole, size):
         stop = min(first + size, num_whole)
@@ -365,6 +365,13 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
         known, wanted = (c + 1, c) if backwards else (c, c + 1)
         torch.addcmul(updates[:, c], by_head[:, known], factors[:, c], out=by_head[:, wanted])
     return states
+
+
+def _add_products(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out += left @ right in place, for each matrix."""
+    flat = out.flatten(0, -3)
+    torch.baddbmm(flat, left.flatten(0, -3), right.flatten(0, -3), out=flat)
+    return out
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -116,17 +116,18 @@ def ssd_step(
     _check_shapes(x, dt, A, B, C, rotary, D, state, time=())
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(device_type=x.device.type, enabled=False):
-        B, C = B.to(accumulate), C.to(accumulate)
-        if rotary is not None:
-            B, C = apply_rotary(B, *rotary), apply_rotary(C, *rotary)
         batch, heads, head_dim = x.shape
         groups, state_size = B.shape[1:]
-        grouped = state.to(accumulate).view(batch, groups, heads // groups, head_dim, state_size)
+        B_and_C = torch.stack((B, C), dim=1).to(accumulate)  # (b, 2, g, n): one rotation for both
+        if rotary is not None:
+            B_and_C = apply_rotary(B_and_C, *(table[:, None] for table in rotary))
+        B, C = B_and_C.unbind(1)
+        grouped = state.to(accumulate).view(batch, groups, -1, head_dim, state_size)  # (b, g, r, p, n)
         dt = dt.to(accumulate)
         decay = torch.exp(dt * A.to(accumulate)).view(batch, groups, -1, 1, 1)
         x_dt = (dt[..., None] * x).view(batch, groups, -1, head_dim, 1)
-        new_state = decay * grouped + x_dt * B[:, :, None, None, :]  # (b, g, r, p, n)
-        y = (new_state @ C[:, :, None, :, None]).view(batch, heads, head_dim)
+        new_state = torch.addcmul(decay * grouped, x_dt, B[:, :, None, None, :])
+        y = (new_state.flatten(2, 3) @ C[..., None]).view(batch, heads, head_dim)
         if D is not None:
             y = y + D.to(accumulate)[:, None] * x
         return y.to(x.dtype), new_state.view(batch, heads, head_dim, state_size)
