@@ -97,7 +97,7 @@ class TestLora:
         bare = {
             name
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and "lora_" not in name and "base_layer" not in name
+            if isinstance(module, nn.Linear) and "lora_" not in name and "base_layer" not in name
         }
         assert linear
         assert [name.rsplit(".", 1)[-1] for name in bare] == ["lm_head"]

@@ -11,6 +11,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from transxssm.models import TransXSSMConfig
+from transxssm.ops.linear import BLOCK_TOKENS
+from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
 from transxssm.ops.ssd.chunked import BLOCK_SCORES
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
@@ -71,9 +73,12 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     attention = 2 * (query_width + 2 * kv_width) * item + query_width * FLOAT32
     mask = num_tokens * (item + 1)  # a window's, and the booleans it is made from: a row for each token
     blocks = 2 * FLOAT32 * min(ELEMENTS_PER_BLOCK // num_tokens, config.intermediate_size)  # of the SwiGLU
+    raised = 0  # a weight and a block of tokens in float32
+    if not has_fast_products("cpu", dtype):
+        raised = FLOAT32 * config.intermediate_size * (config.hidden_size + BLOCK_TOKENS) // num_tokens
     parts = {
         "norm": 2 * config.hidden_size * item,
-        "ffn": 3 * config.intermediate_size * item + blocks,
+        "ffn": 3 * config.intermediate_size * item + blocks + raised,
         "full_attention": attention,
         "sliding_attention": attention + 2 * mask,
         "linear_attention": (x_B_C + h * p) * item + max(convolved, scan),

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from transxssm.models.cache_transxssm import TransXSSMCache
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
+from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.positions import (
     Positions,
     Rotary,
@@ -44,7 +45,6 @@ from transxssm.ops import (
     subsample_rotary,
     swiglu,
 )
-
 
 SILU = type(ACT2FN["silu"])
 
@@ -101,10 +101,10 @@ class TransXSSMAttention(nn.Module):
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = TransXSSMLinear(config.hidden_size, query_size)
+        self.k_proj = TransXSSMLinear(config.hidden_size, key_size)
+        self.v_proj = TransXSSMLinear(config.hidden_size, key_size)
+        self.o_proj = TransXSSMLinear(query_size, config.hidden_size)
 
     def forward(
         self,
@@ -147,9 +147,9 @@ class TransXSSMMLP(nn.Module):
 
     def __init__(self, config: TransXSSMConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = TransXSSMLinear(config.hidden_size, config.intermediate_size)
+        self.up_proj = TransXSSMLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = TransXSSMLinear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -392,7 +392,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TransXSSMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = TransXSSMLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -454,7 +454,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     def _loss(self, hidden_states: Tensor, shift_labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
         reduction: Literal["mean", "sum"] = "mean" if num_items is None else "sum"
-        if type(self.lm_head) is nn.Linear:
+        if type(self.lm_head) is TransXSSMLinear:
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
         else:  # an adapter or a quantised head: its weight alone is not what it computes
             loss = F.cross_entropy(at_least_float32(self.lm_head(hidden_states)), shift_labels, reduction=reduction)

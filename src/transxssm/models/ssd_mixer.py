@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from transxssm.models.cache_transxssm import read_ssd_layer, write_ssd_layer
 from transxssm.models.configuration_transxssm import TransXSSMConfig
+from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.positions import Positions
 from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step
 
@@ -26,11 +27,11 @@ class TransXSSMSSDMixer(nn.Module):
         x_size, state_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
         self.split_sizes = (x_size, state_size, state_size)
 
-        self.x_proj = nn.Linear(config.hidden_size, x_size, bias=False)
-        self.B_proj = nn.Linear(config.hidden_size, state_size, bias=False)
-        self.C_proj = nn.Linear(config.hidden_size, state_size, bias=False)
-        self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
-        self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
+        self.x_proj = TransXSSMLinear(config.hidden_size, x_size)
+        self.B_proj = TransXSSMLinear(config.hidden_size, state_size)
+        self.C_proj = TransXSSMLinear(config.hidden_size, state_size)
+        self.dt_proj = TransXSSMLinear(config.hidden_size, self.num_heads)
+        self.out_proj = TransXSSMLinear(x_size, config.hidden_size)
         # float32 in a model of any dtype: bfloat16 would move decays by a part in 256.
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))

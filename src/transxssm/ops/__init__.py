@@ -1,5 +1,6 @@
 """Layer 0: pure functions of tensors. They know no configuration, no module and no cache."""
 
+from transxssm.ops.linear import linear
 from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
 from transxssm.ops.rotary import apply_rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
@@ -10,6 +11,7 @@ from transxssm.ops.swiglu import swiglu
 __all__ = [
     "SSDBackend",
     "apply_rotary",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary_cos_sin",

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from transxssm.ops.precision import has_fast_products
+
 _LOGITS_PER_BLOCK = 2**22  # 16 MiB of float32 stay in a CPU's last-level cache …
 _MIN_TOKENS_PER_BLOCK = 160  # … but each block adds once to the whole weight gradient
 
@@ -24,7 +26,8 @@ def linear_cross_entropy(
 
     The gradients of both factors are formed in the forward pass, block by block, so that no block of logits outlives its turn;
     the peak is that of one block instead of n·v. Logits, sums and the loss are float32 (float64 for float64 inputs); the
-    products take autocast's dtype where autocast is on. Not twice differentiable.
+    products take autocast's dtype where autocast is on, raised to float32 on a CPU that doesn't multiply it in hardware. Not
+    twice differentiable.
 
     Args:
         hidden: (n, d). weight: (v, d). labels: (n,) int64 in [0, v), or `ignore_index`.
@@ -64,9 +67,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         block = max(_MIN_TOKENS_PER_BLOCK, _LOGITS_PER_BLOCK // weight.shape[0])
+        operand = hidden.dtype if has_fast_products(hidden.device.type, hidden.dtype) else torch.float32
+        factor = weight.to(operand)
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
-            log_probs = (hidden[rows] @ weight.T).to(accumulate).log_softmax(-1)  # (block, v)
+            inputs = hidden[rows].to(operand)
+            log_probs = (inputs @ factor.T).to(accumulate).log_softmax(-1)  # (block, v)
             ignored = labels[rows] == ignore_index
             targets = labels[rows].masked_fill(ignored, 0)[:, None]
             total = total - log_probs.gather(1, targets)[:, 0].masked_fill(ignored, 0.0).sum()
@@ -74,11 +80,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 continue
             grad_logits = log_probs.exp_()  # softmax − one-hot, in place: the block is the largest tensor here
             grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
-            grad_logits = grad_logits.to(hidden.dtype).masked_fill_(ignored[:, None], 0.0)
+            grad_logits = grad_logits.to(operand).masked_fill_(ignored[:, None], 0.0)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
+                grad_hidden[rows] = grad_logits @ factor
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
+                grad_weight += grad_logits.T @ inputs
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
