@@ -32,9 +32,13 @@ _LONGEST = 131072  # positions: transformers refuses none, but warns beyond what
 
 def count_baseline_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the causal language model of a configuration, tied ones once; nothing is allocated."""
+    return sum(parameter.numel() for parameter in language_model_on_meta(config).parameters())
+
+
+def language_model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a causal language model, with shapes and no storage."""
     with torch.device("meta"):
-        model = _model_of(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return _model_of(config)
 
 
 def llama_config(config: TransXSSMConfig) -> LlamaConfig:
