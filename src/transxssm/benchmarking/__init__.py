@@ -3,6 +3,7 @@
 from transxssm.benchmarking.comparison import Notify
 from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, DEFAULT_MODES, MODES
 from transxssm.benchmarking.lengths import format_length, parse_length
+from transxssm.benchmarking.ops import OpsSettings, run_ops
 from transxssm.benchmarking.session import Budget
 from transxssm.benchmarking.throughput import ThroughputSettings, run_throughput
 from transxssm.benchmarking.workers import Setup
@@ -14,9 +15,11 @@ __all__ = [
     "MODES",
     "Budget",
     "Notify",
+    "OpsSettings",
     "Setup",
     "ThroughputSettings",
     "format_length",
     "parse_length",
+    "run_ops",
     "run_throughput",
 ]

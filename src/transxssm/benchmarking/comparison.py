@@ -27,11 +27,13 @@ class Group:
         mode: what they do.
         length: tokens of a sequence.
         entries: the contenders.
+        reference: whose time the others' is divided by, turn by turn; where it is missing there are no ratios.
     """
 
     mode: str
     length: int
     entries: tuple[Entry, ...]
+    reference: str
 
     @property
     def num_parts(self) -> int:
@@ -65,6 +67,7 @@ class Cell:
     contender: str
     mode: str
     length: int
+    reference: str
     num_tokens: int | None
     flops: float | None
     status: Status = "out of time"
@@ -83,6 +86,7 @@ class Cell:
             "contender": self.contender,
             "mode": self.mode,
             "length": self.length,
+            "reference": self.reference,
             "status": self.status,
             "detail": self.detail,
             "repeat_seconds": self.repeat_seconds,
@@ -116,18 +120,17 @@ class Comparison:
     Args:
         setup: of every child.
         limits: of all groups together.
-        reference: whose time the others' is divided by, turn by turn; where it is missing there are no ratios.
         notify: told of the progress.
     """
 
-    def __init__(self, setup: Setup, limits: Limits, reference: str, notify: Notify = lambda what, done: None) -> None:
-        self.setup, self.limits, self.reference, self.notify = setup, limits, reference, notify
+    def __init__(self, setup: Setup, limits: Limits, notify: Notify = lambda what, done: None) -> None:
+        self.setup, self.limits, self.notify = setup, limits, notify
         self.num_done = 0
         self._too_much: dict[tuple[str, str], Cell] = {}  # of a mode and a contender: the first length that did not fit
 
     def measure(self, group: Group, record: Callable[[list[Cell]], None]) -> None:
         """Hands the group's cells to `record`; what there is of them also when it is interrupted."""
-        cells = [Cell(e.name, group.mode, group.length, e.num_tokens, e.flops) for e in group.entries]
+        cells = [Cell(e.name, group.mode, group.length, group.reference, e.num_tokens, e.flops) for e in group.entries]
         try:
             for cell, entry in zip(cells, group.entries, strict=True):
                 self._run_first(cell, entry)
@@ -175,7 +178,9 @@ class Comparison:
         if estimate > self.limits.seconds_left:
             for cell, _ in runners:
                 cell.status = "out of time"
-                cell.detail = f"{least} repeats need about {estimate:.0f} s, {max(self.limits.seconds_left, 0):.0f} s were left"
+                cell.detail = (
+                    f"{least} repeats need about {estimate:.0f} s, {max(self.limits.seconds_left, 0):.0f} s were left"
+                )
             return
         self.notify(f"{cells[0].mode} {cells[0].length}: {len(runners)} in turn", self.num_done - 1)
         error = None
@@ -201,8 +206,8 @@ class Comparison:
     def _record(self, cells: list[Cell], seconds: dict[str, float]) -> None:
         for cell in cells:
             cell.repeat_seconds.append(seconds[cell.contender])
-            if self.reference in seconds:
-                cell.repeat_ratios.append(seconds[cell.contender] / seconds[self.reference])
+            if cell.reference in seconds:
+                cell.repeat_ratios.append(seconds[cell.contender] / seconds[cell.reference])
 
 
 def _mark(cell: Cell, error: Exception) -> None:

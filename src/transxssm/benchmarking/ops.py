@@ -34,7 +34,7 @@ CHUNK_SIZES = (32, 64, 128, 256)
 DIRECTIONS = ("forward", "forward+backward")
 LONGEST_DUAL_FORM = 2048  # its scores are t × t for every head
 _MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
-_MAMBA2_SCAN = "mamba2_chunk_scan"  # a function since transformers 5.20 or so; a method of the mixer before
+_MAMBA2_SCAN = "mamba2_chunk_scan"  # a version of transformers that has no such function is compared without it
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def run_ops(
         KeyboardInterrupt: after what was measured has been written.
     """
     config = settings.model_config()
-    session = Session(
-        NAME, folder, asdict(settings), setup=setup, budget=budget, references=REFERENCES.values(), notify=notify
-    )
+    session = Session(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
     status = "interrupted"
     try:
         session.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
@@ -111,7 +109,7 @@ def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -
                     )
                     for variant in variants(operator, length)
                 )
-                groups.append(Group(f"{operator}, {direction}", length, entries))
+                groups.append(Group(f"{operator}, {direction}", length, entries, REFERENCES[operator]))
     return groups
 
 

@@ -30,7 +30,7 @@ def product_shapes(config: PreTrainedConfig, num_tokens: int, device: torch.devi
 def measure_peak(send: Send, setup: Setup, shapes: Sequence[Shape], dtype: torch.dtype) -> dict[str, Any]:
     """In a child process: FLOPs per second of the fastest repetition of each product, and the best of them."""
     setup.apply()
-    rates = []
+    rates, products = [], []
     for rows, inner, columns in shapes:
         left = torch.randn(rows, inner, device=setup.device).to(dtype)
         right = torch.randn(columns, inner, device=setup.device).to(dtype).T  # as a linear layer holds its weight
@@ -40,5 +40,6 @@ def measure_peak(send: Send, setup: Setup, shapes: Sequence[Shape], dtype: torch
         best, count, ends = float("inf"), 0, time.monotonic() + SECONDS_PER_SHAPE
         while count < _LEAST_PRODUCTS or time.monotonic() < ends:
             best, count = min(best, seconds_of(step, setup.device)), count + 1
-        rates.append({"shape": [rows, inner, columns], "flops_per_second": 2 * rows * inner * columns / best})
-    return {"flops_per_second": max(rate["flops_per_second"] for rate in rates), "products": rates}
+        rates.append(2 * rows * inner * columns / best)
+        products.append({"shape": [rows, inner, columns], "flops_per_second": rates[-1]})
+    return {"flops_per_second": max(rates), "products": products}

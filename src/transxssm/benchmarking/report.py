@@ -1,7 +1,7 @@
 """A benchmark's results as JSON, as Markdown and as a picture in the manner of the paper's Figure 4."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from transxssm.benchmarking.lengths import format_length
 HEADERS = (
     "tokens",
     "contender",
-    "ms (min–max)",
+    "ms",
+    "min–max",
     "tokens/s",
-    "time / reference (min–max)",
+    "× reference",
     "GFLOP/s",
-    "time / floor",
-    "peak memory, MB",
-    "of it the step, MB",
+    "× floor",
+    "peak MB",
+    "step MB",
 )
 PLOT_COLUMNS = 3
 
@@ -47,29 +48,34 @@ def modes_of(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["mode"] for cell in results["cells"]))
 
 
-def rows(results: dict[str, Any], mode: str) -> Iterator[list[str]]:
-    """The table of a mode, a row for each cell under `HEADERS`; a cell without figures says why in the third column."""
+def rows(results: dict[str, Any], mode: str) -> Iterator[dict[str, str]]:
+    """The table of a mode: for each cell what stands under each of `HEADERS`; where nothing was timed, why.
+
+    The milliseconds are those of a run, or, in decoding, of a token. The ratio to the reference is the median of those of the
+    turns, with their extremes.
+    """
     for cell in results["cells"]:
         if cell["mode"] != mode:
             continue
-        start = [format_length(cell["length"]), cell["contender"]]
-        memory = [_megabytes(cell["peak_bytes"]), _megabytes(cell["step_bytes"])]
-        if not cell["seconds"]:
-            yield [*start, f"{cell['status']}: {cell['detail']}", "–", "–", "–", "–", *memory]
-            continue
-        milliseconds = {name: 1e3 * value for name, value in cell["seconds"].items()}
-        if mode == "decode":  # a run is several tokens; what users feel is one
-            milliseconds = {name: value / cell["num_tokens"] for name, value in milliseconds.items()}
-        per_second = cell["flops_per_second"]
-        yield [
-            *start,
-            _spread(milliseconds, ".1f") + ("" if cell["status"] == "ok" else f" ({cell['status']})"),
-            f"{cell['tokens_per_second']:,.0f}" if cell["tokens_per_second"] else "–",
-            _spread(cell["ratio_to_reference"], ".2f") if cell["ratio_to_reference"] else "–",
-            f"{per_second / 1e9:,.0f}" if per_second else "–",
-            f"{cell['times_floor']:.2f}" if cell["times_floor"] else "–",
-            *memory,
-        ]
+        row = dict.fromkeys(HEADERS, "–")
+        row |= {"tokens": format_length(cell["length"]), "contender": cell["contender"]}
+        row |= {"peak MB": _megabytes(cell["peak_bytes"]), "step MB": _megabytes(cell["step_bytes"])}
+        if cell["status"] != "ok":
+            row |= {"ms": cell["status"], "min–max": cell["detail"]}
+        if cell["seconds"]:
+            unit = cell["num_tokens"] if mode == "decode" else 1
+            ms = {name: f"{1e3 * value / unit:,.1f}" for name, value in cell["seconds"].items()}
+            note = "" if cell["status"] == "ok" else f" ({cell['status']})"
+            row |= {"ms": ms["median"] + note, "min–max": f"{ms['min']}–{ms['max']}"}
+        if ratio := cell["ratio_to_reference"]:
+            row["× reference"] = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+        if cell["tokens_per_second"]:
+            row["tokens/s"] = f"{cell['tokens_per_second']:,.0f}"
+        if cell["flops_per_second"]:
+            row["GFLOP/s"] = f"{cell['flops_per_second'] / 1e9:,.1f}"
+        if cell["times_floor"]:
+            row["× floor"] = f"{cell['times_floor']:,.1f}"
+        yield row
 
 
 def notes(results: dict[str, Any]) -> Iterator[str]:
@@ -118,10 +124,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", *_table(CONTENDER_HEADERS, contender_rows(results))]
     lines += ["", *(f"- {note}" for note in notes(results))]
     for mode in modes_of(results):
-        headers = list(HEADERS)
-        if mode == "decode":
-            headers[2] = "ms a token (min–max)"
-        lines += ["", f"## {mode}", "", *_table(headers, rows(results, mode))]
+        lines += ["", f"## {mode}", "", *_table(HEADERS, (list(row.values()) for row in rows(results, mode)))]
     return "\n".join(lines) + "\n"
 
 
@@ -166,14 +169,9 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _table(headers: Iterable[str], table_rows: Iterable[list[str]]) -> list[str]:
-    headers = list(headers)
-    lines = [headers, ["---"] * len(headers), *table_rows]
+def _table(names: Sequence[str], table_rows: Iterable[list[str]]) -> list[str]:
+    lines = [names, ["---"] * len(names), *table_rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _spread(values: dict[str, float], form: str) -> str:
-    return f"{values['median']:{form}} ({values['min']:{form}}–{values['max']:{form}})"
 
 
 def _megabytes(num_bytes: int | None) -> str:

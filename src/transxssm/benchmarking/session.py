@@ -20,7 +20,9 @@ from transxssm.inspection import available_bytes
 
 # What must not have changed for results to be continued.
 _SAME_RUN = ("version", "commit", "dirty", "device", "gpu", "cpu", "threads", "torch", "transformers")
-MEMORY_MARGIN = 0.1  # of what is available stays free, for the parent, for the system, and for what grows between two looks
+MEMORY_MARGIN = (
+    0.1  # of what is available stays free, for the parent, for the system, and for what grows between two looks
+)
 PEAK_TOKENS = 4096  # rows of the products whose rate is the peak
 
 
@@ -65,7 +67,6 @@ class Session:
         settings: plain values that say what is measured; results with other settings are not continued.
         setup: of the children.
         budget: see there.
-        reference: the contender whose time the others' is divided by.
         notify: told of the progress.
 
     Raises:
@@ -80,7 +81,6 @@ class Session:
         *,
         setup: Setup,
         budget: Budget,
-        reference: str,
         notify: Notify,
     ) -> None:
         self.name, self.folder, self.setup = name, folder, setup
@@ -89,13 +89,13 @@ class Session:
             "benchmark": name,
             "status": "interrupted",
             "metadata": metadata,
-            "settings": {**settings, "repeats": budget.repeats, "reference": reference},
+            "settings": {**settings, "repeats": budget.repeats},
             "peak": None,
             "cells": [],
         }
         self._continue_from(folder / f"{name}.json")
         self.limits = budget.limits()
-        self.comparison = Comparison(setup, self.limits, reference, notify)
+        self.comparison = Comparison(setup, self.limits, notify)
 
     def measure_peak(self, config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> None:
         """Finds the fastest matrix product among a model's, unless an earlier run has; without one there are no floors."""

@@ -73,7 +73,9 @@ class ThroughputSettings:
         if training and min(self.lengths) < 2:
             raise ValueError(f"{training[0]} needs 2 tokens, the first to predict the second: got a length of 1")
         if "train-autocast" in self.modes and self.torch_dtype not in HALF_DTYPES:
-            raise ValueError(f"train-autocast casts to a half precision: got dtype {self.dtype}, expected bfloat16 or float16")
+            raise ValueError(
+                f"train-autocast casts to a half precision: got dtype {self.dtype}, expected bfloat16 or float16"
+            )
         for contender in self.contenders:
             if not set(self.modes) & set(CONTENDERS[contender].modes):
                 raise ValueError(
@@ -108,10 +110,7 @@ def run_throughput(
     """
     config = settings.model_config()
     configs = {name: CONTENDERS[name].config(config) for name in settings.contenders}
-    reference = REFERENCE if REFERENCE in configs else settings.contenders[0]
-    session = Session(
-        NAME, folder, asdict(settings), setup=setup, budget=budget, reference=reference, notify=notify
-    )
+    session = Session(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
     results = session.results
     results["contenders"] = describe_contenders(configs, config)
     results.setdefault("ssd_share", [])
@@ -145,11 +144,10 @@ def num_parts(settings: ThroughputSettings) -> int:
     return 1 + sum((contenders + 1) * times for contenders, times in counts if contenders)
 
 
-def plan(
-    settings: ThroughputSettings, configs: dict[str, PreTrainedConfig], device: torch.device
-) -> list[Group]:
+def plan(settings: ThroughputSettings, configs: dict[str, PreTrainedConfig], device: torch.device) -> list[Group]:
     """Groups from the shortest length on; the optimizer's step, which has no length, goes with the shortest."""
     lengths = sorted(set(settings.lengths))
+    reference = REFERENCE if REFERENCE in configs else settings.contenders[0]
     groups = []
     for length in lengths:
         for mode in settings.modes:
@@ -161,7 +159,7 @@ def plan(
                 if mode in CONTENDERS[name].modes
             )
             if entries:
-                groups.append(Group(mode, length, entries))
+                groups.append(Group(mode, length, entries, reference))
     return groups
 
 

@@ -132,7 +132,9 @@ BASELINES: dict[str, Callable[[TransXSSMConfig], PreTrainedConfig]] = {
 }
 
 
-def new_language_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+def new_language_model(
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> PreTrainedModel:
     """A language model with new weights, of this package or a baseline.
 
     transformers initialises, with one exception: it starts every time step of Bamba's Mamba-2 blocks at softplus(1) ≈ 1.3, which
