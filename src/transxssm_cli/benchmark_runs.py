@@ -133,9 +133,10 @@ def _show(results: dict[str, Any], folder: Path) -> None:
 
 
 def _table(names: Sequence[str], table_rows: Iterator[list[str]], *, num_names: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index < num_names else "right")
+        is_name = index < num_names
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for row in table_rows:
         table.add_row(*map(escape, row))
     return table

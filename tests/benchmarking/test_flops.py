@@ -45,8 +45,10 @@ def test_llama():
 @pytest.mark.parametrize("match", [mamba2_config, jamba_config])
 def test_mamba2_blocks(match):
     config = match(tiny_config())
-    names = ("n_groups", "num_heads", "chunk_size", "conv_kernel") if match is mamba2_config else (
-        "mamba_n_groups", "mamba_n_heads", "mamba_chunk_size", "mamba_d_conv"
+    names = (
+        ("n_groups", "num_heads", "chunk_size", "conv_kernel")
+        if match is mamba2_config
+        else ("mamba_n_groups", "mamba_n_heads", "mamba_chunk_size", "mamba_d_conv")
     )
     # transformers repeats B and C for every head before it multiplies: with a group for each head the counts agree.
     setattr(config, names[0], getattr(config, names[1]))

@@ -43,9 +43,7 @@ def wait(send):
 
 
 def in_child(function, *arguments, memory_limit=4 * GIGABYTE, seconds=60.0, **options):
-    return run_in_child(
-        function, *arguments, memory_limit=memory_limit, deadline=time.monotonic() + seconds, **options
-    )
+    return run_in_child(function, *arguments, memory_limit=memory_limit, deadline=time.monotonic() + seconds, **options)
 
 
 def test_a_result_and_a_message_come_back():
@@ -71,7 +69,7 @@ def test_how_a_child_ends(function, arguments, error, words):
 
 def test_a_child_that_takes_too_much_memory_is_killed():
     started = time.monotonic()
-    with pytest.raises(OutOfMemory, match="more than the 0.9 GB it may have"):
+    with pytest.raises(OutOfMemory, match=r"more than the 0\.9 GB it may have"):
         in_child(allocate, GIGABYTE, memory_limit=int(0.9 * GIGABYTE))
     assert time.monotonic() - started < 50
 

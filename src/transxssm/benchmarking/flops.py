@@ -1,7 +1,7 @@
 """FLOPs of a contender's step: linear layers, causal attention and the scan, as `transxssm.inspection` counts them.
 
-Elementwise work, norms, the convolution and the softmax are left out, so that the time these FLOPs take at the measured peak of a
-matrix product is a floor: no implementation of the same arithmetic gets below it.
+Elementwise work, norms, the convolution and the softmax are left out: the time that these FLOPs take at the measured peak of a
+matrix product is a floor for everything that multiplies in the same dtype.
 """
 
 from typing import NamedTuple
@@ -83,12 +83,9 @@ def _linear_flops(config: PreTrainedConfig) -> tuple[int, int]:
 
 def _mixers(config: PreTrainedConfig, length: int) -> tuple[int, tuple[int, int], list[_Scan]]:
     """Number of attention layers, their heads and width, and the sizes of every state-space layer."""
-    attention = (0, 0)
-    if not isinstance(config, Mamba2Config):
-        attention = (config.num_attention_heads, config.head_dim)
     match config:
         case LlamaConfig():
-            return config.num_hidden_layers, attention, []
+            return config.num_hidden_layers, (config.num_attention_heads, config.head_dim), []
         case TransXSSMConfig():
             chunk_size, num_heads, num_groups = config.ssd_chunk_size, config.ssd_num_heads, config.ssd_num_groups
             head_dim, state_size = config.ssd_head_dim, config.ssd_state_size
@@ -100,6 +97,8 @@ def _mixers(config: PreTrainedConfig, length: int) -> tuple[int, tuple[int, int]
             head_dim, state_size = config.head_dim, config.state_size
         case _:
             raise ValueError(f"FLOPs are counted for TransXSSM, Llama, Mamba-2 and Bamba: got {config.model_type!r}")
+    has_attention = not isinstance(config, Mamba2Config)
+    attention = (config.num_attention_heads, config.head_dim) if has_attention else (0, 0)
     num_scans = list(config.layer_types).count("linear_attention")
     scan = _Scan(min(chunk_size or length, length), num_heads, num_groups, head_dim, state_size)
     return config.num_hidden_layers - num_scans, attention, [scan] * num_scans

@@ -1,6 +1,7 @@
 """Where and with what a benchmark ran, so that its figures can be judged and repeated."""
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -35,6 +36,9 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        # Without them transformers computes Mamba-2, and with it Jamba, by a reference in PyTorch.
+        "mamba_ssm": _version_of("mamba_ssm"),
+        "causal_conv1d": _version_of("causal_conv1d"),
         "system": platform.platform(),
     }
 
@@ -61,6 +65,14 @@ def cpu_name() -> str:
 def _has_bfloat16_products() -> bool:
     """Whether torch's CPU library multiplies bfloat16 matrices itself, without a detour over float32."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _version_of(package: str) -> str | None:
+    """An installed package's version; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -15,8 +15,8 @@ from transxssm.models.baselines import language_model_on_meta
 
 Shape = tuple[int, int, int]  # rows, inner width, columns
 SQUARE = {"cpu": 2048, "cuda": 8192}
-SECONDS_PER_SHAPE = 0.5  # at least three products each
-_LEAST_PRODUCTS = 3
+SECONDS_PER_SHAPE = 0.5
+_LEAST_PRODUCTS, _MOST_PRODUCTS = 3, 50  # of each shape, whatever time they take
 
 
 def product_shapes(config: PreTrainedConfig, num_tokens: int, device: torch.device) -> list[Shape]:
@@ -38,7 +38,7 @@ def measure_peak(send: Send, setup: Setup, shapes: Sequence[Shape], dtype: torch
         step = Step(lambda left=left, right=right, out=out: torch.matmul(left, right, out=out))  # type: ignore[misc]
         seconds_of(step, setup.device)
         best, count, ends = float("inf"), 0, time.monotonic() + SECONDS_PER_SHAPE
-        while count < _LEAST_PRODUCTS or time.monotonic() < ends:
+        while count < _LEAST_PRODUCTS or (count < _MOST_PRODUCTS and time.monotonic() < ends):
             best, count = min(best, seconds_of(step, setup.device)), count + 1
         rates.append(2 * rows * inner * columns / best)
         products.append({"shape": [rows, inner, columns], "flops_per_second": rates[-1]})

@@ -87,6 +87,12 @@ def notes(results: dict[str, Any]) -> Iterator[str]:
             f"Peak of a matrix product: {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s in {results['settings']['dtype']} "
             f"({rows_} × {inner} × {columns}); floors are FLOPs at this rate."
         )
+    uses_mamba2 = {"mamba2", "jamba", "mamba2-scan"} & {cell["contender"] for cell in results["cells"]}
+    if uses_mamba2 and results["metadata"]["mamba_ssm"] is None:
+        yield (
+            f"Without the package mamba_ssm transformers computes {', '.join(sorted(uses_mamba2))} by a reference in PyTorch, "
+            "not by Mamba-2's own kernels: their times say what users of such an installation get."
+        )
     for share in results.get("ssd_share", []):
         yield (
             f"SSD operator, forward and backward, in a training step of {format_length(share['length'])} tokens: "

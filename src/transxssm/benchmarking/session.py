@@ -1,6 +1,7 @@
 """What the benchmarks share: limits, the results file that grows as groups are done, and going on from it."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from transxssm.benchmarking.processes import ChildFailed, OutOfMemory, OutOfTime
 from transxssm.benchmarking.report import write_json, write_report
 from transxssm.benchmarking.workers import Setup
 from transxssm.inspection import available_bytes
+
+logger = logging.getLogger(__name__)
 
 # What must not have changed for results to be continued.
 _SAME_RUN = ("version", "commit", "dirty", "device", "gpu", "cpu", "threads", "torch", "transformers")
@@ -179,3 +182,7 @@ class Session:
                         "choose another folder, or delete it"
                     )
         self.results = {**earlier, "status": "interrupted"}
+        if earlier["status"] == "complete":
+            logger.warning("%s is complete: nothing is measured again; to do so, delete %s first", path, self.folder)
+        else:
+            logger.warning("going on with %s", path)
