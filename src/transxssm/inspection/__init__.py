@@ -1,6 +1,6 @@
 """What a model is made of and costs, from its configuration alone: parameters, FLOPs, bytes. No weight is loaded."""
 
-from transxssm.inspection.flops import FlopsPerToken, flops_per_token
+from transxssm.inspection.flops import FlopsPerToken, attention_flops, flops_per_token, mean_keys, scan_flops
 from transxssm.inspection.memory import CacheBytes, activation_bytes, all_attention, available_bytes, cache_bytes
 from transxssm.inspection.parameters import count_parameters
 
@@ -9,8 +9,11 @@ __all__ = [
     "FlopsPerToken",
     "activation_bytes",
     "all_attention",
+    "attention_flops",
     "available_bytes",
     "cache_bytes",
     "count_parameters",
     "flops_per_token",
+    "mean_keys",
+    "scan_flops",
 ]

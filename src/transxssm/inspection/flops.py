@@ -51,21 +51,32 @@ def flops_per_token(config: TransXSSMConfig, context: int) -> FlopsPerToken:
     for layer_type in config.layer_types:
         if layer_type in ("full_attention", "sliding_attention"):
             window = config.sliding_window if layer_type == "sliding_attention" else None
-            attention += 4 * config.num_attention_heads * config.head_dim * _mean_keys(context, window)
+            attention += attention_flops(config.num_attention_heads, config.head_dim, mean_keys(context, window))
     num_ssd_layers = config.layer_types.count("linear_attention")
-    return FlopsPerToken(linear, attention, num_ssd_layers * _scan_flops(config, context))
+    scan = scan_flops(
+        chunk_size=min(config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"], context),
+        num_heads=config.ssd_num_heads,
+        num_groups=config.ssd_num_groups,
+        head_dim=config.ssd_head_dim,
+        state_size=config.ssd_state_size,
+    )
+    return FlopsPerToken(linear, attention, num_ssd_layers * scan)
 
 
-def _mean_keys(context: int, window: int | None) -> float:
-    """Keys that the mean token of a sequence sees, itself included."""
+def mean_keys(context: int, window: int | None = None) -> float:
+    """Keys that the mean token of a sequence sees, itself included; window: at most so many."""
     growing = context if window is None else min(context, window)
     return (growing * (growing + 1) / 2 + (context - growing) * growing) / context
 
 
-def _scan_flops(config: TransXSSMConfig, context: int) -> float:
+def attention_flops(num_heads: int, head_dim: int, num_keys: float) -> float:
+    """Of one attention layer for a token that sees `num_keys` keys: scores, then weighted values."""
+    return 4 * num_heads * head_dim * num_keys
+
+
+def scan_flops(*, chunk_size: int, num_heads: int, num_groups: int, head_dim: int, state_size: int) -> int:
     """Of one layer's chunked scan, per token (Mamba-2, Section 6)."""
-    q = min(config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"], context)
-    h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
+    q, h, g, p, n = chunk_size, num_heads, num_groups, head_dim, state_size
     scores, within_chunk = 2 * q * g * n, 2 * q * h * p
     into_state = from_state = 2 * h * p * n
     return scores + within_chunk + into_state + from_state

@@ -1,0 +1,84 @@
+"""Where and with what a benchmark ran, so that its figures can be judged and repeated."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import transformers
+
+from transxssm._version import __version__
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any]:
+    """Command, code, machine and libraries of this run."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **code_version(Path(__file__)),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical_cores": os.cpu_count(),
+        "threads": num_threads if num_threads is not None else torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bfloat16_products": _has_bfloat16_products(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        # Without them transformers computes Mamba-2, and with it Jamba, by a reference in PyTorch.
+        "mamba_ssm": _version_of("mamba_ssm"),
+        "causal_conv1d": _version_of("causal_conv1d"),
+        "system": platform.platform(),
+    }
+
+
+def code_version(source: Path) -> dict[str, Any]:
+    """The package's version and, where `source` belongs to a git repository, its commit and whether tracked files differ from it."""
+    version: dict[str, Any] = {"version": __version__, "commit": None, "dirty": None}
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return version
+    version["commit"] = _git(source.parent, "rev-parse", "HEAD")
+    version["dirty"] = bool(_git(source.parent, "status", "--porcelain", "--untracked-files=no"))
+    return version
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it, or its architecture."""
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _has_bfloat16_products() -> bool:
+    """Whether torch's CPU library multiplies bfloat16 matrices itself, without a detour over float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _version_of(package: str) -> str | None:
+    """An installed package's version; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where there is no git, no repository, or it says no."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

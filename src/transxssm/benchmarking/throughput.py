@@ -1,0 +1,237 @@
+"""Whole models against each other over the length of the sequence: the paper's Figure 4, measured on this machine."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from transxssm.benchmarking.comparison import Cell, Group, Notify
+from transxssm.benchmarking.contenders import (
+    CONTENDERS,
+    DECODE_TOKENS,
+    DEFAULT_CONTENDERS,
+    DEFAULT_MODES,
+    MODES,
+    REFERENCE,
+    build_step,
+)
+from transxssm.benchmarking.flops import step_flops
+from transxssm.benchmarking.session import Budget, Session
+from transxssm.benchmarking.ssd_share import ssd_share
+from transxssm.benchmarking.steps import Entry
+from transxssm.benchmarking.workers import Setup
+from transxssm.models import TransXSSMConfig
+from transxssm.models.baselines import count_baseline_parameters
+from transxssm.ops.ssd import DEFAULT_CHUNK_SIZE
+
+NAME = "throughput"
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+MIN_POINTS = 3  # lengths from which an exponent is fitted
+
+
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """What to measure.
+
+    Args:
+        preset: of `TransXSSMConfig`; every contender is matched to it.
+        contenders: names in `CONTENDERS`.
+        modes: of `MODES`.
+        lengths: tokens of a sequence, each ≥ 1, ≥ 2 for training.
+        batch: sequences.
+        dtype: "float32", "bfloat16" or "float16": of weights; for train-autocast, of autocast.
+        chunk_size: of TransXSSM's scan; None: the preset's.
+
+    Raises:
+        ValueError: anything unknown, or nothing that could be measured.
+    """
+
+    preset: str = "small"
+    contenders: tuple[str, ...] = DEFAULT_CONTENDERS
+    modes: tuple[str, ...] = DEFAULT_MODES
+    lengths: tuple[int, ...] = (1024, 4096, 16384)
+    batch: int = 1
+    dtype: str = "float32"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_names("contender", self.contenders, CONTENDERS)
+        _check_names("mode", self.modes, MODES)
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1 sequence: got {self.batch}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk-size must be at least 1 token: got {self.chunk_size}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths must be 1 token or more: got {list(self.lengths)}")
+        training = [mode for mode in self.modes if mode.startswith("train")]
+        if training and min(self.lengths) < 2:
+            raise ValueError(f"{training[0]} needs 2 tokens, the first to predict the second: got a length of 1")
+        if "train-autocast" in self.modes and self.torch_dtype not in HALF_DTYPES:
+            raise ValueError(
+                f"train-autocast casts to a half precision: got dtype {self.dtype}, expected bfloat16 or float16"
+            )
+        for contender in self.contenders:
+            if not set(self.modes) & set(CONTENDERS[contender].modes):
+                raise ValueError(
+                    f"{contender} can be measured in {', '.join(CONTENDERS[contender].modes)} only: got modes {', '.join(self.modes)}"
+                )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def model_config(self) -> TransXSSMConfig:
+        """The configuration that all contenders are matched to."""
+        options = {} if self.chunk_size is None else {"ssd_chunk_size": self.chunk_size}
+        return TransXSSMConfig.from_preset(self.preset, **options)
+
+
+def run_throughput(
+    settings: ThroughputSettings,
+    folder: Path,
+    *,
+    setup: Setup,
+    budget: Budget,
+    notify: Notify = lambda what, done: None,
+) -> dict[str, Any]:
+    """Measures, writes throughput.json (after every group), .md and .png into the folder, and returns the results.
+
+    What memory or time does not allow is recorded, not raised. The same call goes on where an earlier one was stopped.
+
+    Raises:
+        ValueError: the folder holds other results; a contender cannot be matched.
+        KeyboardInterrupt: after what was measured has been written.
+    """
+    config = settings.model_config()
+    configs = {name: CONTENDERS[name].config(config) for name in settings.contenders}
+    session = Session(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
+    results = session.results
+    results["contenders"] = describe_contenders(configs, config)
+    results.setdefault("ssd_share", [])
+    groups = plan(settings, configs, setup.device)
+
+    def profile_reference(group: Group, cells: list[Cell]) -> None:
+        entries = {entry.name: entry for entry in group.entries}
+        measured = [cell.contender for cell in cells if cell.status == "ok"]
+        if group.mode == "train" and REFERENCE in measured and session.limits.seconds_left > 0:
+            share = session.in_child(ssd_share, entries[REFERENCE])
+            if share is not None:
+                results["ssd_share"] = [s for s in results["ssd_share"] if s["length"] != group.length]
+                results["ssd_share"].append({"length": group.length, **share})
+
+    status = "interrupted"
+    try:
+        session.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
+        session.measure(groups, profile_reference)
+        status = "complete"
+    finally:
+        results["prefill_exponents"] = prefill_exponents(results["cells"])
+        session.finish(status)
+    return results
+
+
+def num_parts(settings: ThroughputSettings) -> int:
+    """Steps of progress of a whole benchmark."""
+    lengths = len(set(settings.lengths))
+    groups = [(mode, 1 if mode == "optimizer" else lengths) for mode in settings.modes]
+    counts = [(sum(mode in CONTENDERS[name].modes for name in settings.contenders), times) for mode, times in groups]
+    return 1 + sum((contenders + 1) * times for contenders, times in counts if contenders)
+
+
+def plan(settings: ThroughputSettings, configs: dict[str, PreTrainedConfig], device: torch.device) -> list[Group]:
+    """Groups from the shortest length on; the optimizer's step, which has no length, goes with the shortest."""
+    lengths = sorted(set(settings.lengths))
+    reference = REFERENCE if REFERENCE in configs else settings.contenders[0]
+    groups = []
+    for length in lengths:
+        for mode in settings.modes:
+            if mode == "optimizer" and length != lengths[0]:
+                continue
+            entries = tuple(
+                _entry(name, config, mode, length, settings, device)
+                for name, config in configs.items()
+                if mode in CONTENDERS[name].modes
+            )
+            if entries:
+                groups.append(Group(mode, length, entries, reference))
+    return groups
+
+
+def _entry(
+    name: str, config: PreTrainedConfig, mode: str, length: int, settings: ThroughputSettings, device: torch.device
+) -> Entry:
+    arguments = (name, config, mode, length, settings.batch, settings.torch_dtype)
+    if mode == "optimizer":
+        return Entry(name, build_step, arguments, num_tokens=None, flops=None)
+    flops = step_flops(_with_chunk_size(config, device), mode, length, settings.batch).total
+    if mode == "decode":
+        num_tokens = settings.batch * DECODE_TOKENS
+        return Entry(name, build_step, arguments, num_tokens, DECODE_TOKENS * flops)
+    return Entry(name, build_step, arguments, settings.batch * length, flops)
+
+
+def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrainedConfig:
+    """The chunk that the scan takes on the device where the configuration leaves it open."""
+    if not isinstance(config, TransXSSMConfig) or config.ssd_chunk_size is not None:
+        return config
+    config = copy.deepcopy(config)
+    config.ssd_chunk_size = DEFAULT_CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE["cuda"])
+    return config
+
+
+def describe_contenders(configs: dict[str, PreTrainedConfig], target: TransXSSMConfig) -> dict[str, Any]:
+    """Parameters and sizes by name; how many parameters, relative to the model that all are matched to."""
+    wanted = count_baseline_parameters(target)
+    return {
+        name: {
+            "label": CONTENDERS[name].label,
+            "parameters": (parameters := count_baseline_parameters(config)),
+            "parameters_relative": parameters / wanted,
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": None if config.model_type == "mamba2" else config.intermediate_size,
+            "config": json_config(config),
+        }
+        for name, config in configs.items()
+    }
+
+
+def json_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a configuration differs from its class's defaults, in numbers that JSON has."""
+    return {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if not (isinstance(value, (list, tuple)) and any(isinstance(v, float) and math.isinf(v) for v in value))
+    }
+
+
+def prefill_exponents(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By contender with at least three lengths: the slope of log(median prefill time) over log(length), least squares."""
+    fits = {}
+    for name in dict.fromkeys(cell["contender"] for cell in cells):
+        points = [
+            (cell["length"], cell["seconds"]["median"])
+            for cell in cells
+            if (cell["contender"], cell["mode"]) == (name, "prefill") and cell["seconds"]
+        ]
+        if len(points) >= MIN_POINTS:
+            lengths, seconds = zip(*points, strict=True)
+            slope = np.polyfit(np.log(lengths), np.log(seconds), 1)[0]
+            fits[name] = {"exponent": float(slope), "lengths": list(lengths)}
+    return fits
+
+
+def _check_names(kind: str, got: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
+    if not got:
+        raise ValueError(f"expected at least one {kind} of {', '.join(known)}: got none")
+    for name in got:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}")
+    if len(set(got)) != len(got):
+        raise ValueError(f"each {kind} can be named once: got {', '.join(got)}")

@@ -1,0 +1,223 @@
+"""The models TransXSSM is compared with (Appendix B), out of transformers, with as many parameters: Llama, Mamba-2, Jamba.
+
+"Jamba" is the paper's word for a hybrid of attention and Mamba-2 blocks; transformers' Bamba is one. All have the hybrid's
+hidden size, vocabulary and tying. Llama and Jamba have its depth too, and their FFN's width makes up the difference; Mamba-2 has no
+FFN and makes it up in depth.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BambaConfig, LlamaConfig, Mamba2Config, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from transxssm.models.configuration_transxssm import ATTENTION_LAYER_TYPES, TransXSSMConfig
+from transxssm.models.modeling_transxssm import TransXSSMForCausalLM
+
+PARAMETER_TOLERANCE = 0.02
+# A width that is a multiple of a large power of two suits the hardware; it may cost this much of the match.
+_ROUNDING_TOLERANCE = 0.005
+_WIDTH_MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+
+# What Mamba-2 and the paper's Table 4 have in common.
+MAMBA2_EXPAND = 2
+MAMBA2_GROUPS = 1
+MAMBA2_CONV_KERNEL_SIZE = 4
+MAMBA2_CHUNK_SIZE = 256
+_LONGEST = 131072  # positions: transformers refuses none, but warns beyond what a configuration names
+
+
+def count_baseline_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the causal language model of a configuration, tied ones once; nothing is allocated."""
+    return sum(parameter.numel() for parameter in language_model_on_meta(config).parameters())
+
+
+def language_model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a causal language model, with shapes and no storage."""
+    with torch.device("meta"):
+        return _model_of(config)
+
+
+def llama_config(config: TransXSSMConfig) -> LlamaConfig:
+    """A Llama of the hybrid's width, depth and heads, its FFN as wide as the parameters need.
+
+    Raises:
+        ValueError: no width comes within `PARAMETER_TOLERANCE` of the hybrid's parameters.
+    """
+
+    def with_width(intermediate_size: int) -> LlamaConfig:
+        return LlamaConfig(
+            **_shared_fields(config),
+            **_attention_fields(config),
+            num_hidden_layers=config.num_hidden_layers,
+            intermediate_size=intermediate_size,
+            rope_parameters=copy.deepcopy(config.rope_parameters),
+        )
+
+    return _match_width("llama", with_width, config)
+
+
+def jamba_config(config: TransXSSMConfig) -> BambaConfig:
+    """Mamba-2 blocks where the hybrid has SSD layers, attention where it has attention, an FFN after each (transformers' Bamba).
+
+    Attention rotates the whole head, as the hybrid's does; the Mamba-2 blocks leave positions to convolution and recurrence.
+
+    Raises:
+        ValueError: no FFN width comes within `PARAMETER_TOLERANCE` of the hybrid's parameters; heads that do not divide the block.
+    """
+    num_heads = _mamba2_heads(config)
+
+    def with_width(intermediate_size: int) -> BambaConfig:
+        return BambaConfig(
+            **_shared_fields(config),
+            **_attention_fields(config),
+            num_hidden_layers=config.num_hidden_layers,
+            intermediate_size=intermediate_size,
+            attn_layer_indices=[i for i, kind in enumerate(config.layer_types) if kind in ATTENTION_LAYER_TYPES],
+            rope_parameters={**(config.rope_parameters or {}), "partial_rotary_factor": 1.0},
+            mamba_n_heads=num_heads,
+            mamba_d_head=config.ssd_head_dim,
+            mamba_d_state=config.ssd_state_size,
+            mamba_n_groups=MAMBA2_GROUPS,
+            mamba_expand=MAMBA2_EXPAND,
+            mamba_d_conv=MAMBA2_CONV_KERNEL_SIZE,
+            mamba_chunk_size=MAMBA2_CHUNK_SIZE,
+        )
+
+    return _match_width("jamba", with_width, config)
+
+
+def mamba2_config(config: TransXSSMConfig) -> Mamba2Config:
+    """A Mamba-2 of the hybrid's width, as deep as the parameters need; where a layer is too coarse a step, its state is resized.
+
+    Raises:
+        ValueError: no depth and state size come within `PARAMETER_TOLERANCE`; heads that do not divide the block.
+    """
+    num_heads, target = _mamba2_heads(config), count_baseline_parameters(config)
+
+    def with_sizes(num_layers: int, state_size: int) -> Mamba2Config:
+        shared = _shared_fields(config)
+        return Mamba2Config(
+            **{name: value for name, value in shared.items() if name != "rms_norm_eps"},
+            layer_norm_epsilon=shared["rms_norm_eps"],
+            num_hidden_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=config.ssd_head_dim,
+            state_size=state_size,
+            n_groups=MAMBA2_GROUPS,
+            expand=MAMBA2_EXPAND,
+            conv_kernel=MAMBA2_CONV_KERNEL_SIZE,
+            chunk_size=MAMBA2_CHUNK_SIZE,
+        )
+
+    depth = _solve_linear(lambda layers: with_sizes(layers, config.ssd_state_size), target)
+    candidates = [with_sizes(max(1, round(depth)), config.ssd_state_size)]
+    if not _matches(candidates[0], target):
+        for layers in {max(1, math.floor(depth)), max(1, math.ceil(depth))}:
+            state = _solve_linear(lambda size, layers=layers: with_sizes(layers, size), target)  # type: ignore[misc]
+            candidates += [with_sizes(layers, max(1, multiple * round(state / multiple))) for multiple in (8, 1)]
+    matching = [candidate for candidate in candidates if _matches(candidate, target)]
+    if not matching:
+        raise _no_match("mamba2", candidates[0], target)
+    return min(matching, key=lambda candidate: abs(math.log(candidate.state_size / config.ssd_state_size)))
+
+
+BASELINES: dict[str, Callable[[TransXSSMConfig], PreTrainedConfig]] = {
+    "llama": llama_config,
+    "mamba2": mamba2_config,
+    "jamba": jamba_config,
+}
+
+
+def new_language_model(
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> PreTrainedModel:
+    """A language model with new weights, of this package or a baseline.
+
+    transformers initialises, with one exception: it starts every time step of Bamba's Mamba-2 blocks at softplus(1) ≈ 1.3, which
+    leaves a state a half-life of half a token; they start as Mamba-2's do, log-uniform in [0.001, 0.1].
+
+    Args:
+        config: a `TransXSSMConfig`, or one of this module's.
+        dtype: of the weights.
+        options: of `AutoModelForCausalLM.from_config`, such as attn_implementation.
+    """
+    model = _model_of(config, dtype=dtype, **options)
+    if isinstance(config, BambaConfig):
+        low, high = math.log(1e-3), math.log(0.1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".dt_bias"):
+                    steps = torch.empty_like(parameter, dtype=torch.float32).uniform_(low, high).exp()
+                    init.copy_(parameter, steps + torch.log(-torch.expm1(-steps)))  # softplus⁻¹
+    return model
+
+
+def _model_of(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    if isinstance(config, TransXSSMConfig):  # also where nobody has registered it with the Auto classes
+        return TransXSSMForCausalLM._from_config(config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def _shared_fields(config: TransXSSMConfig) -> dict[str, Any]:
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "hidden_act",
+        "initializer_range",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    return {name: getattr(config, name) for name in names}
+
+
+def _attention_fields(config: TransXSSMConfig) -> dict[str, Any]:
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_dropout")
+    fields = {name: getattr(config, name) for name in names}
+    return fields | {"max_position_embeddings": max(config.max_position_embeddings, _LONGEST)}
+
+
+def _mamba2_heads(config: TransXSSMConfig) -> int:
+    inner = MAMBA2_EXPAND * config.hidden_size
+    if inner % config.ssd_head_dim:
+        raise ValueError(
+            f"a Mamba-2 block is {MAMBA2_EXPAND} · hidden_size wide, which must be a multiple of ssd_head_dim: "
+            f"got {inner} and {config.ssd_head_dim}"
+        )
+    return inner // config.ssd_head_dim
+
+
+def _solve_linear(with_size: Callable[[int], PreTrainedConfig], target: int) -> float:
+    """The size at which the parameters, which are linear in it, are `target`."""
+    at_1, at_2 = (count_baseline_parameters(with_size(size)) for size in (1, 2))
+    return 1 + (target - at_1) / (at_2 - at_1)
+
+
+def _match_width(name: str, with_width: Callable[[int], Any], config: TransXSSMConfig) -> Any:
+    """The configuration whose FFN width is a multiple of the largest power of two that keeps the match close."""
+    target = count_baseline_parameters(config)
+    width = _solve_linear(with_width, target)
+    for multiple in _WIDTH_MULTIPLES:
+        rounded = max(1, multiple * round(width / multiple))
+        if _matches(candidate := with_width(rounded), target, _ROUNDING_TOLERANCE):
+            return candidate
+    if _matches(candidate, target):
+        return candidate
+    raise _no_match(name, candidate, target)
+
+
+def _matches(config: PreTrainedConfig, target: int, tolerance: float = PARAMETER_TOLERANCE) -> bool:
+    return abs(count_baseline_parameters(config) / target - 1) <= tolerance
+
+
+def _no_match(name: str, closest: PreTrainedConfig, target: int) -> ValueError:
+    return ValueError(
+        f"no {name} matches the model's {target:,} parameters within {PARAMETER_TOLERANCE:.0%}: "
+        f"the closest has {count_baseline_parameters(closest):,}; choose other sizes"
+    )

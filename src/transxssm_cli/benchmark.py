@@ -1,0 +1,119 @@
+"""`transxssm benchmark`: the options. What the commands do with them is in `benchmark_runs`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+Preset = Annotated[str, typer.Option(help="Sizes: tiny, small, 320m or 1.3b.")]
+Batch = Annotated[int, typer.Option(help="Sequences at once.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
+Repeats = Annotated[int, typer.Option(help="Timed runs of each contender; they take turns.")]
+BudgetMinutes = Annotated[float, typer.Option(help="Wall time for everything; what does not fit is left out and said.")]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-limit-gb",
+        help="Memory that a contender may take on the CPU. Default: nine tenths of what is free.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's own choice.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for JSON, Markdown and PNG; an unfinished run there is gone on with. Default: under runs/benchmarks.",
+        show_default=False,
+    ),
+]
+
+
+@benchmark.callback()
+def about() -> None:
+    """Measure speed and memory here: whole models against matched baselines, or single operators."""
+
+
+@benchmark.command()
+def throughput(
+    preset: Preset = "small",
+    contenders: Annotated[
+        str,
+        typer.Option(
+            help="Of transxssm, transxssm-compiled, transxssm-ssd, llama, llama-eager, llama-static, mamba2, jamba."
+        ),
+    ] = "transxssm,llama,mamba2,jamba",
+    modes: Annotated[
+        str, typer.Option(help="Of train, prefill, decode, train-autocast, optimizer.")
+    ] = "train,prefill,decode",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence, such as 1K,4096,64K.")] = "1K,4K,16K",
+    batch: Batch = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Of TransXSSM's scan. Default: the preset's.", show_default=False)
+    ] = None,
+    repeats: Repeats = 5,
+    budget_minutes: BudgetMinutes = 20.0,
+    memory_limit_gb: MemoryLimit = None,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """TransXSSM against Llama, Mamba-2 and Jamba with as many parameters, over the length (the paper's Figure 4).
+
+    Ctrl-C keeps what was measured; the same command goes on from there.
+
+    Example: [cyan]transxssm benchmark throughput --lengths 1K,4K,16K,64K --modes prefill --budget-minutes 60[/]
+    """
+    from transxssm_cli.benchmark_runs import names_in, run_throughput_command
+
+    run_throughput_command(
+        preset=preset,
+        contenders=names_in(contenders),
+        modes=names_in(modes),
+        lengths=names_in(lengths),
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        chunk_size=chunk_size,
+        repeats=repeats,
+        budget_minutes=budget_minutes,
+        memory_limit_gb=memory_limit_gb,
+        threads=threads,
+        output=output,
+    )
+
+
+@benchmark.command()
+def ops(
+    preset: Preset = "small",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence, such as 1K,4096,64K.")] = "1K,4K",
+    batch: Batch = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    repeats: Repeats = 5,
+    budget_minutes: BudgetMinutes = 20.0,
+    memory_limit_gb: MemoryLimit = None,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """The scan against attention, its quadratic form and transformers' Mamba-2 scan; the loss with and without logits.
+
+    Ctrl-C keeps what was measured; the same command goes on from there.
+    """
+    from transxssm_cli.benchmark_runs import names_in, run_ops_command
+
+    run_ops_command(
+        preset=preset,
+        lengths=names_in(lengths),
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        repeats=repeats,
+        budget_minutes=budget_minutes,
+        memory_limit_gb=memory_limit_gb,
+        threads=threads,
+        output=output,
+    )

@@ -1,0 +1,142 @@
+"""What `transxssm benchmark` does: reads the options, shows progress, and prints the tables."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from transxssm.benchmarking import Budget, Notify, OpsSettings, Setup, ThroughputSettings, run_ops, run_throughput
+from transxssm.benchmarking import ops as ops_benchmark
+from transxssm.benchmarking import throughput as throughput_benchmark
+from transxssm.benchmarking.lengths import parse_length
+from transxssm.benchmarking.report import CONTENDER_HEADERS, contender_rows, modes_of, notes, rows
+from transxssm.serving import read_device
+from transxssm_cli.dtypes import read_dtype
+
+DEFAULT_FOLDER = Path("runs/benchmarks")
+GIGABYTE = 1e9
+# What fits into the width of a terminal; the files have the rest.
+COLUMNS = ("tokens", "contender", "ms", "tokens/s", "× reference", "× floor", "peak MB")
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Of "a, b" a and b."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def run_throughput_command(
+    *,
+    preset: str,
+    contenders: tuple[str, ...],
+    modes: tuple[str, ...],
+    lengths: tuple[str, ...],
+    batch: int,
+    dtype: str,
+    device: str,
+    chunk_size: int | None,
+    repeats: int,
+    budget_minutes: float,
+    memory_limit_gb: float | None,
+    threads: int | None,
+    output: Path | None,
+) -> None:
+    """Whole models.
+
+    Raises:
+        ValueError: an option that is unknown or impossible.
+    """
+    read_dtype(dtype)
+    settings = ThroughputSettings(
+        preset, contenders, modes, tuple(map(parse_length, lengths)), batch, dtype, chunk_size
+    )
+    settings.model_config()
+    setup, budget = _setup(device, threads), _budget(repeats, budget_minutes, memory_limit_gb)
+    folder = output or _default_folder(throughput_benchmark.NAME, preset, dtype, setup)
+    with _progress(throughput_benchmark.num_parts(settings), folder) as notify:
+        results = run_throughput(settings, folder, setup=setup, budget=budget, notify=notify)
+    _show(results, folder)
+
+
+def run_ops_command(
+    *,
+    preset: str,
+    lengths: tuple[str, ...],
+    batch: int,
+    dtype: str,
+    device: str,
+    repeats: int,
+    budget_minutes: float,
+    memory_limit_gb: float | None,
+    threads: int | None,
+    output: Path | None,
+) -> None:
+    """Single operators.
+
+    Raises:
+        ValueError: an option that is unknown or impossible.
+    """
+    read_dtype(dtype)
+    settings = OpsSettings(preset, tuple(map(parse_length, lengths)), batch, dtype)
+    settings.model_config()
+    setup, budget = _setup(device, threads), _budget(repeats, budget_minutes, memory_limit_gb)
+    folder = output or _default_folder(ops_benchmark.NAME, preset, dtype, setup)
+    with _progress(ops_benchmark.num_parts(settings), folder) as notify:
+        results = run_ops(settings, folder, setup=setup, budget=budget, notify=notify)
+    _show(results, folder)
+
+
+def _setup(device: str, threads: int | None) -> Setup:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1: got {threads}")
+    return Setup(read_device(device), threads)
+
+
+def _budget(repeats: int, minutes: float, memory_limit_gb: float | None) -> Budget:
+    memory = None if memory_limit_gb is None else int(memory_limit_gb * GIGABYTE)
+    return Budget(repeats=repeats, minutes=minutes, memory_bytes=memory)
+
+
+def _default_folder(name: str, preset: str, dtype: str, setup: Setup) -> Path:
+    return DEFAULT_FOLDER / f"{name}-{preset}-{dtype}-{setup.device.type}"
+
+
+@contextmanager
+def _progress(num_parts: int, folder: Path) -> Iterator[Notify]:
+    """A bar on a terminal, nothing elsewhere; an interruption says where the results are."""
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=num_parts)
+            yield lambda what, done: bar.update(task, description=escape(what), completed=done)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was measured is in {folder}; the same command goes on from there") from None
+
+
+def _show(results: dict[str, Any], folder: Path) -> None:
+    console = Console(highlight=False)
+    if results.get("contenders"):
+        console.print(_table(CONTENDER_HEADERS, contender_rows(results), num_names=2))
+    for mode in modes_of(results):
+        console.print(f"[bold]{escape(mode)}[/]")
+        shown = ([row[name] for name in COLUMNS] for row in rows(results, mode))
+        console.print(_table(COLUMNS, shown, num_names=2))
+    for note in notes(results):
+        console.print(escape(note))
+    console.print(f"Written to {escape(str(folder))}", soft_wrap=True)
+
+
+def _table(names: Sequence[str], table_rows: Iterator[list[str]], *, num_names: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, name in enumerate(names):
+        is_name = index < num_names
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
+    for row in table_rows:
+        table.add_row(*map(escape, row))
+    return table

@@ -1,0 +1,129 @@
+"""Groups of contenders: turns, limits, interruptions."""
+
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from transxssm.benchmarking import comparison
+from transxssm.benchmarking.comparison import Comparison, Group, Limits
+from transxssm.benchmarking.processes import OutOfMemory
+from transxssm.benchmarking.steps import Entry, Step
+from transxssm.benchmarking.workers import FirstRun, Setup
+
+SETUP = Setup(torch.device("cpu"), 1)
+PLENTY = 4 * 10**9
+
+
+def build_sleep(seconds, *, device):
+    return Step(lambda: time.sleep(seconds))
+
+
+def build_large(num_bytes, *, device):
+    return Step(lambda: torch.ones(num_bytes // 4))
+
+
+def build_broken(*, device):
+    raise KeyError("no such layer")
+
+
+def entry(name, build, *arguments):
+    return Entry(name, build, arguments, num_tokens=10, flops=100.0)
+
+
+def measured(groups, *, repeats=3, seconds=60.0, memory=PLENTY):
+    runner = Comparison(SETUP, Limits(repeats, time.monotonic() + seconds, memory))
+    cells = []
+    for group in groups:
+        runner.measure(group, cells.extend)
+    assert runner.num_done == sum(group.num_parts for group in groups)
+    return cells
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    """The process that children are forked from, started before any budget runs."""
+    measured([Group("sleep", 1, (entry("first", build_sleep, 0.0),), "first")])
+
+
+def test_ratios_are_taken_turn_by_turn():
+    entries = (entry("slow", build_sleep, 0.09), entry("fast", build_sleep, 0.03))
+    slow, fast = measured([Group("sleep", 1, entries, "fast")])
+    assert (slow.status, fast.status) == ("ok", "ok")
+    assert len(slow.repeat_seconds) == len(fast.repeat_seconds) == 3
+    pairs = zip(slow.repeat_seconds, fast.repeat_seconds, slow.repeat_ratios, strict=True)
+    assert all(ratio == a / b for a, b, ratio in pairs)
+    assert fast.repeat_ratios == [1, 1, 1]
+    told = slow.to_dict(peak_flops_per_second=1000.0)
+    assert told["ratio_to_reference"]["min"] > 1.5
+    assert told["seconds"]["median"] >= 0.09
+    assert told["tokens_per_second"] == pytest.approx(10 / told["seconds"]["median"])
+    assert told["times_floor"] == pytest.approx(told["seconds"]["median"] / 0.1)
+
+
+def test_memory_is_that_of_the_step():
+    (cell,) = measured([Group("ones", 1, (entry("large", build_large, 400_000_000),), "large")])
+    assert cell.first.step_bytes == pytest.approx(400_000_000, rel=0.1)
+    assert cell.first.peak_bytes == pytest.approx(400_000_000, rel=0.1)
+
+
+def test_what_does_not_fit_or_work_is_recorded_and_the_rest_is_measured():
+    entries = (
+        entry("large", build_large, 3 * 10**9),
+        entry("broken", build_broken),
+        entry("fine", build_sleep, 0.0),
+    )
+    cells = measured([Group("x", length, entries, "large") for length in (1, 2)], memory=10**9)
+    assert [cell.status for cell in cells] == 2 * ["out of memory", "failed", "ok"]
+    assert cells[1].detail == "KeyError: 'no such layer'"
+    assert cells[2].repeat_ratios == []  # the reference is not there
+    assert cells[3].detail == "at 1 tokens already"  # and is not tried again at a greater length
+
+
+def test_what_fits_alone_but_not_with_the_others_is_out_of_memory():
+    first = FirstRun(build_seconds=0.0, seconds=0.0, peak_bytes=1, step_bytes=1)
+    outcomes = iter([first, first, OutOfMemory("was killed by the system")])
+
+    def run(*arguments, **options):
+        if isinstance(outcome := next(outcomes), Exception):
+            raise outcome
+        return outcome
+
+    entries = (entry("a", build_sleep, 0.0), entry("b", build_sleep, 0.0))
+    with mock.patch.object(comparison, "run_in_child", run):
+        cells = measured([Group("x", 1, entries, "a")])
+    assert {cell.status for cell in cells} == {"out of memory"}
+    assert cells[0].detail == "in turn with the others: was killed by the system"
+    assert cells[0].first is first
+
+
+def test_what_the_budget_does_not_allow_is_out_of_time():
+    slow = Group("sleep", 1, (entry("slow", build_sleep, 1.0),), "slow")
+    cells = measured([slow, Group("sleep", 2, slow.entries, "slow")], seconds=3.5)
+    assert [cell.status for cell in cells] == ["out of time"] * 2
+    assert cells[0].detail.startswith("3 repeats need about 4 s")
+    assert cells[0].first.seconds == pytest.approx(1.0, abs=0.5)
+    assert measured([slow], seconds=0.0)[0].detail == "the time budget ended before"
+
+
+def test_repeats_give_way_to_the_budget_down_to_three():
+    (cell,) = measured([Group("sleep", 1, (entry("slow", build_sleep, 0.3),), "slow")], repeats=50, seconds=3.0)
+    assert cell.status == "ok"
+    assert 3 <= len(cell.repeat_seconds) < 10
+
+
+def test_an_interruption_keeps_whole_turns():
+    entries = (entry("a", build_sleep, 0.02), entry("b", build_sleep, 0.02))
+    runner = Comparison(SETUP, Limits(5, time.monotonic() + 60, PLENTY))
+    record, kept = runner._record, []
+
+    def stop_at_the_third(cells, seconds):
+        if len(cells[0].repeat_seconds) == 2:
+            raise KeyboardInterrupt
+        record(cells, seconds)
+
+    with mock.patch.object(runner, "_record", stop_at_the_third), pytest.raises(KeyboardInterrupt):
+        runner.measure(Group("sleep", 1, entries, "a"), kept.extend)
+    assert [cell.status for cell in kept] == ["interrupted"] * 2
+    assert [len(cell.repeat_seconds) for cell in kept] == [2, 2]

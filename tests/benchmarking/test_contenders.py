@@ -1,0 +1,60 @@
+"""Every contender's step runs in every mode that it names, and leaves nothing behind that the next run would see."""
+
+import pytest
+import torch
+
+from tests.models.tiny import tiny_config
+from transxssm.benchmarking.contenders import CONTENDERS, DECODE_TOKENS, DEFAULT_CONTENDERS, build_step
+from transxssm.benchmarking.steps import seconds_of
+
+CPU = torch.device("cpu")
+# Compiling takes longer than all other tests of this folder together.
+CASES = [(n, m) for n, c in CONTENDERS.items() if n != "transxssm-compiled" for m in c.modes]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_a_step_runs_twice(name, mode):
+    dtype = torch.bfloat16 if mode == "train-autocast" else torch.float32
+    config = CONTENDERS[name].config(tiny_config())
+    step = build_step(name, config, mode, 6, 1, dtype, device=CPU)
+    assert all(seconds_of(step, CPU) > 0 for _ in range(2))
+
+
+def test_the_defaults_are_contenders():
+    assert set(DEFAULT_CONTENDERS) < set(CONTENDERS)
+
+
+def test_a_training_step_leaves_no_gradients(monkeypatch):
+    models = []
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: models.append(self) or self)
+    step = build_step("transxssm", tiny_config(), "train", 6, 1, torch.float32, device=CPU)
+    step.run()
+    assert all(p.grad is not None for p in models[-1].parameters())
+    step.clean()
+    assert all(p.grad is None for p in models[-1].parameters())
+
+
+@pytest.mark.parametrize("name", ["transxssm", "llama", "llama-static", "mamba2", "jamba"])
+def test_decoding_goes_on_after_the_prompt(name, monkeypatch):
+    """Each token's position follows the last one's, and the cache holds them all."""
+    positions, config = [], CONTENDERS[name].config(tiny_config())
+    step = build_step(name, config, "decode", 6, 1, torch.float32, device=CPU)
+    (model,) = [
+        cell.cell_contents for cell in step.run.__wrapped__.__closure__ if hasattr(cell.cell_contents, "config")
+    ]
+    forward = model.forward
+
+    def watch(**arguments):
+        positions.append(int(arguments["position_ids"]) if "position_ids" in arguments else None)
+        return forward(**arguments)
+
+    monkeypatch.setattr(model, "forward", watch)
+    step.run()
+    expected = [None] * DECODE_TOKENS if name == "mamba2" else list(range(6, 6 + DECODE_TOKENS))
+    assert positions == expected
+
+
+def test_all_ssd_has_no_attention():
+    config = CONTENDERS["transxssm-ssd"].config(tiny_config())
+    assert set(config.layer_types) == {"linear_attention"}
+    assert tiny_config().layer_types.count("full_attention") == 1

@@ -1,0 +1,92 @@
+"""`transxssm benchmark`."""
+
+import json
+
+import pytest
+
+from transxssm.benchmarking import CONTENDERS, DEFAULT_CONTENDERS, DEFAULT_MODES, MODES
+
+
+@pytest.mark.parametrize("command", ["throughput", "ops"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lengths", "0"], "a length is a number of tokens ≥ 1, such as 4096 or 4K: got '0'"),
+        (["--lengths", "1K,4M"], "got '4M'"),
+        (["--lengths", ","], "lengths must be 1 token or more: got []"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--dtype", "int8"], "unknown dtype 'int8': expected one of float32, bfloat16, float16"),
+        (["--preset", "huge"], "unknown preset 'huge': expected one of tiny, small, 320m, 1.3b"),
+        (["--batch", "0"], "batch must be at least 1 sequence: got 0"),
+        (["--repeats", "0"], "repeats must be at least 1: got 0"),
+        (["--budget-minutes", "0"], "budget-minutes must be more than 0: got 0"),
+        (["--memory-limit-gb", "-1"], "the memory limit must be more than 0 bytes"),
+        (["--threads", "0"], "threads must be at least 1: got 0"),
+    ],
+    ids=str,
+)
+def test_refusals(error_of, tmp_path, command, arguments, words):
+    assert words in error_of("benchmark", command, *arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--contenders", "transxssm,gpt2"], "unknown contender 'gpt2': expected one of transxssm, "),
+        (["--contenders", "llama,llama"], "each contender can be named once: got llama, llama"),
+        (["--contenders", ""], "expected at least one contender of transxssm, "),
+        (
+            ["--contenders", "llama-static", "--modes", "train"],
+            "llama-static can be measured in decode only: got modes train",
+        ),
+        (["--modes", "train,dream"], "unknown mode 'dream'"),
+        (["--modes", "train-autocast"], "got dtype float32, expected bfloat16 or float16"),
+        (["--lengths", "1"], "train needs 2 tokens"),
+        (["--chunk-size", "0"], "chunk-size must be at least 1 token: got 0"),
+    ],
+    ids=str,
+)
+def test_refusals_of_throughput(error_of, arguments, words):
+    assert words in error_of("benchmark", "throughput", *arguments)
+
+
+def test_help_names_what_there_is(run):
+    """The help must not import torch, so that the names stand there a second time."""
+    text = " ".join(run("benchmark", "throughput", "--help", env={"COLUMNS": "400"}).stdout.split())
+    assert f"Of {', '.join(CONTENDERS)}." in text
+    assert f"Of {', '.join(MODES)}." in text
+    assert ",".join(DEFAULT_CONTENDERS) in text
+    assert ",".join(DEFAULT_MODES) in text
+
+
+def test_ops(run, tmp_path):
+    options = ("--preset", "tiny", "--lengths", "16", "--repeats", "1", "--threads", "1", "--output", tmp_path / "out")
+    result = run("benchmark", "ops", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    results = json.loads((tmp_path / "out" / "ops.json").read_text(encoding="utf-8"))
+    assert results["status"] == "complete"
+    assert {cell["mode"] for cell in results["cells"]} == {
+        f"{operator}, {direction}" for operator in ("mixer", "loss") for direction in ("forward", "forward+backward")
+    }
+    assert {cell["status"] for cell in results["cells"]} == {"ok"}
+    for mode in {cell["mode"] for cell in results["cells"]}:
+        assert mode in result.stdout
+    for name in ("scan", "scan-32", "sdpa", "dual-form", "linear-cross-entropy", "full-logits"):
+        assert name in result.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ops.json", "ops.md", "ops.png"}
+
+    again = run("benchmark", "ops", *options)
+    assert "ops.json is complete: nothing is measured again" in again.stderr
+    assert json.loads((tmp_path / "out" / "ops.json").read_text(encoding="utf-8"))["cells"] == results["cells"]
+
+
+def test_what_does_not_fit_is_reported(run, tmp_path):
+    options = ("--preset", "tiny", "--modes", "prefill", "--contenders", "transxssm", "--lengths", "8")
+    result = run(
+        "benchmark", "throughput", *options, "--threads", "1", "--memory-limit-gb", "0.001", "--output", tmp_path
+    )
+    assert result.exit_code == 0
+    assert "out of memory" in result.stdout
+    assert "Traceback" not in result.output
