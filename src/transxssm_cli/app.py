@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from transxssm_cli import evaluate
 from transxssm_cli.one_line_errors import OneLineErrors
 
 # transformers and datasets read these when they are imported.
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(evaluate.app)
 
 
 def main() -> NoReturn:
