@@ -1,5 +1,7 @@
 """`transxssm evaluate CHECKPOINT …` and its options. What the commands do is in `transxssm_cli.evaluation`."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +54,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A run folder, or any causal language model that save_pretrained wrote.",
+            help="A run folder, or any causal language model in a folder.",
             show_default=False,
         ),
     ],
@@ -201,6 +203,8 @@ def harness(
     output_dir: OutputDir = None,
 ) -> None:
     """Standard tasks, by lm-evaluation-harness (pip install 'transxssm[eval]')."""
+    if not sys.stderr.isatty():  # lm-eval's bars are tqdm's, which reads this when it is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from transxssm_cli.evaluation import Place, evaluate_harness
 
     evaluate_harness(

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from transxssm.data import DataArguments, load_corpus
-from transxssm.models import load_causal_lm, read_device
+from transxssm.models import TransXSSMConfig, load_causal_lm, read_device
 from transxssm.training import Recipe, load_recipe, run_folder
 from transxssm.training.report import device_name, versions
 from transxssm_cli.dtypes import read_dtype
@@ -126,11 +126,15 @@ def open_text(options: TextOptions, recipe: Recipe | None, default: str | None) 
 
 
 def training_length_of(given: int | None, recipe: Recipe | None, config: PreTrainedConfig) -> int | None:
-    """Tokens in a row of the model's training: as given, as the recipe or else the configuration says; None: nobody knows."""
+    """Tokens in a row of the model's training: as given, or as the recipe says, or another model's configuration; None: unknown."""
     if given is not None:
         return given
     if recipe is not None:
         return recipe.data.sequence_length
+    if isinstance(
+        config, TransXSSMConfig
+    ):  # whose max_position_embeddings is a default that training need not have met
+        return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -199,6 +199,7 @@ def measure_length(
                 "standard_error": error,
             }
             for low, high, sums in zip(bins[:-1], bins[1:], by_position.transpose(1, 0, 2), strict=True)
+            if sums[:, 1].any()  # no document may reach as far
             for mean, error in [mean_and_error(sums)]
         ],
     }
