@@ -27,7 +27,9 @@ def test_help_takes_less_than_a_second():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("generate", "--help"), ("--version",), ("no-such-command",)], ids=str
+    "arguments",
+    [("--help",), ("generate", "--help"), ("evaluate", "x", "needle", "--help"), ("--version",), ("no-such-command",)],
+    ids=str,
 )
 def test_answers_without_torch(arguments):
     done = start(*arguments, options=("-X", "importtime"))
@@ -49,7 +51,7 @@ def test_no_arguments_show_the_help(run):
     result = run()
     assert result.exit_code == 0
     assert result.stdout == run("--help").stdout
-    for command in ("train", "generate", "info", "demo"):
+    for command in ("train", "generate", "evaluate", "info", "demo"):
         assert command in result.stdout
 
 

@@ -54,6 +54,7 @@ def random_model(kind: str) -> PreTrainedModel:
 
 class OracleConfig(PreTrainedConfig):
     model_type = "oracle"
+    num_hidden_layers: int = 1  # which caches are made for
 
 
 class Oracle(PreTrainedModel, GenerationMixin):
