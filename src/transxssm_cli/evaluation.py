@@ -43,14 +43,20 @@ from transxssm.evaluation import (
     write_whole,
 )
 from transxssm.models import load_tokenizer
+from transxssm_cli.evaluation_options import (
+    LONGEST_DEFAULT,
+    default_lengths,
+    read_numbers,
+    read_shares,
+    read_sizes,
+    read_stride,
+    require_positive,
+)
 from transxssm_cli.evaluation_source import Place, TextOptions, context_of_run, open_text, training_length_of
 from transxssm_cli.training import quiet_progress_bars
 
 __all__ = ["Place", "TextOptions", "evaluate_harness", "evaluate_needle", "evaluate_perplexity", "evaluate_recall"]
 
-SHORTEST = 512  # of the default lengths, or the training's length where that is shorter
-EXTRAPOLATION = 4  # the longest default length, in training lengths
-LONGEST_DEFAULT = 65_536
 DEFAULT_HAYSTACK = "python-stdlib"
 HAYSTACK_PROMPTS = 8  # so many of the longest prompts the haystack is long, so that prompts differ
 SCANNED_DOCUMENTS = 10_000  # of a large corpus, to see how long its documents are
@@ -69,7 +75,7 @@ def evaluate_perplexity(
 ) -> None:
     """`transxssm evaluate CHECKPOINT perplexity`."""
     chosen = None if lengths is None else read_numbers("--lengths", lengths)
-    _require_positive(max_tokens=max_tokens, batch_tokens=batch_tokens)
+    require_positive(max_tokens=max_tokens, batch_tokens=batch_tokens, training_length=training_length)
     quiet_progress_bars()
     recipe = place.recipe
     source = open_text(text, recipe, default=None)
@@ -107,7 +113,7 @@ def evaluate_needle(
     kinds = [str(kind) for kind in Decoding]
     if decoding not in kinds:
         raise ValueError(f"unknown decoding {decoding!r}: expected {' or '.join(kinds)}")
-    _require_positive(examples=examples)
+    require_positive(examples=examples, training_length=training_length)
     if distractors < 0 or seed < 0:
         raise ValueError(f"--distractors and --seed must not be negative: got {distractors} and {seed}")
     quiet_progress_bars()
@@ -143,7 +149,7 @@ def evaluate_needle(
 def evaluate_recall(place: Place, *, sizes: str, vocab_size: int, examples: int, seed: int, batch_tokens: int) -> None:
     """`transxssm evaluate CHECKPOINT recall`."""
     tasks = [RecallTask(length, num_pairs, vocab_size) for length, num_pairs in read_sizes(sizes)]
-    _require_positive(examples=examples, batch_tokens=batch_tokens)
+    require_positive(examples=examples, batch_tokens=batch_tokens)
     if seed < 0:
         raise ValueError(f"--seed must not be negative: got {seed}")
     model = place.load_model()
@@ -164,7 +170,7 @@ def evaluate_harness(
 ) -> None:
     """`transxssm evaluate CHECKPOINT harness`."""
     release = require_harness()
-    _require_positive(limit=1 if limit is None else limit, batch_size=batch_size)
+    require_positive(limit=limit, batch_size=batch_size)
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"--num-fewshot must not be negative: got {num_fewshot}")
     quiet_progress_bars()
@@ -186,94 +192,6 @@ def evaluate_harness(
     )
     results = _measure(place, model, "harness", {"lm_eval": release, "num_fewshot": num_fewshot, "limit": limit}, plans)
     _publish(results, harness_table(results.cells), lambda path: plot_harness(path, results.cells))
-
-
-def default_lengths(training_length: int | None, longest: int) -> list[int]:
-    """Powers of two from 512 up to four times the training's length (64K where that is unknown), at most `longest`.
-
-    Raises:
-        ValueError: none fits.
-    """
-    first = SHORTEST if training_length is None else min(SHORTEST, training_length)
-    limit = LONGEST_DEFAULT if training_length is None else min(EXTRAPOLATION * training_length, LONGEST_DEFAULT)
-    lengths = [length for power in range(17) if (length := first * 2**power) <= min(limit, longest)]
-    if not lengths:
-        raise ValueError(
-            f"no text is as long as the shortest default window of {first} tokens: the longest has {longest}; choose --lengths"
-        )
-    return lengths
-
-
-def read_numbers(option: str, text: str) -> list[int]:
-    """Whole numbers between commas, in ascending order; K means 1024.
-
-    Raises:
-        ValueError: something else, or a number below 1.
-    """
-    return sorted({_number(option, part) for part in text.split(",")})
-
-
-def read_shares(option: str, text: str) -> list[float]:
-    """Numbers from 0 to 1 between commas, in ascending order.
-
-    Raises:
-        ValueError: something else.
-    """
-    try:
-        shares = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        shares = [-1.0]
-    if not all(0 <= share <= 1 for share in shares):
-        raise ValueError(f"{option}: got {text!r}, expected numbers from 0 to 1, such as 0,0.5,1")
-    return shares
-
-
-def read_sizes(text: str) -> list[tuple[int, int]]:
-    """Lengths and numbers of pairs, such as 64/4,128/8.
-
-    Raises:
-        ValueError: something else.
-    """
-    sizes = []
-    for part in text.split(","):
-        length, slash, pairs = part.partition("/")
-        if not slash:
-            raise ValueError(f"--sizes: got {part!r}, expected tokens/pairs, such as 64/4,128/8")
-        sizes.append((_number("--sizes", length), _number("--sizes", pairs)))
-    return sizes
-
-
-def read_stride(text: str, length: int) -> int:
-    """Tokens from one window of a length to the next.
-
-    Raises:
-        ValueError: neither half, nor rolling, nor a number.
-    """
-    match text:
-        case "half":
-            return max(1, length // 2)
-        case "rolling":
-            return length - 1
-        case _:
-            try:
-                return _number("--stride", text)
-            except ValueError:
-                raise ValueError(f"--stride: got {text!r}, expected half, rolling or a number of tokens") from None
-
-
-def _number(option: str, text: str) -> int:
-    digits = text.strip().upper()
-    factor = 1024 if digits.endswith("K") else 1
-    digits = digits.removesuffix("K")
-    if not digits.isdecimal() or int(digits) < 1:
-        raise ValueError(f"{option}: got {text.strip()!r}, expected whole numbers from 1 on, such as 512,1K,64K")
-    return int(digits) * factor
-
-
-def _require_positive(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1: got {value}")
 
 
 def _measure(

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.serving.checkpoints import byte_tokenizer
 from transxssm_cli import evaluation
-from transxssm_cli.evaluation import default_lengths, read_numbers, read_shares, read_sizes, read_stride
+from transxssm_cli.evaluation_options import default_lengths, read_numbers, read_shares, read_sizes, read_stride
 
 LINES = "".join(f"def function_{n}(): return {n}\n" for n in range(40))
 NEEDLE = ("--lengths", "300,400", "--depths", "0,1", "--examples", "1")
@@ -180,6 +180,12 @@ class TestRefusals:
             (
                 ["perplexity", "--text-file", "{text}", "--lengths", "64", "--stride", "x"],
                 "--stride: got 'x', expected half",
+            ),
+            (["perplexity", "--training-length", "0"], "--training-length must be at least 1"),
+            (["perplexity", "--text-file", "{text}", "--lengths", "64", "--min-tokens", "1"], "got min_tokens=1"),
+            (
+                ["needle", "--text-file", "{text}", "--lengths", "400", "--distractors", "2000"],
+                "got 2000, expected 0 … 1023",
             ),
             (["perplexity", "--max-tokens", "0"], "--max-tokens must be at least 1"),
             (["needle", "--text-file", "{text}", "--lengths", "20"], "a needle and its question need"),

@@ -120,7 +120,11 @@ def test_a_text_that_spells_a_special_token_is_text(byte_tokenizer):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"length": 40}, "a needle and its question need .* got length 40"), ({"depth": 1.5}, "between 0 .* got 1.5")],
+    [
+        ({"length": 40}, "a needle and its question need .* got length 40"),
+        ({"depth": 1.5}, "between 0 .* got 1.5"),
+        ({"num_distractors": 1024}, "got 1024, expected 0 … 1023"),
+    ],
     ids=str,
 )
 def test_refusals(texts, byte_tokenizer, change, words):

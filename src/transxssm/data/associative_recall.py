@@ -73,7 +73,7 @@ class RecallTask:
         keys = 1 + generator.choice(half - 1, num_pairs, replace=False)
         values = half + generator.choice(self.vocab_size - half, num_pairs, replace=False)
         begin = 2 * num_pairs  # of the part where questions are
-        # Two tokens a place: in Zoology, where sequences of questions and answers come from, a question leaves room for its answer.
+        # A place is two tokens wide, as in Zoology.
         num_places = (self.length - begin) // 2
         weights = np.arange(1, num_places + 1) ** (self.power - 1)
         places = generator.choice(num_places, num_pairs, replace=False, p=weights / weights.sum())

@@ -102,10 +102,14 @@ class Haystack:
             num_distractors: sentences of the same wording about other names, at random depths.
 
         Raises:
-            ValueError: a depth out of 0 … 1; a length that the needle and its question alone exceed.
+            ValueError: a depth out of 0 … 1; more distractors than names; a length that the needle and its question alone exceed.
         """
         if not 0 <= depth <= 1:
             raise ValueError(f"a needle's depth must lie between 0 (the beginning) and 1 (the end): got {depth}")
+        if not 0 <= num_distractors < len(ADJECTIVES) * len(NOUNS):
+            raise ValueError(
+                f"distractors need names of their own: got {num_distractors}, expected 0 … {len(ADJECTIVES) * len(NOUNS) - 1}"
+            )
         generator = np.random.default_rng((seed, number, length, round(depth * 1e6), num_distractors))
         wording = WORDINGS[generator.integers(len(WORDINGS))]
         names = _names(generator, 1 + num_distractors)

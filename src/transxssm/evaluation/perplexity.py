@@ -56,7 +56,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedDocument
     sizes = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
     bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # of each character
     ends = np.array([last for _, last in encoded["offset_mapping"]], dtype=np.int64)
-    reached = bytes_before[np.maximum.accumulate(ends)] if len(ends) else ends
+    reached = bytes_before[ends]
     # What the tokenizer leaves out at the end, such as blanks, falls to eos.
     num_bytes = np.diff(reached, prepend=0, append=bytes_before[-1])
     return TokenizedDocument(
@@ -71,8 +71,12 @@ def select_documents(
     """The documents of at least `min_tokens` tokens, in order, until there are `max_tokens`; the last one is cut there.
 
     Raises:
-        ValueError: no document is as long; says how long the longest is.
+        ValueError: fewer than 2 tokens asked for; no document is as long: says how long the longest is.
     """
+    if min_tokens < 2:
+        raise ValueError(
+            f"a document needs at least 2 tokens, one to be predicted from the other: got min_tokens={min_tokens}"
+        )
     documents: list[TokenizedDocument] = []
     longest = total = 0
     for text in texts:
