@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from transxssm_cli import evaluate
 from transxssm_cli.benchmark import benchmark
 from transxssm_cli.one_line_errors import OneLineErrors
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(benchmark, name="benchmark")
+app.add_typer(evaluate.app)
 
 
 def main() -> NoReturn:

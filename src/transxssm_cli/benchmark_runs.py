@@ -16,7 +16,7 @@ from transxssm.benchmarking import ops as ops_benchmark
 from transxssm.benchmarking import throughput as throughput_benchmark
 from transxssm.benchmarking.lengths import parse_length
 from transxssm.benchmarking.report import CONTENDER_HEADERS, contender_rows, modes_of, notes, rows
-from transxssm.serving import read_device
+from transxssm.models import read_device
 from transxssm_cli.dtypes import read_dtype
 
 DEFAULT_FOLDER = Path("runs/benchmarks")

@@ -14,7 +14,8 @@ from rich.text import Text
 from transformers.utils import logging
 
 from transxssm.data import DataArguments, load_corpus
-from transxssm.serving import GenerationSettings, encode_prompt, generate_text, load_model, load_tokenizer
+from transxssm.models import load_model, load_tokenizer
+from transxssm.serving import GenerationSettings, encode_prompt, generate_text
 from transxssm.training import Recipe, load_recipe, run_folder, train
 from transxssm.training.report import read_summary
 from transxssm_cli.chart import chart

@@ -10,16 +10,8 @@ from rich.console import Console
 from transformers.utils import logging
 
 from transxssm.inspection import activation_bytes, available_bytes, cache_bytes
-from transxssm.models import TransXSSMForCausalLM
-from transxssm.serving import (
-    Generation,
-    GenerationSettings,
-    encode_prompt,
-    generate_text,
-    load_model,
-    load_tokenizer,
-    read_device,
-)
+from transxssm.models import TransXSSMForCausalLM, load_model, load_tokenizer, read_device
+from transxssm.serving import Generation, GenerationSettings, encode_prompt, generate_text
 from transxssm_cli.dtypes import read_dtype
 
 STDIN = "-"

@@ -8,8 +8,7 @@ from rich import box
 from rich.table import Table
 
 from transxssm.inspection import all_attention, cache_bytes, count_parameters, flops_per_token
-from transxssm.models import PRESETS, TransXSSMConfig
-from transxssm.serving import read_config
+from transxssm.models import PRESETS, TransXSSMConfig, read_config
 from transxssm_cli.dtypes import read_dtype
 
 CONTEXTS = tuple(1024 * 2**power for power in range(2, 8))  # 4K … 128K

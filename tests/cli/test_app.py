@@ -28,7 +28,14 @@ def test_help_takes_less_than_a_second():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("generate", "--help"), ("benchmark", "throughput", "--help"), ("--version",), ("no-such-command",)],
+    [
+        ("--help",),
+        ("generate", "--help"),
+        ("evaluate", "x", "needle", "--help"),
+        ("benchmark", "throughput", "--help"),
+        ("--version",),
+        ("no-such-command",),
+    ],
     ids=str,
 )
 def test_answers_without_torch(arguments):
@@ -51,7 +58,7 @@ def test_no_arguments_show_the_help(run):
     result = run()
     assert result.exit_code == 0
     assert result.stdout == run("--help").stdout
-    for command in ("train", "generate", "info", "demo", "benchmark"):
+    for command in ("train", "generate", "evaluate", "info", "demo", "benchmark"):
         assert command in result.stdout
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from transxssm.inspection import cache_bytes, count_parameters, flops_per_token
-from transxssm.models import TransXSSMConfig
-from transxssm.serving import read_config
+from transxssm.models import TransXSSMConfig, read_config
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.serving.checkpoints import RECITED, byte_tokenizer, write_random_checkpoint, write_reciting_checkpoint
-from transxssm.serving import GenerationSettings, encode_prompt, generate_text, load_model
+from transxssm.models import load_model
+from transxssm.serving import GenerationSettings, encode_prompt, generate_text
 
 CPU = torch.device("cpu")
 GREEDY = {"temperature": 0.0}

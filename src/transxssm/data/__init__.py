@@ -1,20 +1,27 @@
 """Text to batches: corpora, tokenizers, packed rows."""
 
 from transxssm.data.arguments import DataArguments
+from transxssm.data.associative_recall import RecallBatch, RecallTask
 from transxssm.data.collator import PackedCollator
 from transxssm.data.corpus import Corpus, load_corpus
 from transxssm.data.embedded import EMBEDDED_CORPORA
+from transxssm.data.needle import Haystack, NeedleExample
 from transxssm.data.packing import PackedDatasets, build_datasets, tokenize_documents
-from transxssm.data.tokenizer import build_tokenizer
+from transxssm.data.tokenizer import build_tokenizer, document_bounds
 
 __all__ = [
     "EMBEDDED_CORPORA",
     "Corpus",
     "DataArguments",
+    "Haystack",
+    "NeedleExample",
     "PackedCollator",
     "PackedDatasets",
+    "RecallBatch",
+    "RecallTask",
     "build_datasets",
     "build_tokenizer",
+    "document_bounds",
     "load_corpus",
     "tokenize_documents",
 ]

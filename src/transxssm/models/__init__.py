@@ -1,6 +1,7 @@
 """Layer 1: the model inside Hugging Face transformers."""
 
 from transxssm.models.cache_transxssm import TransXSSMCache
+from transxssm.models.checkpoint import load_causal_lm, load_model, load_tokenizer, read_config, read_device
 from transxssm.models.configuration_transxssm import PRESETS, TransXSSMConfig
 from transxssm.models.modeling_transxssm import (
     TransXSSMForCausalLM,
@@ -17,4 +18,9 @@ __all__ = [
     "TransXSSMForSequenceClassification",
     "TransXSSMModel",
     "TransXSSMPreTrainedModel",
+    "load_causal_lm",
+    "load_model",
+    "load_tokenizer",
+    "read_config",
+    "read_device",
 ]

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.serving.checkpoints import byte_tokenizer, write_random_checkpoint
-from transxssm.serving import load_model, load_tokenizer, read_config, read_device
+from transxssm.models import TransXSSMForCausalLM, load_causal_lm, load_model, load_tokenizer, read_config, read_device
 
 CPU = torch.device("cpu")
 
@@ -152,3 +153,35 @@ class TestDevice:
     @pytest.mark.parametrize("name", ["meta", "cuda:99"])
     def test_not_on_this_machine(self, name):
         assert f"device '{name}' cannot be used here" in refusal(read_device, name)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, **sizes))
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+class TestOtherModels:
+    def test_any_causal_language_model_is_loaded(self, llama):
+        folder, model = llama
+        loaded = load_causal_lm(folder, dtype=None, device=CPU)
+        assert not loaded.training
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+    def test_ours_is_loaded_as_ever(self, folder):
+        assert isinstance(load_causal_lm(folder, dtype=None, device=CPU), TransXSSMForCausalLM)
+
+    def test_weights_cut_short(self, llama, tmp_path):
+        folder = shutil.copytree(llama[0], tmp_path / "llama")
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+        assert "is truncated or damaged" in refusal(load_causal_lm, folder, dtype=None, device=CPU)
+
+    @pytest.mark.parametrize(("kind", "words"), [("no-such-kind", "no-such-kind"), ("vit", "cannot be loaded")])
+    def test_what_is_no_language_model(self, folder, kind, words):
+        edit_config(folder, model_type=kind)
+        assert words in refusal(load_causal_lm, folder, dtype=None, device=CPU)

@@ -2,12 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.configuration_transxssm import TransXSSMConfig
+from transxssm.models.modeling_transxssm import TransXSSMForCausalLM
 
 CONFIG = "config.json"
 HEADER_LENGTH_BYTES = 8  # a safetensors file: the header's length, the header in JSON, the tensors
@@ -19,16 +28,7 @@ def read_config(folder: Path) -> TransXSSMConfig:
     Raises:
         ValueError: there is no such folder, it holds no model, another kind of model, or sizes that do not fit each other.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise ValueError(f"no checkpoint folder {folder}: found {found} there, expected a run folder or a saved model")
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no model: {CONFIG} is missing{_unfinished_hint(folder)}") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged, not JSON: {error}") from None
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    kind = _model_type(folder)
     if kind != TransXSSMConfig.model_type:
         raise ValueError(f"{folder} holds another kind of model: got {kind!r}, expected {TransXSSMConfig.model_type!r}")
     try:
@@ -48,22 +48,30 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
     Raises:
         ValueError: see `read_config`; weights that are missing, cut short, or of other shapes than the configuration says.
     """
-    config = read_config(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_whole(path)
+    return _load(TransXSSMForCausalLM, folder, read_config(folder), dtype, device)
+
+
+def load_causal_lm(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """The language model in a folder, ours or any other that transformers knows, on a device, in evaluation mode.
+
+    Code that a folder brings along is not run.
+
+    Args:
+        folder, dtype, device: as for `load_model`.
+
+    Raises:
+        ValueError: see `load_model`; a kind of model that transformers does not know, or that is no causal language model.
+    """
+    if _model_type(folder) == TransXSSMConfig.model_type:
+        return load_model(folder, dtype=dtype, device=device)
     try:
-        model, report = TransXSSMForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
-    absent = sorted(report["missing_keys"])
-    if absent:  # transformers would draw them at random
-        raise ValueError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]} among them: save it anew")
-    return model.to(device).eval()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG}: {_one_line(error)}") from error
+    return _load(AutoModelForCausalLM, folder, config, dtype, device)
 
 
-def load_tokenizer(folder: Path, config: TransXSSMConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder.
 
     Raises:
@@ -74,10 +82,11 @@ def load_tokenizer(folder: Path, config: TransXSSMConfig) -> PreTrainedTokenizer
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer in {folder}: {_one_line(error)}; save it there with save_pretrained") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
+    vocab_size = config.get_text_config().vocab_size
+    if largest >= vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} does not fit its model: got token ids up to {largest}, expected less than "
-            f"vocab_size={config.vocab_size}; put the tokenizer there that the model was trained with"
+            f"vocab_size={vocab_size}; put the tokenizer there that the model was trained with"
         )
     return tokenizer
 
@@ -100,6 +109,40 @@ def read_device(name: str) -> torch.device:
         reason = str(error).split("\n", 1)[0]  # CUDA's own go on with advice on debugging kernels
         raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
     return device
+
+
+def _model_type(folder: Path) -> Any:
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ValueError(f"no checkpoint folder {folder}: found {found} there, expected a run folder or a saved model")
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no model: {CONFIG} is missing{_unfinished_hint(folder)}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged, not JSON: {error}") from None
+    return settings.get("model_type") if isinstance(settings, dict) else None
+
+
+def _load(
+    model_class: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+) -> Any:
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_whole(path)
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:  # transformers would draw them at random
+        raise ValueError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]} among them: save it anew")
+    return model.to(device).eval()
 
 
 def _check_whole(path: Path) -> None:

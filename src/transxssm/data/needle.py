@@ -1,0 +1,198 @@
+"""Needle in a haystack: lines of text, one sentence among them that gives a number to a name, and in the end the question for it."""
+
+import bisect
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from transxssm.data.tokenizer import document_bounds
+
+ADJECTIVES = (
+    *("amber", "ancient", "brave", "bright", "calm", "clever", "crimson", "curious", "distant", "eager", "early", "fallen"),
+    *("famous", "gentle", "golden", "hidden", "hollow", "humble", "icy", "lonely", "lucky", "marble", "misty", "noble"),
+    *("patient", "purple", "quiet", "rapid", "rustic", "silver", "wooden", "young"),
+)  # fmt: skip
+NOUNS = (
+    *("anchor", "badger", "bridge", "candle", "castle", "cedar", "comet", "compass", "falcon", "garden", "harbor", "island"),
+    *("kettle", "ladder", "lantern", "meadow", "mirror", "orchard", "otter", "pebble", "pigeon", "planet", "river", "saddle"),
+    *("spider", "teapot", "thistle", "tunnel", "valley", "violin", "walnut", "window"),
+)  # fmt: skip
+DIGITS = 5
+
+
+class Wording(NamedTuple):
+    """What stands in the haystack, and what is asked in the end; both name the `{name}`, the answer is a space and the number."""
+
+    statement: str
+    question: str
+
+
+WORDINGS = (
+    Wording("The secret number of the {name} is {number}.", "The secret number of the {name} is"),
+    Wording("Remember that the {name} was given number {number}.", "What was to be remembered: the {name} was given number"),
+    Wording("Whoever asks for the {name} should be told {number}.", "Somebody asks for the {name}. The answer is"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NeedleExample:
+    """A prompt and the answer that should follow it.
+
+    Args:
+        prompt_ids: token ids, the token that begins a document first.
+        answer_ids: token ids that continue them.
+        answer: their text, a space and a number.
+        depth: share of the haystack's tokens before the needle, as it came out with whole lines.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answer: str
+    depth: float
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Prompt and answer."""
+        return self.prompt_ids + self.answer_ids
+
+
+class Haystack:
+    """Lines of text in order, to be laid around needles; after the last line the first one follows again."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
+        """
+        Args:
+            texts: documents, of which as many are read as have `max_tokens` tokens.
+            tokenizer: of the model that will read the prompts.
+            max_tokens: of the longest prompt, or more, so that prompts differ.
+
+        Raises:
+            ValueError: no text, a tokenizer without eos token.
+        """
+        self.tokenizer = tokenizer
+        self.lines: list[str] = []
+        sizes: list[int] = []
+        total = 0
+        for text in texts:
+            lines = [line for line in text.splitlines() if line.strip()]
+            if not lines:
+                continue
+            self.lines += lines
+            counts = [len(ids) for ids in self._encode([line + "\n" for line in lines])]
+            sizes += counts
+            total += sum(counts)
+            if total >= max_tokens:
+                break
+        if not self.lines:
+            raise ValueError("the haystack has no line of text: expected a corpus or a file with text in it")
+        self._begin = document_bounds(tokenizer)[0]
+        self._line_tokens = np.array(sizes)
+
+    def example(self, *, length: int, depth: float, seed: int, number: int, num_distractors: int = 0) -> NeedleExample:
+        """A prompt of at most `length` tokens, answer included, of whole lines; the same for the same arguments.
+
+        Args:
+            length: tokens of prompt and answer at most; about one line less is the rule.
+            depth: where the needle stands: 0 before the first line, 1 after the last.
+            seed, number: of the seed's examples the one of this number: its place in the text, name, number and wording.
+            num_distractors: sentences of the same wording about other names, at random depths.
+
+        Raises:
+            ValueError: a depth out of 0 … 1; more distractors than names; a length that the needle and its question alone exceed.
+        """
+        if not 0 <= depth <= 1:
+            raise ValueError(f"a needle's depth must lie between 0 (the beginning) and 1 (the end): got {depth}")
+        if not 0 <= num_distractors < len(ADJECTIVES) * len(NOUNS):
+            raise ValueError(
+                f"distractors need names of their own: got {num_distractors}, expected 0 … {len(ADJECTIVES) * len(NOUNS) - 1}"
+            )
+        generator = np.random.default_rng((seed, number, length, round(depth * 1e6), num_distractors))
+        wording = WORDINGS[generator.integers(len(WORDINGS))]
+        names = _names(generator, 1 + num_distractors)
+        low, high = 10 ** (DIGITS - 1), 10**DIGITS
+        numbers = low + generator.choice(high - low, 1 + num_distractors, replace=False)
+        statements = [
+            wording.statement.format(name=name, number=number) for name, number in zip(names, numbers, strict=True)
+        ]
+        depths = [depth, *generator.random(num_distractors)]
+        question = wording.question.format(name=names[0])
+        answer = f" {numbers[0]}"
+        first_line = int(generator.integers(len(self.lines)))
+
+        def laid(num_lines: int) -> NeedleExample:
+            return self._laid(first_line, num_lines, statements, depths, question, answer)
+
+        bare = laid(0)
+        if len(bare.input_ids) > length:
+            raise ValueError(
+                f"a needle and its question need {len(bare.input_ids)} tokens: got length {length}; ask for a longer one"
+            )
+        # Joined lines have fewer tokens than the lines by themselves, where tokens cross line ends: so not once but until full.
+        example, num_lines = bare, 0
+        while True:
+            step = max(1, self._lines_that_fit(first_line + num_lines, length - len(example.input_ids)))
+            longer = laid(num_lines + step)
+            while len(longer.input_ids) > length and step > 1:
+                step //= 2
+                longer = laid(num_lines + step)
+            if len(longer.input_ids) > length:
+                return example
+            example, num_lines = longer, num_lines + step
+
+    def _lines_that_fit(self, first_line: int, num_tokens: int) -> int:
+        count = 0
+        while num_tokens >= (size := self._line_tokens[(first_line + count) % len(self.lines)]):
+            num_tokens -= size
+            count += 1
+        return count
+
+    def _laid(
+        self,
+        first_line: int,
+        num_lines: int,
+        statements: list[str],
+        depths: list[float],
+        question: str,
+        answer: str,
+    ) -> NeedleExample:
+        """The example with so many lines of haystack; the first of the statements is the needle."""
+        indices = [(first_line + i) % len(self.lines) for i in range(num_lines)]
+        ends = [0, *itertools.accumulate(int(self._line_tokens[i]) for i in indices)]  # tokens before each gap
+        gaps = [_nearest(ends, share * ends[-1]) for share in depths]
+        parts: list[list[str]] = [[] for _ in range(num_lines + 1)]
+        for gap, statement in zip(gaps, statements, strict=True):
+            parts[gap].append(statement)
+        lines = [*parts[0]]
+        for index, inserted in zip(indices, parts[1:], strict=True):
+            lines += [self.lines[index], *inserted]
+        prompt = "".join(f"{line}\n" for line in [*lines, question])[:-1]
+        prompt_ids, whole_ids = self._encode([prompt, prompt + answer])
+        # A tokenizer that merges across the seam has the answer begin where both part.
+        seam = next(
+            (i for i, (own, joined) in enumerate(zip(prompt_ids, whole_ids, strict=False)) if own != joined),
+            len(prompt_ids),
+        )
+        return NeedleExample(
+            prompt_ids=[self._begin, *whole_ids[:seam]],
+            answer_ids=whole_ids[seam:],
+            answer=answer,
+            depth=ends[gaps[0]] / ends[-1] if ends[-1] else 0.0,
+        )
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _names(generator: np.random.Generator, count: int) -> list[str]:
+    chosen = generator.choice(len(ADJECTIVES) * len(NOUNS), count, replace=False)
+    return [f"{ADJECTIVES[index // len(NOUNS)]} {NOUNS[index % len(NOUNS)]}" for index in chosen]
+
+
+def _nearest(ends: list[int], target: float) -> int:
+    """Index of the value nearest to the target, in ascending values."""
+    above = min(bisect.bisect_left(ends, target), len(ends) - 1)
+    return above if above == 0 or ends[above] - target <= target - ends[above - 1] else above - 1

@@ -1,0 +1,38 @@
+"""Layer 2: what a trained model can do: perplexity over context, needles, associative recall, the standard tasks."""
+
+from transxssm.evaluation.harness import expand_groups, harness_plans, harness_table, require_harness
+from transxssm.evaluation.needle import Decoding, judge_for, needle_plans, needle_table
+from transxssm.evaluation.perplexity import longest_document, perplexity_plans, perplexity_table, select_documents
+from transxssm.evaluation.plots import plot_harness, plot_needle, plot_perplexity, plot_recall
+from transxssm.evaluation.recall import STANDARD_SIZES, recall_plans, recall_table
+from transxssm.evaluation.results import Cell, CellPlan, Results, ResultTable, write_whole
+from transxssm.evaluation.scoring import TokenScorer, TokenScores
+
+__all__ = [
+    "STANDARD_SIZES",
+    "Cell",
+    "CellPlan",
+    "Decoding",
+    "ResultTable",
+    "Results",
+    "TokenScorer",
+    "TokenScores",
+    "expand_groups",
+    "harness_plans",
+    "harness_table",
+    "judge_for",
+    "longest_document",
+    "needle_plans",
+    "needle_table",
+    "perplexity_plans",
+    "perplexity_table",
+    "plot_harness",
+    "plot_needle",
+    "plot_perplexity",
+    "plot_recall",
+    "recall_plans",
+    "recall_table",
+    "require_harness",
+    "select_documents",
+    "write_whole",
+]

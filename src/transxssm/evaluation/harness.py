@@ -1,0 +1,177 @@
+"""Standard tasks, by the Language Model Evaluation Harness (the package lm-eval) with the loaded model inside it."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
+
+# The tasks of the paper's Table 3. Of ARC the paper does not say which part: both are run.
+PAPER_GROUP = "transxssm-paper"
+GROUPS = {PAPER_GROUP: ("mmlu", "triviaqa", "piqa", "hellaswag", "openbookqa", "winogrande", "ai2_arc")}
+# What the paper calls accuracy, the first that a task has.
+ACCURACIES = ("acc", "exact_match")
+
+
+def require_harness() -> str:
+    """The version of lm-eval.
+
+    Raises:
+        ValueError: it is not installed; says how to.
+    """
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError:
+        raise ValueError(
+            "the harness needs the package lm-eval: install it with pip install 'transxssm[eval]'"
+        ) from None
+
+
+def expand_groups(names: Sequence[str]) -> list[str]:
+    """Names of tasks for lm-eval, with our own groups replaced by what is in them; each once."""
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def harness_plans(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+) -> list[CellPlan]:
+    """One cell a task, or group of tasks that lm-eval knows.
+
+    Args:
+        model, tokenizer: prompts begin with what the tokenizer puts there, as with lm-eval's own `hf` backend.
+        tasks: from `expand_groups`.
+        include_path: a folder of YAML tasks, which go before lm-eval's own.
+        num_fewshot: examples before each question; None: as each task says.
+        limit: questions of each task, the first so many; None: all.
+        batch_size: sequences that the model reads at once.
+
+    Raises:
+        ValueError: lm-eval is not installed; a folder that is none; an unknown task.
+    """
+    require_harness()
+    from lm_eval.models.huggingface import HFLM
+
+    manager = _task_manager(tasks, include_path)
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return [
+        CellPlan(
+            key=task,
+            num_steps=1,
+            measure=partial(measure_task, adapter, task, manager, num_fewshot, limit),
+        )
+        for task in tasks
+    ]
+
+
+def measure_task(
+    adapter: Any, task: str, manager: Any, num_fewshot: int | None, limit: int | None, advance: Advance
+) -> Cell:
+    """What lm-eval reports for a task.
+
+    Args:
+        adapter: a model of lm-eval.
+        task: a task, group or tag.
+        manager: lm-eval's TaskManager, which knows it.
+        num_fewshot, limit: see `harness_plans`.
+
+    Returns:
+        results: metric names to values, by task; shots, samples and versions by task.
+
+    Raises:
+        ValueError: the task's data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+
+    try:
+        report = simple_evaluate(
+            model=adapter, tasks=[task], task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
+        )
+    except OSError as error:  # a connection, a missing file
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the data of task {task} cannot be had: {reason}; go online once, or name a local task with --include-path"
+        ) from error
+    advance(1)
+    return {
+        "results": {name: _metrics(values) for name, values in report["results"].items()},
+        "shots": report["n-shot"],
+        "samples": {name: count["effective"] for name, count in report["n-samples"].items()},
+        "versions": report["versions"],
+    }
+
+
+def harness_table(cells: Mapping[str, Cell]) -> ResultTable:
+    """A row a metric of each task; of a group its aggregate only. With all of the paper's tasks, their mean comes last."""
+    rows = []
+    for task, cell in cells.items():
+        names = [task] if task in cell["results"] else list(cell["results"])
+        for name in names:
+            for metric, value in cell["results"][name].items():
+                if not metric.endswith("_stderr"):
+                    error = cell["results"][name].get(f"{metric}_stderr")
+                    shots = cell["shots"].get(name, "")
+                    rows.append([name, metric, str(shots), f"{value:.4f}", "–" if error is None else f"{error:.4f}"])
+    if all(task in cells for task in GROUPS[PAPER_GROUP]):
+        rows.append(["mean of the paper's seven", "acc, exact_match", "", f"{paper_mean(cells):.4f}", "–"])
+    return ResultTable(["task", "metric", "shots", "value", "± s.e."], rows)
+
+
+def accuracy(task: str, cell: Cell) -> float:
+    """Accuracy, or exact match where there is none; of a tag the mean of its tasks."""
+    names = [task] if task in cell["results"] else list(cell["results"])
+    return math.fsum(_accuracy(cell["results"][name]) for name in names) / len(names)
+
+
+def paper_mean(cells: Mapping[str, Cell]) -> float:
+    """Mean accuracy of the paper's seven tasks, each with the same weight."""
+    tasks = GROUPS[PAPER_GROUP]
+    return math.fsum(accuracy(task, cells[task]) for task in tasks) / len(tasks)
+
+
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    # A filter's name may follow the metric's: TriviaQA has "exact_match,remove_whitespace".
+    return next(
+        (value for wanted in ACCURACIES for name, value in metrics.items() if name.split(",")[0] == wanted), math.nan
+    )
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """lm-eval's "acc,none" and "acc_stderr,none" as "acc" and "acc_stderr"; only finite numbers are kept."""
+    metrics = {}
+    for key, value in values.items():
+        name, comma, filter_name = key.partition(",")
+        if not comma or isinstance(value, str) or value is None:
+            continue
+        base, stderr = name.removesuffix("_stderr"), "_stderr" if name.endswith("_stderr") else ""
+        metrics[f"{base}{'' if filter_name == 'none' else ',' + filter_name}{stderr}"] = float(value)
+    return metrics
+
+
+def _task_manager(tasks: Iterable[str], include_path: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"no folder of tasks {include_path}: expected one with YAML files in it")
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager  # reading the thousands that come with lm-eval takes long
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(
+            f"unknown task {unknown[0]!r}: expected {', '.join(GROUPS)}, a name that `lm-eval ls tasks` shows, or one in --include-path"
+        )
+    return manager

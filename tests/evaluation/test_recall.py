@@ -1,0 +1,67 @@
+"""Recall scores an oracle 100 %, a random model at chance, and the questions only."""
+
+import math
+
+import pytest
+
+from tests.evaluation.models import Oracle
+from tests.models.tiny import tiny_model
+from transxssm.data import RecallTask
+from transxssm.evaluation import TokenScorer, recall_plans, recall_table
+from transxssm.evaluation.recall import measure_recall
+
+TASK = RecallTask(64, 8, vocab_size=96)
+
+
+def measure(model, num_examples=20, batch_tokens=640):
+    return measure_recall(TokenScorer(model), TASK, num_examples, 0, batch_tokens, lambda steps: None)
+
+
+def value_of_key(ids):
+    """What followed the last token where it stood first."""
+    first = ids.index(ids[-1])
+    return ids[first + 1] if first + 1 < len(ids) else None
+
+
+def test_an_oracle_knows_everything():
+    cell = measure(Oracle(96, value_of_key, last=64))
+    assert (cell["accuracy"], cell["standard_error"]) == (1.0, 0.0)
+    assert cell["nats_per_answer"] < 1e-6
+
+
+def test_one_that_knows_every_other_key_knows_half():
+    cell = measure(Oracle(96, lambda ids: value_of_key(ids) if ids.index(ids[-1]) % 4 == 0 else 0, last=64))
+    assert cell["accuracy"] == 0.5
+    assert cell["nats_per_answer"] == pytest.approx(15.0, abs=1e-3)
+
+
+def test_a_random_model_is_at_chance():
+    model = tiny_model(vocab_size=96, initializer_range=0.02)
+    cell = measure(model, num_examples=100)
+    chance, num_answers = 1 / 96, 800
+    assert abs(cell["accuracy"] - chance) < 4 * math.sqrt(chance / num_answers)
+    assert cell["nats_per_answer"] == pytest.approx(math.log(96), abs=0.05)
+
+
+def test_batches_change_nothing():
+    model = tiny_model(vocab_size=96)
+    one, many = measure(model, batch_tokens=1), measure(model, batch_tokens=10_000)
+    assert one["accuracy"] == many["accuracy"]
+    assert one["nats_per_answer"] == pytest.approx(many["nats_per_answer"], abs=1e-9)
+
+
+def test_plans_and_table():
+    tasks = [TASK, RecallTask(16, 2, vocab_size=96)]
+    plans = recall_plans(TokenScorer(tiny_model(vocab_size=96)), tasks, num_examples=3, seed=0, batch_tokens=64)
+    assert [(plan.key, plan.num_steps) for plan in plans] == [("64/8", 3), ("16/2", 3)]
+    steps: list[int] = []
+    table = recall_table([plan.measure(steps.append) for plan in plans])
+    assert sum(steps) == 6
+    assert [row[:3] for row in table.rows] == [["16", "2", "3"], ["64", "8", "3"]]
+
+
+def test_a_vocabulary_that_the_model_has_not():
+    with pytest.raises(ValueError, match="vocabulary of 98 does not fit the model's of 97"):
+        recall_plans(
+            TokenScorer(tiny_model()), [RecallTask(16, 2, vocab_size=98)], num_examples=1, seed=0, batch_tokens=1
+        )
