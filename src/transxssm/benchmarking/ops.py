@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transxssm.benchmarking.benchmark_run import BenchmarkRun, Budget
 from transxssm.benchmarking.comparison import Group, Notify
 from transxssm.benchmarking.contenders import SEED
-from transxssm.benchmarking.session import Budget, Session
 from transxssm.benchmarking.steps import Entry, Step
 from transxssm.benchmarking.workers import Setup
 from transxssm.inspection import attention_flops, mean_keys, scan_flops
@@ -81,15 +81,15 @@ def run_ops(
         KeyboardInterrupt: after what was measured has been written.
     """
     config = settings.model_config()
-    session = Session(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
+    run = BenchmarkRun(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
     status = "interrupted"
     try:
-        session.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
-        session.measure(plan(settings, config, setup.device))
+        run.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
+        run.measure(plan(settings, config, setup.device))
         status = "complete"
     finally:
-        session.finish(status)
-    return session.results
+        run.finish(status)
+    return run.results
 
 
 def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -> list[Group]:
