@@ -269,7 +269,8 @@ class TransXSSMConfig(PreTrainedConfig):
             )
 
     def _check_rope(self) -> None:
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):
             raise ValueError(
                 f"rope_type {rope_type!r} changes frequencies with the length, but a state summed under old frequencies cannot be "
@@ -277,6 +278,11 @@ class TransXSSMConfig(PreTrainedConfig):
             )
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}: got {rope_type!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "partial_rotary_factor must be 1 in rope_parameters, since attention rotates whole heads: "
+                f"got {rope['partial_rotary_factor']}; for states there is ssd_partial_rotary_factor"
+            )
         widths = self._rotated_widths()
         if any(width % 2 or max(widths) % width for width in widths):
             raise ValueError(
