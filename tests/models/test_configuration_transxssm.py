@@ -111,6 +111,18 @@ def test_json_round_trip(variant, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transxssm"
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_tensor_parallel_plan_has_a_rule_for_what_is_there(qk_norm):
+    """Each attention rule names a module of the model, and each module of attention has a rule."""
+    config = tiny_config("all_attention", qk_norm=qk_norm)
+    with torch.device("meta"):
+        modules = dict(TransXSSMForCausalLM(config).model.layers[0].named_modules())
+    rules = {rule.removeprefix("layers.*.") for rule in config.base_model_tp_plan if rule.startswith("layers.*.")}
+    assert rules <= modules.keys()
+    assert {name for name in modules if name.startswith("self_attn.")} <= rules
+    assert "base_model_tp_plan" not in config.to_dict()
+
+
 REFUSED = [
     (
         {"hidden_size": 100, "num_attention_heads": 3},

@@ -103,8 +103,6 @@ class TransXSSMConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",  # one weight for the heads of every shard
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -173,6 +171,9 @@ class TransXSSMConfig(PreTrainedConfig):
             self.layer_types = _default_layer_types(self.num_hidden_layers)
         self._check_layer_types()
         self._set_ssd_sizes()
+        if self.qk_norm:  # one weight for the heads of every shard; transformers warns of a rule without a layer
+            norms = (f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm"))
+            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
         super().__post_init__(**kwargs)
         self._check_rope()
 
