@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tolerances import assert_close
-from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.rotary import rotate_into
 
 POSITIONS = st.integers(0, 131_072)
@@ -63,6 +63,20 @@ def test_rotating_into_place_is_the_same_rotation(dtype, device):
     back = torch.empty(2, 4, 3, 8, dtype=precise, device=device).transpose(1, 2)
     rotate_into(back, heads_first, cos, -sin)
     assert_close(back.transpose(1, 2), x.to(precise), precise)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 3, 8])
+def test_pairs_that_are_not_kept_stand_still(num_pairs):
+    x, whole = torch.randn(1, 4, 3, 16, dtype=torch.float64), table([0, 1, 17, 4096], 16)
+    kept = apply_rotary(x, *keep_pairs(whole, num_pairs)).unflatten(-1, (2, 8))
+    assert_close(kept[..., :num_pairs], apply_rotary(x, *whole).unflatten(-1, (2, 8))[..., :num_pairs], torch.float64)
+    assert torch.equal(kept[..., num_pairs:], x.unflatten(-1, (2, 8))[..., num_pairs:])
+
+
+@pytest.mark.parametrize("num_pairs", [0, 9])
+def test_pairs_that_are_not_there_cannot_be_kept(num_pairs):
+    with pytest.raises(ValueError, match=rf"num_pairs must be between 1 and the table's 8 pairs: got {num_pairs}"):
+        keep_pairs(table([0], 16), num_pairs)
 
 
 @given(m=POSITIONS, n=POSITIONS, width=st.sampled_from([2, 8, 64, 128]))
