@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from transxssm.training.callbacks import Interrupt, LastStep, MetricsFile, ProgressDisplay, rows_of
+from transxssm.training.callbacks import LastStep, MetricsFile, ProgressDisplay, rows_of
+from transxssm.training.interrupt import Interrupt
 
 LOG = {"loss": 2.5, "tokens_per_second": 1000.0, "num_input_tokens_seen": 100}
 EVALUATION = {"eval_loss": 2.0, "eval_perplexity": 7.39, "eval_bits_per_byte": 1.5, "num_input_tokens_seen": 100}

@@ -1,0 +1,198 @@
+"""A study end to end: the same data for all, the tuned rate, resuming, the budget, and runs that diverge."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from transxssm.studies import run_study, runner
+from transxssm.studies.outcome import DIVERGED
+from transxssm.training import NonFiniteError
+from transxssm.training.trainer import TransXSSMTrainer
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The token ids of every training step, by run folder."""
+    seen = {}
+    step = TransXSSMTrainer.training_step
+
+    def record(self, model, inputs, *args, **kwargs):
+        seen.setdefault(self.args.output_dir, []).append(inputs["input_ids"].clone())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(TransXSSMTrainer, "training_step", record)
+    return seen
+
+
+def stable(report):
+    """A report without what no two runs share: times and places."""
+    text = json.dumps(report["contenders"], default=str)
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if "seconds" not in key}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return strip(json.loads(text))
+
+
+def test_a_grid_gives_one_table(study, tmp_path):
+    told = []
+    report = run_study(study(), notify=lambda what, done: told.append(done))
+    assert report["status"] == "complete"
+    assert told == sorted(told)
+    assert 0 <= told[0] < told[-1] <= 1
+    for name in ("hybrid", "ssd"):
+        one = report["contenders"][name]
+        losses = [run["eval_loss"] for run in one["runs"]]
+        assert len(losses) == 2
+        assert losses[0] != losses[1]  # seeds matter
+        assert one["mean"]["eval_loss"] == pytest.approx(sum(losses) / 2)
+        assert one["spread"]["eval_loss"] == pytest.approx(abs(losses[0] - losses[1]) / math.sqrt(2))
+        assert one["mean"]["train_tokens"] == 4 * 2 * 32
+        best = min(one["tuning"], key=lambda entry: entry["eval_loss"])
+        assert one["learning_rate"] == best["learning_rate"]
+        recipe = (tmp_path / "out" / name / "seed-1" / "recipe.yaml").read_text()
+        assert f"learning_rate: {best['learning_rate']}" in recipe
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| perplexity | RoPE |" in page
+    assert "At equal wall time" in page
+    for name in ("results.json", "loss-over-tokens.png", "loss-over-seconds.png", "loss-over-rate.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def test_every_cell_reads_the_same_tokens_in_the_same_order(study, batches, tmp_path):
+    cells = {
+        "hybrid": {},
+        "ssd": {"model": {"layer_types": ["linear_attention"] * 2, "ssd_conv_kernel_size": 4}},
+        "llama": {"model": {"architecture": "llama"}},
+        "mamba2": {"model": {"architecture": "mamba2"}},
+        "jamba": {"model": {"architecture": "jamba"}},
+    }
+    report = run_study(study(cells=cells, tuning=None))
+    assert report["status"] == "complete"
+    folders = [f"{tmp_path}/out/{name}/seed-{{}}" for name in cells]
+    for seed in (0, 1):
+        first = torch.stack(batches[folders[0].format(seed)])
+        assert len(first) == 4
+        for folder in folders[1:]:
+            assert torch.equal(torch.stack(batches[folder.format(seed)]), first)
+    other = torch.stack(batches[folders[0].format(1)])
+    assert not torch.equal(torch.stack(batches[folders[0].format(0)]), other)
+    parameters = [one["parameters"] for one in report["contenders"].values()]
+    assert max(parameters) / min(parameters) < 1.25
+
+
+def test_an_interrupted_study_ends_with_the_same_table(study, tmp_path, monkeypatch):
+    whole = run_study(study(f"grid.output_dir={tmp_path / 'whole'}"))
+    step = TransXSSMTrainer.training_step
+    steps = iter(range(1000))
+
+    def interrupt(self, *args, **kwargs):
+        if next(steps) == 13:  # in the middle of the second whole run, after its checkpoint
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(TransXSSMTrainer, "training_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study(f"grid.output_dir={tmp_path / 'cut'}"))
+    kept = json.loads((tmp_path / "cut" / "results.json").read_text())
+    assert kept["status"].startswith("interrupted")
+    assert len(kept["contenders"]["hybrid"]["runs"]) == 1
+    monkeypatch.setattr(TransXSSMTrainer, "training_step", step)
+    resumed = run_study(study(f"grid.output_dir={tmp_path / 'cut'}"))
+    assert stable(resumed) == stable(whole)
+
+
+def test_what_has_finished_is_not_run_again(study, batches):
+    before = stable(run_study(study(tuning=None)))
+    batches.clear()
+    assert stable(run_study(study(tuning=None))) == before
+    assert not batches
+
+
+def test_a_budget_cuts_a_run_off_and_the_next_call_goes_on(study, monkeypatch):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    report = run_study(study(tuning=None), budget_minutes=1)
+    assert report["status"] == "the budget of 1 minutes is spent"
+    assert report["contenders"]["ssd"]["status"] == "unfinished"
+    monkeypatch.undo()
+    assert run_study(study(tuning=None))["status"] == "complete"
+
+
+def test_only_some_cells(study):
+    report = run_study(study(tuning=None), only=["ssd"])
+    assert report["contenders"]["ssd"]["status"] == "finished"
+    assert report["contenders"]["hybrid"]["runs"] == []
+    assert "hybrid missing" in report["status"]
+    assert run_study(study(tuning=None))["status"] == "complete"
+
+
+def test_a_rate_that_diverges_loses_the_tuning(study, tmp_path):
+    report = run_study(study("tuning.learning_rates=[1e-3, 1e30]", "training.max_grad_norm=0.0"))
+    one = report["contenders"]["hybrid"]
+    assert [entry["has_diverged"] for entry in one["tuning"]] == [False, True]
+    assert one["learning_rate"] == 1e-3
+    assert report["status"] == "complete"
+
+
+def test_not_a_number_is_a_result(study, tmp_path, monkeypatch):
+    real = runner.train
+
+    def train(recipe, **options):
+        if "layer_types" in recipe.model:
+            recipe.output_dir.mkdir(parents=True)
+            raise NonFiniteError("step 1 is not finite")
+        return real(recipe, **options)
+
+    monkeypatch.setattr(runner, "train", train)
+    changes = {"tuning": None, "cells": {"ssd": {"model": {"layer_types": ["linear_attention"] * 2}}, "hybrid": {}}}
+    report = run_study(study(**changes))
+    assert report["contenders"]["ssd"]["status"] == "2 of 2 runs diverged"
+    assert report["contenders"]["hybrid"]["status"] == "finished"
+    assert json.loads((tmp_path / "out" / "ssd" / "seed-0" / DIVERGED).read_text())["failure"]
+    assert "NaN" not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_every_rate_to_its_end_and_the_best_one_compared(study, tmp_path):
+    grid = {"seeds": [0], "learning_rates": [1e-3, 1e-2], "output_dir": str(tmp_path / "out")}
+    report = run_study(study(tuning=None, grid=grid))
+    one = report["contenders"]["hybrid"]
+    losses = {entry["learning_rate"]: entry["eval_loss"] for entry in one["rates"]}
+    assert one["mean"]["eval_loss"] == min(losses.values())
+    assert one["learning_rate"] == min(losses, key=losses.get)
+    assert "held-out loss at rate | 0.001 | 0.01" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_other_settings_need_another_folder(study):
+    run_study(study(tuning=None), only=["ssd"])
+    with pytest.raises(ValueError, match=r"training\.max_steps was 4 and is 5"):
+        run_study(study("training.max_steps=5", tuning=None))
+
+
+def test_borrowed_weights_are_read_under_other_settings(study):
+    cells = {"rope": {}, "scaled": {"weights_of": "rope", "model": {"length_scaling_base": 2}}}
+    report = run_study(study(tuning=None, cells=cells, perplexity={"lengths": [16, 64], "max_tokens": 512}))
+    rope, scaled = (report["contenders"][name]["measured"] for name in ("rope", "scaled"))
+    assert set(rope) == set(scaled) == {"16", "64"}
+    assert rope["64"]["bits_per_byte"] != scaled["64"]["bits_per_byte"]
+    assert report["contenders"]["scaled"]["weights_of"] == "rope"
+
+
+def test_recall_trains_and_is_measured(study):
+    recall = {
+        "sizes": [[16, 2], [32, 4]],
+        "vocab_size": 32,
+        "tokens_per_step": 64,
+        "held_out_steps": 2,
+        "num_examples": 8,
+    }
+    report = run_study(study(tuning=None, data=None, recall=recall))
+    one = report["contenders"]["hybrid"]
+    assert set(one["measured"]) == {"16/2", "32/4"}
+    assert 0 <= one["measured"]["16/2"]["accuracy"] <= 1
+    assert "bits_per_byte" not in one["mean"]
+    assert one["mean"]["train_tokens"] == 4 * 64
