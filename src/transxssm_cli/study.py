@@ -12,6 +12,7 @@ from rich.table import Table
 
 from transxssm.evaluation import ResultTable
 from transxssm.studies import Study, bundled_studies, contenders_of, load_study, plan_of, run_study, tables_of
+from transxssm.studies.outcome import read_outcome
 from transxssm.studies.runner import Notify
 from transxssm.studies.tables import notes_of
 from transxssm_cli.training import quiet_progress_bars
@@ -74,8 +75,10 @@ def _print_plan(study: Study, only: Sequence[str], console: Console) -> None:
             ]
         )
     console.print(_table(ResultTable(["cell", "runs (tuning + whole)", "tokens", "about"], rows)))
+    done = [run for run in schedule.runs if read_outcome(study.output_dir / run.folder) is not None]
+    seconds = schedule.seconds - sum(run.seconds for run in done)
     console.print(
-        f"{escape(study.name)}: {len(schedule.runs)} runs, about {_duration(schedule.seconds)} at "
+        f"{escape(study.name)}: {len(schedule.runs)} runs, {len(done)} done, about {_duration(seconds)} left at "
         f"{study.grid.flops_per_second:.1e} FLOP/s, evaluation not counted; in {escape(str(study.output_dir))}",
         soft_wrap=True,
     )

@@ -38,7 +38,7 @@ def stable(report):
     return strip(json.loads(text))
 
 
-def test_a_grid_gives_one_table(study, tmp_path):
+def test_a_grid_gives_one_table(study, batches, tmp_path):
     told = []
     report = run_study(study(), notify=lambda what, done: told.append(done))
     assert report["status"] == "complete"
@@ -56,6 +56,8 @@ def test_a_grid_gives_one_table(study, tmp_path):
         assert one["learning_rate"] == best["learning_rate"]
         recipe = (tmp_path / "out" / name / "seed-1" / "recipe.yaml").read_text()
         assert f"learning_rate: {best['learning_rate']}" in recipe
+    orders = [torch.stack(batches[f"{tmp_path}/out/hybrid/seed-{seed}"]) for seed in (0, 1)]
+    assert not torch.equal(*orders)  # a seed is one of the data's order too
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| perplexity | RoPE |" in page
     assert "At equal wall time" in page
@@ -71,68 +73,66 @@ def test_every_cell_reads_the_same_tokens_in_the_same_order(study, batches, tmp_
         "mamba2": {"model": {"architecture": "mamba2"}},
         "jamba": {"model": {"architecture": "jamba"}},
     }
-    report = run_study(study(cells=cells, tuning=None))
+    report = run_study(study("grid.seeds=[0]", "training.eval_strategy=no", cells=cells, tuning=None))
     assert report["status"] == "complete"
-    folders = [f"{tmp_path}/out/{name}/seed-{{}}" for name in cells]
-    for seed in (0, 1):
-        first = torch.stack(batches[folders[0].format(seed)])
-        assert len(first) == 4
-        for folder in folders[1:]:
-            assert torch.equal(torch.stack(batches[folder.format(seed)]), first)
-    other = torch.stack(batches[folders[0].format(1)])
-    assert not torch.equal(torch.stack(batches[folders[0].format(0)]), other)
+    first, *others = [torch.stack(batches[f"{tmp_path}/out/{name}/seed-0"]) for name in cells]
+    assert first.shape == (4, 2, 32)
+    for other in others:
+        assert torch.equal(other, first)
     parameters = [one["parameters"] for one in report["contenders"].values()]
     assert max(parameters) / min(parameters) < 1.25
 
 
 def test_an_interrupted_study_ends_with_the_same_table(study, tmp_path, monkeypatch):
-    whole = run_study(study(f"grid.output_dir={tmp_path / 'whole'}"))
+    whole = run_study(study(f"grid.output_dir={tmp_path / 'whole'}", tuning=None))
     step = TransXSSMTrainer.training_step
     steps = iter(range(1000))
 
     def interrupt(self, *args, **kwargs):
-        if next(steps) == 13:  # in the middle of the second whole run, after its checkpoint
+        if next(steps) == 7:  # in the middle of the second run, after its checkpoint
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(TransXSSMTrainer, "training_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_study(study(f"grid.output_dir={tmp_path / 'cut'}"))
+        run_study(study(f"grid.output_dir={tmp_path / 'cut'}", tuning=None))
     kept = json.loads((tmp_path / "cut" / "results.json").read_text())
     assert kept["status"].startswith("interrupted")
     assert len(kept["contenders"]["hybrid"]["runs"]) == 1
     monkeypatch.setattr(TransXSSMTrainer, "training_step", step)
-    resumed = run_study(study(f"grid.output_dir={tmp_path / 'cut'}"))
+    resumed = run_study(study(f"grid.output_dir={tmp_path / 'cut'}", tuning=None))
     assert stable(resumed) == stable(whole)
 
 
 def test_what_has_finished_is_not_run_again(study, batches):
-    before = stable(run_study(study(tuning=None)))
+    before = stable(run_study(study("grid.seeds=[0]", tuning=None)))
     batches.clear()
-    assert stable(run_study(study(tuning=None))) == before
+    assert stable(run_study(study("grid.seeds=[0]", tuning=None))) == before
     assert not batches
 
 
 def test_a_budget_cuts_a_run_off_and_the_next_call_goes_on(study, monkeypatch):
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    report = run_study(study(tuning=None), budget_minutes=1)
+    cut = study("grid.seeds=[0]", tuning=None)
+    report = run_study(cut, budget_minutes=1)
     assert report["status"] == "the budget of 1 minutes is spent"
     assert report["contenders"]["ssd"]["status"] == "unfinished"
     monkeypatch.undo()
-    assert run_study(study(tuning=None))["status"] == "complete"
+    assert run_study(cut)["status"] == "complete"
 
 
 def test_only_some_cells(study):
-    report = run_study(study(tuning=None), only=["ssd"])
+    two = study("grid.seeds=[0]", tuning=None)
+    report = run_study(two, only=["ssd"])
     assert report["contenders"]["ssd"]["status"] == "finished"
     assert report["contenders"]["hybrid"]["runs"] == []
     assert "hybrid missing" in report["status"]
-    assert run_study(study(tuning=None))["status"] == "complete"
+    assert run_study(two)["status"] == "complete"
 
 
-def test_a_rate_that_diverges_loses_the_tuning(study, tmp_path):
-    report = run_study(study("tuning.learning_rates=[1e-3, 1e30]", "training.max_grad_norm=0.0"))
+def test_a_rate_that_diverges_loses_the_tuning(study):
+    report = run_study(study("tuning.learning_rates=[1e-3, 1e30]", "grid.seeds=[0]", cells={"hybrid": {}}))
     one = report["contenders"]["hybrid"]
     assert [entry["has_diverged"] for entry in one["tuning"]] == [False, True]
     assert one["learning_rate"] == 1e-3
@@ -150,8 +150,8 @@ def test_not_a_number_is_a_result(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "train", train)
     changes = {"tuning": None, "cells": {"ssd": {"model": {"layer_types": ["linear_attention"] * 2}}, "hybrid": {}}}
-    report = run_study(study(**changes))
-    assert report["contenders"]["ssd"]["status"] == "2 of 2 runs diverged"
+    report = run_study(study("grid.seeds=[0]", **changes))
+    assert report["contenders"]["ssd"]["status"] == "1 of 1 runs diverged"
     assert report["contenders"]["hybrid"]["status"] == "finished"
     assert json.loads((tmp_path / "out" / "ssd" / "seed-0" / DIVERGED).read_text())["failure"]
     assert "NaN" not in (tmp_path / "out" / "results.json").read_text()
@@ -159,7 +159,7 @@ def test_not_a_number_is_a_result(study, tmp_path, monkeypatch):
 
 def test_every_rate_to_its_end_and_the_best_one_compared(study, tmp_path):
     grid = {"seeds": [0], "learning_rates": [1e-3, 1e-2], "output_dir": str(tmp_path / "out")}
-    report = run_study(study(tuning=None, grid=grid))
+    report = run_study(study(tuning=None, grid=grid, cells={"hybrid": {}}))
     one = report["contenders"]["hybrid"]
     losses = {entry["learning_rate"]: entry["eval_loss"] for entry in one["rates"]}
     assert one["mean"]["eval_loss"] == min(losses.values())
@@ -168,14 +168,16 @@ def test_every_rate_to_its_end_and_the_best_one_compared(study, tmp_path):
 
 
 def test_other_settings_need_another_folder(study):
-    run_study(study(tuning=None), only=["ssd"])
+    run_study(study("training.max_steps=4", "grid.seeds=[0]", tuning=None), only=["ssd"])
     with pytest.raises(ValueError, match=r"training\.max_steps was 4 and is 5"):
-        run_study(study("training.max_steps=5", tuning=None))
+        run_study(study("training.max_steps=5", "grid.seeds=[0]", tuning=None))
 
 
 def test_borrowed_weights_are_read_under_other_settings(study):
     cells = {"rope": {}, "scaled": {"weights_of": "rope", "model": {"length_scaling_base": 2}}}
-    report = run_study(study(tuning=None, cells=cells, perplexity={"lengths": [16, 64], "max_tokens": 512}))
+    report = run_study(
+        study("grid.seeds=[0]", tuning=None, cells=cells, perplexity={"lengths": [16, 64], "max_tokens": 512})
+    )
     rope, scaled = (report["contenders"][name]["measured"] for name in ("rope", "scaled"))
     assert set(rope) == set(scaled) == {"16", "64"}
     assert rope["64"]["bits_per_byte"] != scaled["64"]["bits_per_byte"]
@@ -190,9 +192,24 @@ def test_recall_trains_and_is_measured(study):
         "held_out_steps": 2,
         "num_examples": 8,
     }
-    report = run_study(study(tuning=None, data=None, recall=recall))
+    report = run_study(study("grid.seeds=[0]", tuning=None, data=None, cells={"hybrid": {}}, recall=recall))
     one = report["contenders"]["hybrid"]
     assert set(one["measured"]) == {"16/2", "32/4"}
     assert 0 <= one["measured"]["16/2"]["accuracy"] <= 1
     assert "bits_per_byte" not in one["mean"]
     assert one["mean"]["train_tokens"] == 4 * 64
+
+
+def test_settings_that_no_run_began_with_can_be_corrected(study, tmp_path):
+    with pytest.raises(ValueError, match="no corpus"):
+        run_study(study("data.corpus=absent"))
+    corrected = study("grid.seeds=[0]", tuning=None, cells={"hybrid": {}})
+    assert run_study(corrected)["status"] == "complete"
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(study, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="something other than a study"):
+        run_study(study())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from transxssm.data import RecallTask
 from transxssm.training.recipe import apply_override
 from transxssm.training.yaml_values import load_yaml
 
@@ -232,9 +233,11 @@ def _check(study: Study) -> None:
             )
         if study.perplexity is None:
             raise ValueError(f"cells.{name}.weights_of: such a cell is measured by perplexity: add that section")
-    for size in study.recall.sizes if study.recall else ():
-        if len(size) != 2:
-            raise ValueError(f"recall.sizes: got {size}, expected [length, pairs]")
+    if study.recall is not None:
+        for size in study.recall.sizes:
+            if len(size) != 2:
+                raise ValueError(f"recall.sizes: got {size}, expected [length, pairs]")
+            RecallTask(length=size[0], num_pairs=size[1], vocab_size=study.recall.vocab_size)  # refuses what cannot be
 
 
 def _sections_in_words() -> str:

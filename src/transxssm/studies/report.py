@@ -19,6 +19,7 @@ from transxssm.studies.plan import PlannedRun
 from transxssm.studies.plots import plot_curves, plot_lengths, plot_rates
 from transxssm.studies.tables import markdown
 from transxssm.training.checkpoints import write_text_whole
+from transxssm.training.recipe import TRAINING_DEFAULTS
 
 RESULTS, PAGE = "results.json", "README.md"
 AVERAGED = ("eval_loss", "perplexity", "bits_per_byte", "train_seconds", "train_tokens")
@@ -90,6 +91,7 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
         parameters = whole[0].summary["parameters"]
     tokens = whole[0].summary["train_tokens"] if whole else 0
     tuned_rate = best_rate(one.tuning) if one.tuning else None
+    shared_rate = contender.training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"])
     rates = sorted(rate for rate in one.tuning if rate is not None)
     return {
         "cell": contender.cell,
@@ -100,7 +102,7 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
         "status": _status(study, one, runs),
         "parameters": parameters,
         "flops": flops * tokens,
-        "learning_rate": tuned_rate if one.tuning else rate,
+        "learning_rate": tuned_rate if study.tuning else rate if study.grid.learning_rates else shared_rate,
         "rate_is_at_edge": tuned_rate is not None and len(rates) > 1 and tuned_rate in (rates[0], rates[-1]),
         "mean": _statistic(whole, statistics.fmean),
         "spread": _statistic(whole, statistics.stdev) if len(whole) > 1 else {},

@@ -51,15 +51,15 @@ def run_study(
         raise ValueError(f"the budget must be more than 0 minutes: got {budget_minutes}")
     _check_same_study(study)
     work = _Work(study, schedule, None if budget_minutes is None else time.monotonic() + 60 * budget_minutes, notify)
-    status = "interrupted"
+    status = "complete"
     try:
         work.run(chosen)
-        status = "complete"
     except BudgetSpentError:
         status = f"the budget of {budget_minutes:g} minutes is spent"
-    finally:
-        report = write_report(study, collect_evidence(study), status)
-    return report
+    except KeyboardInterrupt:
+        write_report(study, collect_evidence(study), "interrupted")
+        raise
+    return write_report(study, collect_evidence(study), status)
 
 
 def collect_evidence(study: Study) -> list[Evidence]:
@@ -110,7 +110,7 @@ class _Work:
                     self.done_seconds += run.seconds
                     continue
             outcome = self._one(run, rate)
-            if outcome.failure is None:
+            if not outcome.has_diverged:
                 self._evaluate(run, rate, contenders)
 
     def _one(self, run: PlannedRun, learning_rate: float | None) -> Outcome:
@@ -129,7 +129,7 @@ class _Work:
         try:
             train(
                 recipe,
-                resume=True,
+                resume=folder.exists(),
                 source=self._source,
                 display=_Steps(
                     lambda step: self._tell(f"{label} · step {step}/{run.steps}", run.seconds * step / run.steps)
@@ -171,7 +171,7 @@ class _Work:
             return None
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise BudgetSpentError("no run was begun")
+            raise BudgetSpentError("nothing more was begun")
         return left
 
     def _tell(self, what: str, seconds: float) -> None:
@@ -203,21 +203,18 @@ def _check_same_study(study: Study) -> None:
     Raises:
         ValueError: it is another study: names the keys.
     """
-    path, settings = study.output_dir / STUDY, json.loads(json.dumps(study.settings()))
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if study.output_dir.exists() and any(study.output_dir.iterdir()):
-            raise ValueError(
-                f"{study.output_dir} holds something other than a study (no {STUDY}): choose another grid.output_dir"
-            ) from None
-        study.output_dir.mkdir(parents=True, exist_ok=True)
+    folder, settings = study.output_dir, json.loads(json.dumps(study.settings()))
+    path = folder / STUDY
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
+        raise ValueError(f"{folder} holds something other than a study (no {STUDY}): choose another grid.output_dir")
+    if not path.is_file() or not any(entry.is_dir() for entry in folder.iterdir()):  # no run has begun
+        folder.mkdir(parents=True, exist_ok=True)
         write_text_whole(path, json.dumps(settings, indent=2) + "\n")
         return
-    differing = list(_differences("", before, settings))
+    differing = list(_differences("", json.loads(path.read_text(encoding="utf-8")), settings))
     if differing:
         raise ValueError(
-            f"{study.output_dir} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
+            f"{folder} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
         )
 
 
