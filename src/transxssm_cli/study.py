@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging
 
 from transxssm.evaluation import ResultTable
 from transxssm.studies import Study, bundled_studies, contenders_of, load_study, plan_of, run_study, tables_of
@@ -49,6 +50,7 @@ def run_study_command(
         raise ValueError(f"--budget-minutes must be more than 0: got {budget_minutes:g}")
     _print_plan(study, only, Console(highlight=False, stderr=True))
     quiet_progress_bars()
+    logging.disable_progress_bar()  # a bar over the loading of weights
     with _progress(study) as notify:
         report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify)
     for title, table in tables_of(report).items():

@@ -13,12 +13,18 @@ def row(step, **values):
 
 
 @pytest.mark.parametrize(
-    ("eval_loss", "diverged"), [(3.0, False), (5.1, True), (math.nan, True), (math.inf, True)], ids=str
+    ("eval_loss", "diverged"), [(3.0, False), (5.1, False), (5.6, True), (math.nan, True), (math.inf, True)], ids=str
 )
-def test_a_loss_that_ends_above_its_beginning_has_diverged(eval_loss, diverged):
-    outcome = Outcome({"eval_loss": eval_loss}, [row(1, loss=5.0), row(2, loss=4.0)])
+def test_a_loss_that_ends_well_above_its_beginning_has_diverged(eval_loss, diverged):
+    outcome = Outcome({"eval_loss": eval_loss}, [row(1, loss=5.0), row(2, loss=4.9)])
     assert outcome.has_diverged == diverged
     assert outcome.eval_loss == (math.inf if diverged else eval_loss)
+
+
+@pytest.mark.parametrize(("lowest", "eval_loss", "diverged"), [(3.0, 3.9, False), (3.0, 4.1, True), (4.6, 5.0, False)])
+def test_a_run_that_loses_half_of_what_it_had_gained_has_diverged(lowest, eval_loss, diverged):
+    rows = [row(1, loss=5.0), row(2, loss=lowest), row(3, loss=5.0)]
+    assert Outcome({"eval_loss": eval_loss}, rows).has_diverged == diverged
 
 
 def test_evaluations_between_two_lines_of_the_log_get_the_time_between():

@@ -73,10 +73,12 @@ def test_every_cell_reads_the_same_tokens_in_the_same_order(study, batches, tmp_
         "mamba2": {"model": {"architecture": "mamba2"}},
         "jamba": {"model": {"architecture": "jamba"}},
     }
-    report = run_study(study("grid.seeds=[0]", "training.eval_strategy=no", cells=cells, tuning=None))
+    report = run_study(
+        study("grid.seeds=[0]", "training.max_steps=2", "training.eval_strategy=no", cells=cells, tuning=None)
+    )
     assert report["status"] == "complete"
     first, *others = [torch.stack(batches[f"{tmp_path}/out/{name}/seed-0"]) for name in cells]
-    assert first.shape == (4, 2, 32)
+    assert first.shape == (2, 2, 32)
     for other in others:
         assert torch.equal(other, first)
     parameters = [one["parameters"] for one in report["contenders"].values()]
@@ -84,7 +86,8 @@ def test_every_cell_reads_the_same_tokens_in_the_same_order(study, batches, tmp_
 
 
 def test_an_interrupted_study_ends_with_the_same_table(study, tmp_path, monkeypatch):
-    whole = run_study(study(f"grid.output_dir={tmp_path / 'whole'}", tuning=None))
+    one = {"tuning": None, "cells": {"hybrid": {}}}
+    whole = run_study(study(f"grid.output_dir={tmp_path / 'whole'}", **one))
     step = TransXSSMTrainer.training_step
     steps = iter(range(1000))
 
@@ -95,12 +98,12 @@ def test_an_interrupted_study_ends_with_the_same_table(study, tmp_path, monkeypa
 
     monkeypatch.setattr(TransXSSMTrainer, "training_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_study(study(f"grid.output_dir={tmp_path / 'cut'}", tuning=None))
+        run_study(study(f"grid.output_dir={tmp_path / 'cut'}", **one))
     kept = json.loads((tmp_path / "cut" / "results.json").read_text())
     assert kept["status"].startswith("interrupted")
     assert len(kept["contenders"]["hybrid"]["runs"]) == 1
     monkeypatch.setattr(TransXSSMTrainer, "training_step", step)
-    resumed = run_study(study(f"grid.output_dir={tmp_path / 'cut'}", tuning=None))
+    resumed = run_study(study(f"grid.output_dir={tmp_path / 'cut'}", **one))
     assert stable(resumed) == stable(whole)
 
 
@@ -132,7 +135,7 @@ def test_only_some_cells(study):
 
 
 def test_a_rate_that_diverges_loses_the_tuning(study):
-    report = run_study(study("tuning.learning_rates=[1e-3, 1e30]", "grid.seeds=[0]", cells={"hybrid": {}}))
+    report = run_study(study("tuning.learning_rates=[1e-3, 1e3]", "grid.seeds=[0]", cells={"hybrid": {}}))
     one = report["contenders"]["hybrid"]
     assert [entry["has_diverged"] for entry in one["tuning"]] == [False, True]
     assert one["learning_rate"] == 1e-3

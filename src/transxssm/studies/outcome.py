@@ -13,6 +13,8 @@ from transxssm.training.report import read_summary
 from transxssm.training.run_folder import METRICS
 
 DIVERGED = "diverged.json"
+# Losses that differ by this share of the first step's differ by more than noise.
+NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,17 @@ class Outcome:
 
     @property
     def has_diverged(self) -> bool:
-        """Something was not finite, or the held-out loss ended above the training loss of the first step."""
+        """Something was not finite, or the held-out loss ended above where training began, or lost half of what it had gained.
+
+        Both with a tenth of the first step's training loss for noise: a model that has learnt nothing yet has not diverged.
+        """
         if self.failure is not None or not math.isfinite(self.summary["eval_loss"]):
             return True
-        first = next((row["loss"] for row in self.rows if "loss" in row), math.inf)
-        return self.summary["eval_loss"] > first
+        losses = [row["loss"] for row in self.rows if "loss" in row]
+        if not losses:
+            return False
+        first, lowest, last = losses[0], min(losses), self.summary["eval_loss"]
+        return last > (1 + NOISE) * first or (lowest < (1 - NOISE) * first and last > (first + lowest) / 2)
 
     @property
     def eval_loss(self) -> float:
