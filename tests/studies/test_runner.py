@@ -177,13 +177,18 @@ def test_other_settings_need_another_folder(study):
 
 
 def test_borrowed_weights_are_read_under_other_settings(study):
-    cells = {"rope": {}, "scaled": {"weights_of": "rope", "model": {"length_scaling_base": 2}}}
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    cells = {
+        "rope": {},
+        "scaled": {"weights_of": "rope", "model": {"length_scaling_base": 2}},
+        "yarn": {"weights_of": "rope", "model": {"rope_parameters": yarn}},
+    }
     report = run_study(
         study("grid.seeds=[0]", tuning=None, cells=cells, perplexity={"lengths": [16, 64], "max_tokens": 512})
     )
-    rope, scaled = (report["contenders"][name]["measured"] for name in ("rope", "scaled"))
-    assert set(rope) == set(scaled) == {"16", "64"}
-    assert rope["64"]["bits_per_byte"] != scaled["64"]["bits_per_byte"]
+    rope, scaled, yarn = (report["contenders"][name]["measured"] for name in cells)
+    assert set(rope) == set(scaled) == set(yarn) == {"16", "64"}
+    assert len({cells["64"]["bits_per_byte"] for cells in (rope, scaled, yarn)}) == 3
     assert report["contenders"]["scaled"]["weights_of"] == "rope"
 
 

@@ -8,6 +8,7 @@ from transxssm.evaluation import ResultTable
 
 Reports = Mapping[str, dict[str, Any]]
 MEASURES = {"bits_per_byte": "bits per byte", "perplexity": "perplexity", "eval_loss": "held-out loss"}
+FORMS = {"bits_per_byte": ".4f", "perplexity": ",.2f", "eval_loss": ".4f"}
 NONE = "–"
 
 
@@ -71,7 +72,7 @@ def _results(contenders: Reports) -> ResultTable:
             _number(one["mean"].get("train_tokens"), ",.0f"),
             f"{one['flops']:.2e}" if one["flops"] else NONE,
             NONE if one["learning_rate"] is None else f"{one['learning_rate']:g}",
-            *(_with_spread(one, key, ".4f") for key in measures),
+            *(_with_spread(one, key, FORMS[key]) for key in measures),
             _with_spread(one, "train_seconds", ",.0f"),
             str(sum(not run["has_diverged"] for run in one["runs"])),
             one["status"],
