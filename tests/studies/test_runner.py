@@ -114,13 +114,14 @@ def test_what_has_finished_is_not_run_again(study, batches):
     assert not batches
 
 
-def test_a_budget_cuts_a_run_off_and_the_next_call_goes_on(study, monkeypatch):
-    clock = iter(range(0, 10**6, 10))
+def test_a_budget_cuts_a_run_off_and_the_next_call_goes_on(study, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 10))  # ten seconds later each time somebody looks
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     cut = study("grid.seeds=[0]", tuning=None)
-    report = run_study(cut, budget_minutes=1)
-    assert report["status"] == "the budget of 1 minutes is spent"
-    assert report["contenders"]["ssd"]["status"] == "unfinished"
+    report = run_study(cut, budget_minutes=0.5)
+    assert report["status"] == "the budget of 0.5 minutes is spent"
+    assert {one["status"] for one in report["contenders"].values()} == {"unfinished"}
+    assert list((tmp_path / "out" / "hybrid" / "seed-0").glob("checkpoint-*"))
     monkeypatch.undo()
     assert run_study(cut)["status"] == "complete"
 

@@ -60,7 +60,7 @@ def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dic
         the report.
     """
     contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
-    unfinished = [name for name, report in contenders.items() if report["status"] in ("unfinished", "not run")]
+    unfinished = [name for name, report in contenders.items() if report["status"] == "unfinished"]
     if status == "complete" and unfinished:
         status = f"not all was asked for: {', '.join(unfinished)} missing"
     report = {
@@ -136,7 +136,7 @@ def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcom
         return "diverged at every learning rate"
     planned = len(study.grid.seeds) * max(1, len(study.grid.learning_rates))
     if len(one.full) < planned:
-        return "unfinished" if one.full or one.tuning else "not run"
+        return "unfinished"
     failed = sum(outcome.has_diverged for _, outcome in runs)
     return f"{failed} of {len(runs)} runs diverged" if failed else "finished"
 
