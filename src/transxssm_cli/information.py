@@ -26,6 +26,19 @@ SIZES = (
     "ssd_state_size",
     "ssd_num_groups",
 )
+OPTIONS = (
+    "ssd_position_embedding",
+    "ssd_partial_rotary_factor",
+    "ssd_conv_kernel_size",
+    "ssd_skip",
+    "ssd_norm_BC",
+    "ssd_bias_BC",
+    "ssd_output_gate",
+    "attention_position_embedding",
+    "qk_norm",
+    "sliding_window",
+    "length_scaling_base",
+)
 
 
 def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
@@ -47,6 +60,7 @@ def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
         "model": model,
         "layers": {kind: config.layer_types.count(kind) for kind in dict.fromkeys(config.layer_types)},
         "sizes": {name: getattr(config, name) for name in SIZES},
+        "options": {name: getattr(config, name) for name in OPTIONS},
         "tied_head": config.tie_word_embeddings,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "flops_per_token": {
@@ -75,6 +89,10 @@ def tables(description: dict[str, Any]) -> Iterator[str | Table]:
     counts = dict(description["parameters"])
     total = counts.pop("total")
     yield f"[bold]{description['model']}[/]: {total / 1e6:,.1f}M parameters in {layers} layers"
+    papers = TransXSSMConfig()
+    chosen = (f"{name}={value}" for name, value in description["options"].items() if value != getattr(papers, name))
+    if text := ", ".join(chosen):
+        yield f"options: {text}"
     table = _table("", "parameters", "share")
     for kind, count in counts.items():
         tied = kind == "head" and description["tied_head"]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from transxssm.benchmarking import CONTENDERS, DEFAULT_CONTENDERS, DEFAULT_MODES, MODES
+from transxssm.benchmarking.ops import REFERENCES
 
 
 @pytest.mark.parametrize("command", ["throughput", "ops"])
@@ -68,7 +69,7 @@ def test_ops(run, tmp_path):
     results = json.loads((tmp_path / "out" / "ops.json").read_text(encoding="utf-8"))
     assert results["status"] == "complete"
     assert {cell["mode"] for cell in results["cells"]} == {
-        f"{operator}, {direction}" for operator in ("mixer", "loss") for direction in ("forward", "forward+backward")
+        f"{operator}, {direction}" for operator in REFERENCES for direction in ("forward", "forward+backward")
     }
     assert {cell["status"] for cell in results["cells"]} == {"ok"}
     for mode in {cell["mode"] for cell in results["cells"]}:

@@ -65,6 +65,18 @@ def test_tables_say_the_same(run, described):
         assert f"{row['all_attention'] / row['total']:.1f}×" in text
 
 
+def test_options_that_are_on_are_named(run, described, tmp_path):
+    assert "options" not in run("info", "tiny").stdout
+    TransXSSMConfig.from_preset("tiny", ssd_output_gate=True, ssd_partial_rotary_factor=0.5).save_pretrained(tmp_path)
+    assert "options: ssd_partial_rotary_factor=0.5, ssd_output_gate=True\n" in run("info", tmp_path).stdout
+    options = described(tmp_path)["options"]
+    assert (options["ssd_output_gate"], options["qk_norm"], options["attention_position_embedding"]) == (
+        True,
+        False,
+        "rope",
+    )
+
+
 def test_an_all_ssd_model_keeps_the_same_bytes_at_every_length(described, tmp_path):
     config = TransXSSMConfig.from_preset("tiny", layer_types=["linear_attention"] * 8)
     config.save_pretrained(tmp_path)

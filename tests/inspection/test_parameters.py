@@ -23,10 +23,13 @@ def test_kinds_are_told_apart():
     )  # one SSD layer, a sliding and a full attention layer
     hidden, ffn, head_dim, state = 32, 48, 8, 16
     projections = 2 * hidden * hidden + 2 * hidden * 2 * state + hidden * 4  # x and out, B and C, dt
-    assert (
-        counts["ssd"] == projections + 3 * 4 + (hidden + 2 * 2 * state) * 3
-    )  # A_log, dt_bias and D; a convolution of 3
-    assert counts["attention"] == 2 * (2 * hidden * hidden + 2 * hidden * head_dim)  # one key-value head
+    vectors = (
+        3 * 4 + 2 * state + 2 * 2 * state + hidden
+    )  # A_log, dt_bias and D; norms and biases of B and C; the gate's norm
+    matrices = (hidden + 2 * 2 * state) * 3 + hidden * hidden  # a convolution of 3 and z
+    assert counts["ssd"] == projections + vectors + matrices
+    # One key-value head; norms of queries and keys.
+    assert counts["attention"] == 2 * (2 * hidden * hidden + 2 * hidden * head_dim + 2 * head_dim)
     assert counts["ffn"] == 3 * 3 * hidden * ffn
     assert counts["norms"] == 7 * hidden
 

@@ -1,10 +1,12 @@
 """A text fed in pieces is the text fed at once: every split, token by token, with pads, and in each kind of cache."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from tests.models.tiny import (
     ALL_VARIANTS,
@@ -18,6 +20,7 @@ from tests.models.tiny import (
 )
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
+from transxssm.models.cache_transxssm import GrowingLayer
 
 LENGTH = 10
 
@@ -132,3 +135,59 @@ def test_states_are_float32_in_a_bfloat16_model():
     logits_of(model, tokens(2, 5), past_key_values=cache)
     logits_of(model, tokens(2, 1), past_key_values=cache)
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+
+
+def filled(layer: GrowingLayer, num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`num_tokens` random keys and values, appended one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, 2, 3, num_tokens, 4, generator=generator).unbind(0)
+    for t in range(num_tokens):
+        layer.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+    return keys, values
+
+
+def test_a_token_is_written_in_place_and_the_rest_stays_where_it_is():
+    layer = GrowingLayer()
+    filled(layer, 1)
+    copies, where = 0, layer.keys.data_ptr()
+    for _ in range(1000):
+        layer.update(torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 4))
+        copies += layer.keys.data_ptr() != where
+        where = layer.keys.data_ptr()
+    assert layer.get_seq_length() == 1001
+    assert copies <= 12  # each at least a quarter farther on than the one before
+    assert layer.keys.untyped_storage().nbytes() <= 1.5 * layer.keys.nbytes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+    ],
+    ids=["reorder", "crop", "repeat", "select"],
+)
+def test_grows_on_after_its_rows_were_changed(change):
+    """The same as transformers' layer, which copies everything at every token."""
+    growing, plain = GrowingLayer(), DynamicLayer()
+    for layer in (growing, plain):
+        filled(layer, 7)
+        change(layer)
+        new = torch.randn(2, layer.keys.shape[0], 3, 2, 4, generator=torch.Generator().manual_seed(1))
+        layer.update(*new.unbind(0))
+    assert torch.equal(growing.keys, plain.keys)
+    assert torch.equal(growing.values, plain.values)
+
+
+def test_a_copied_cache_goes_its_own_way():
+    original = GrowingLayer()
+    keys, values = filled(original, 5)
+    copied = copy.deepcopy(original)
+    original.update(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4))
+    copied.update(torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 4))
+    for layer, last in ((original, 1.0), (copied, 0.0)):
+        assert torch.equal(layer.keys[:, :, :5], keys)
+        assert torch.equal(layer.values[:, :, :5], values)
+        assert (layer.keys[:, :, 5] == last).all()

@@ -1,6 +1,7 @@
 """The configuration: presets and their sizes, what is derived, what is refused, and its way through JSON."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -20,6 +21,19 @@ def num_parameters(config: TransXSSMConfig | LlamaConfig) -> int:
     model_class = TransXSSMForCausalLM if isinstance(config, TransXSSMConfig) else LlamaForCausalLM
     with torch.device("meta"):
         return model_class(config).num_parameters()
+
+
+# The options, as they are in the paper's own model.
+OFF = {
+    **dict.fromkeys(("ssd_position_embedding", "attention_position_embedding"), "rope"),
+    **{
+        "ssd_partial_rotary_factor": 1.0,
+        "ssd_conv_kernel_size": 0,
+        "sliding_window": None,
+        "length_scaling_base": None,
+    },
+    **dict.fromkeys(("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm"), False),
+}
 
 
 class TestPresets:
@@ -46,7 +60,8 @@ class TestPresets:
         assert config.head_dim == 64
         assert config.ssd_state_size == 128
         assert config.ssd_num_groups == config.num_attention_heads // 2
-        assert (config.ssd_position_embedding, config.ssd_conv_kernel_size, config.ssd_skip) == ("rope", 0, False)
+        for option, off in OFF.items():
+            assert getattr(config, option) == off, option
 
     def test_fields_can_be_replaced(self):
         assert TransXSSMConfig.from_preset("tiny", vocab_size=300).vocab_size == 300
@@ -96,6 +111,18 @@ def test_json_round_trip(variant, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transxssm"
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_tensor_parallel_plan_has_a_rule_for_what_is_there(qk_norm):
+    """Each attention rule names a module of the model, and each module of attention has a rule."""
+    config = tiny_config("all_attention", qk_norm=qk_norm)
+    with torch.device("meta"):
+        modules = dict(TransXSSMForCausalLM(config).model.layers[0].named_modules())
+    rules = {rule.removeprefix("layers.*.") for rule in config.base_model_tp_plan if rule.startswith("layers.*.")}
+    assert rules <= modules.keys()
+    assert {name for name in modules if name.startswith("self_attn.")} <= rules
+    assert "base_model_tp_plan" not in config.to_dict()
+
+
 REFUSED = [
     (
         {"hidden_size": 100, "num_attention_heads": 3},
@@ -140,6 +167,25 @@ REFUSED = [
         "rope_type 'longrope' .* cannot be rotated again",
     ),
     (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor must be 1 in rope_parameters.*got 0.5; for states there is ssd_partial_rotary_factor",
+    ),
+    (
+        {"ssd_partial_rotary_factor": 0.0},
+        "ssd_partial_rotary_factor must be above 0 and at most 1.*got 0.0; without .* set ssd_position_embedding to 'none'",
+    ),
+    ({"ssd_partial_rotary_factor": 1.5}, "ssd_partial_rotary_factor must be above 0 and at most 1.*got 1.5"),
+    ({"ssd_partial_rotary_factor": math.nan}, "ssd_partial_rotary_factor must be above 0 and at most 1.*got nan"),
+    (
+        {"ssd_partial_rotary_factor": 0.3},
+        "ssd_partial_rotary_factor must leave a whole number of the state's 8 pairs: got 0.3, which leaves 2.4",
+    ),
+    ({"ssd_partial_rotary_factor": 0.01}, "whole number of the state's 8 pairs: got 0.01, which leaves 0.08"),
+    (
+        {"ssd_partial_rotary_factor": 0.5, "ssd_position_embedding": "none"},
+        "ssd_partial_rotary_factor must be 1 where ssd_position_embedding is 'none', as nothing rotates: got 0.5",
+    ),
+    (
         {"rope_parameters": {"rope_type": "spiral"}},
         "rope_type must be one of default, linear, llama3, yarn: got 'spiral'",
     ),
@@ -156,6 +202,8 @@ def test_what_does_not_fit_is_refused(fields, message):
     ("fields", "message"),
     [
         ({"ssd_position_embedding": "learned"}, r"expected one of \('rope', 'none'\), got learned"),
+        ({"attention_position_embedding": "alibi"}, r"expected one of \('rope', 'none'\), got alibi"),
+        ({"qk_norm": "rms"}, "'qk_norm' expected bool, got str"),
         ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
     ],
 )
@@ -222,6 +270,28 @@ class TestStaticRope:
     def test_scaling_moves_the_frequencies(self, rope_type):
         unscaled = tiny_config().rotary_frequencies()[0]
         assert rope_config(rope_type).rotary_frequencies()[0] != unscaled
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_partial_rotation_lets_the_low_frequencies_of_the_state_stand_and_attention_alone(rope_type):
+    rotated, whole = (
+        TransXSSMRotaryEmbedding(rope_config(rope_type, ssd_partial_rotary_factor=factor))(POSITIONS, torch.float64)
+        for factor in (0.75, 1.0)
+    )
+    for table, of_all, standing in zip(rotated[0], whole[0], (1, 0), strict=True):
+        assert torch.equal(table[..., :6], of_all[..., :6])
+        assert (table[..., 6:] == standing).all()
+    assert all(map(torch.equal, rotated[1], whole[1]))
+
+
+def test_unrotated_attention_has_no_say_in_the_table():
+    config = tiny_config(attention_position_embedding="none", ssd_state_size=12)  # no multiple of head_dim
+    ssd, attention = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float64)
+    assert config.rotary_width == 12
+    assert ssd[0].shape == (1, 5, 6)
+    assert attention is None
+    nothing = tiny_config(attention_position_embedding="none", ssd_position_embedding="none")
+    assert TransXSSMRotaryEmbedding(nothing)(POSITIONS, torch.float64) == (None, None)
 
 
 def test_only_yarn_has_an_attention_factor():

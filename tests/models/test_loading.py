@@ -87,7 +87,7 @@ def test_the_decoder_loads_out_of_a_language_model(tmp_path):
         assert torch.equal(weight, model.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("variant", ["hybrid", "mamba2"])
+@pytest.mark.parametrize("variant", ["hybrid", "mamba2", "normed", "gated"])
 class TestPrecision:
     def test_bfloat16_keeps_what_sets_the_decays_in_float32(self, variant, tmp_path):
         model = tiny_model(variant, dtype=torch.float32)
@@ -175,7 +175,7 @@ def assert_initialised(model: nn.Module, config: TransXSSMConfig) -> None:
         elif kind == "dt_bias":
             assert (softplus(weight) >= config.ssd_dt_min * (1 - 1e-4)).all(), name
             assert (softplus(weight) <= config.ssd_dt_max * (1 + 1e-4)).all(), name
-        elif kind == "D" or "norm" in name:
+        elif kind in ("D", "B_bias", "C_bias") or "norm" in name:
             assert (weight == 1).all(), name
         elif kind == "conv_weight":
             bound = config.ssd_conv_kernel_size**-0.5
@@ -223,9 +223,16 @@ def test_rates_and_steps_are_spread_over_their_whole_range():
         assert spread.max() > high - 0.1 * (high - low)
 
 
-@pytest.mark.parametrize("missing", ["ssd.A_log", "ssd.dt_bias", "ssd.D", "ssd.conv_weight", "mlp.up_proj.weight"])
-def test_a_missing_key_is_initialised_and_the_others_stay(missing, tmp_path):
-    config = tiny_config("mamba2", **INITIALISED)
+@pytest.mark.parametrize(
+    ("variant", "missing"),
+    [
+        *(("mamba2", name) for name in ("ssd.A_log", "ssd.dt_bias", "ssd.D", "ssd.conv_weight", "mlp.up_proj.weight")),
+        *(("normed", name) for name in ("ssd.B_norm.weight", "ssd.C_bias", "self_attn.k_norm.weight")),
+        *(("gated", name) for name in ("ssd.z_proj.weight", "ssd.norm.weight")),
+    ],
+)
+def test_a_missing_key_is_initialised_and_the_others_stay(variant, missing, tmp_path):
+    config = tiny_config(variant, **INITIALISED)
     TransXSSMForCausalLM(config).save_pretrained(tmp_path)
     removed = edit_checkpoint(tmp_path, remove=missing)
     assert removed
@@ -238,9 +245,10 @@ def test_a_missing_key_is_initialised_and_the_others_stay(missing, tmp_path):
 
 
 def test_an_option_can_be_added_to_a_checkpoint(tmp_path):
-    """A convolution and a skip given to a model that was trained without them start as in a new model."""
+    """What is given to a model that was trained without it starts as in a new model."""
     TransXSSMForCausalLM(tiny_config(**INITIALISED)).save_pretrained(tmp_path)
-    config = tiny_config(**INITIALISED, ssd_conv_kernel_size=4, ssd_skip=True)
+    options = ("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm")
+    config = tiny_config(**INITIALISED, ssd_conv_kernel_size=4, **dict.fromkeys(options, True))
     assert_initialised(AutoModelForCausalLM.from_pretrained(tmp_path, config=config), config)
 
 

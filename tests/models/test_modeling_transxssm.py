@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.models.tiny import (
     ALL_VARIANTS,
@@ -176,28 +176,40 @@ LLAMA = {"rope_theta": 10_000.0, "rope_type": "llama3", "factor": 8.0, "low_freq
 LLAMA_ROPE = {"default": {"rope_theta": 500.0}, "llama3": {**LLAMA, "original_max_position_embeddings": 16}}
 
 
+@pytest.mark.parametrize(
+    ("qk_norm", "config_class", "model_class"),
+    [(False, LlamaConfig, LlamaForCausalLM), (True, Qwen3Config, Qwen3ForCausalLM)],
+    ids=["llama", "qwen3"],
+)
 @pytest.mark.parametrize("rope", LLAMA_ROPE)
 @pytest.mark.parametrize("num_key_value_heads", [4, 2])
-def test_llama_is_a_special_case(num_key_value_heads, rope):
-    """Attention, MLP and norms have Llama's names and arithmetic, so that its checkpoints fit an all-attention model."""
+def test_llama_and_qwen3_are_special_cases(num_key_value_heads, rope, qk_norm, config_class, model_class):
+    """Attention, MLP and norms have their names and arithmetic, so that their checkpoints fit an all-attention model."""
     config = tiny_config(
-        "all_attention", num_key_value_heads=num_key_value_heads, rope_parameters=dict(LLAMA_ROPE[rope])
+        "all_attention",
+        num_key_value_heads=num_key_value_heads,
+        rope_parameters=dict(LLAMA_ROPE[rope]),
+        qk_norm=qk_norm,
     )
-    llama_fields = (
+    fields = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
         *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings"),
     )
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            **{field: getattr(config, field) for field in llama_fields},
+    peer = model_class(
+        config_class(
+            **{field: getattr(config, field) for field in fields},
             rope_parameters=dict(LLAMA_ROPE[rope]),
             attn_implementation="sdpa",
             eos_token_id=None,
         )
     ).eval()
+    with torch.no_grad():  # a norm that is all ones would fit in anywhere
+        for name, weight in peer.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.uniform_(0.5, 2)
     model = TransXSSMForCausalLM(config).eval()
-    model.load_state_dict(llama.state_dict())  # strict: every name on either side has its counterpart
+    model.load_state_dict(peer.state_dict())  # strict: every name on either side has its counterpart
     ids = tokens(2, 40)
-    assert_close(logits_of(model, ids), logits_of(llama, ids), torch.float32)
+    assert_close(logits_of(model, ids), logits_of(peer, ids), torch.float32)
     arguments = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **arguments), llama.generate(ids, **arguments))
+    assert torch.equal(model.generate(ids, **arguments), peer.generate(ids, **arguments))

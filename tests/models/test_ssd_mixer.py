@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.models.tiny import tiny_config
 from tests.tolerances import assert_close
@@ -11,7 +12,20 @@ from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import rotary_cos_sin, rotary_frequencies
 from transxssm.ops.ssd import ssd_recurrence
 
-OPTIONS = [{}, {"ssd_skip": True}, {"ssd_conv_kernel_size": 3}, {"ssd_num_groups": 1}]
+OPTIONS = [
+    {},
+    {"ssd_skip": True},
+    {"ssd_conv_kernel_size": 3},
+    {"ssd_num_groups": 1},
+    {"ssd_norm_BC": True},
+    {"ssd_bias_BC": True},
+    {"ssd_output_gate": True},
+    {"ssd_output_gate": True, "ssd_skip": True, "ssd_norm_BC": True, "ssd_bias_BC": True, "ssd_conv_kernel_size": 3},
+]
+
+
+def rms_normed(x: Tensor, norm: nn.Module) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -34,10 +48,17 @@ def test_equals_its_formula(options):
         parts = list(F.silu(convolved).split([part.shape[-1] for part in parts], dim=-1))
     x = parts[0].unflatten(-1, (config.ssd_num_heads, -1))
     B, C = (part.unflatten(-1, (config.ssd_num_groups, -1)) for part in parts[1:])
+    if config.ssd_norm_BC:
+        B, C = rms_normed(B, mixer.B_norm), rms_normed(C, mixer.C_norm)
+    if config.ssd_bias_BC:
+        B, C = B + mixer.B_bias.unflatten(0, B.shape[2:]), C + mixer.C_bias.unflatten(0, C.shape[2:])
     dt = F.softplus(u @ mixer.dt_proj.weight.T + mixer.dt_bias)
     y, _ = ssd_recurrence(x, dt, -mixer.A_log.exp(), B, C * scale[..., None, None], rotary=rotary, D=mixer.D)
+    y = y.flatten(2)
+    if config.ssd_output_gate:
+        y = rms_normed(y * F.silu(u @ mixer.z_proj.weight.T), mixer.norm)
 
-    assert_close(mixer(u, positions), y.flatten(2) @ mixer.out_proj.weight.T, torch.float64)
+    assert_close(mixer(u, positions), y @ mixer.out_proj.weight.T, torch.float64)
 
 
 def test_precision_is_raised_and_never_lowered():

@@ -13,7 +13,7 @@ from transxssm import TransXSSMForCausalLM, TransXSSMForSequenceClassification
 
 PROJECTIONS = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    *("x_proj", "B_proj", "C_proj", "dt_proj", "out_proj"),
+    *("x_proj", "B_proj", "C_proj", "dt_proj", "z_proj", "out_proj"),
 ]
 
 

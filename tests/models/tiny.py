@@ -28,7 +28,7 @@ SIZES = {
 }
 MAMBA2 = {"ssd_position_embedding": "none", "ssd_conv_kernel_size": 4, "ssd_skip": True}
 
-# One entry per option, then combinations: every law is held on each.
+# One entry per option or two, then combinations: every law is held on each.
 VARIANTS = {
     "hybrid": {},
     "all_ssd": {"layer_types": ["linear_attention"] * 3},
@@ -39,6 +39,9 @@ VARIANTS = {
     "convolution": {"ssd_conv_kernel_size": 4},
     "skip": {"ssd_skip": True},
     "length_scaling": {"length_scaling_base": 3},
+    "normed": {"ssd_norm_BC": True, "ssd_bias_BC": True, "qk_norm": True},
+    "gated": {"ssd_output_gate": True},
+    "partly_rotated": {"ssd_partial_rotary_factor": 0.5, "attention_position_embedding": "none"},
     "mamba2": MAMBA2,
     "all_ssd_mamba2": {"layer_types": ["linear_attention"] * 3, **MAMBA2},
     "everything": {
@@ -48,6 +51,11 @@ VARIANTS = {
         "ssd_conv_kernel_size": 3,
         "ssd_skip": True,
         "length_scaling_base": 3,
+        "ssd_partial_rotary_factor": 0.25,
+        "ssd_norm_BC": True,
+        "ssd_bias_BC": True,
+        "ssd_output_gate": True,
+        "qk_norm": True,
     },
 }
 ALL_VARIANTS = list(VARIANTS)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tolerances import assert_close
-from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops.rotary import rotate_into
 
 POSITIONS = st.integers(0, 131_072)
 
@@ -48,6 +49,34 @@ def test_rotation_is_the_matrix_of_eq_5(width, dtype, device):
     matrices = torch.tensor(np.stack([rotation_matrix(m, width) for m in positions]), device=device)
     assert actual.dtype == dtype
     assert_close(actual, torch.einsum("tij,bthj->bthi", matrices, x.double()), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rotating_into_place_is_the_same_rotation(dtype, device):
+    """Any layout of the result, and −sin turns back."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(2, 4, 3, 8, dtype=torch.float64).to(device, dtype)
+    cos, sin = table([0, 1, 17, 4096], 8, precise, device)
+    heads_first = torch.empty(2, 3, 4, 8, dtype=precise, device=device)
+    rotate_into(heads_first, x.transpose(1, 2), cos, sin)
+    assert_close(heads_first.transpose(1, 2), apply_rotary(x.to(precise), cos, sin), precise)
+    back = torch.empty(2, 4, 3, 8, dtype=precise, device=device).transpose(1, 2)
+    rotate_into(back, heads_first, cos, -sin)
+    assert_close(back.transpose(1, 2), x.to(precise), precise)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 3, 8])
+def test_pairs_that_are_not_kept_stand_still(num_pairs):
+    x, whole = torch.randn(1, 4, 3, 16, dtype=torch.float64), table([0, 1, 17, 4096], 16)
+    kept = apply_rotary(x, *keep_pairs(whole, num_pairs)).unflatten(-1, (2, 8))
+    assert_close(kept[..., :num_pairs], apply_rotary(x, *whole).unflatten(-1, (2, 8))[..., :num_pairs], torch.float64)
+    assert torch.equal(kept[..., num_pairs:], x.unflatten(-1, (2, 8))[..., num_pairs:])
+
+
+@pytest.mark.parametrize("num_pairs", [0, 9])
+def test_pairs_that_are_not_there_cannot_be_kept(num_pairs):
+    with pytest.raises(ValueError, match=rf"num_pairs must be between 1 and the table's 8 pairs: got {num_pairs}"):
+        keep_pairs(table([0], 16), num_pairs)
 
 
 @given(m=POSITIONS, n=POSITIONS, width=st.sampled_from([2, 8, 64, 128]))

@@ -30,7 +30,9 @@ def build_trainer(recipe):
 
 
 def test_vectors_do_not_decay_and_matrices_do(build_trainer):
-    trainer = build_trainer("model.ssd_skip=true", "model.ssd_conv_kernel_size=4", "training.weight_decay=0.3")
+    options = ("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm")
+    switches = (f"model.{option}=true" for option in options)
+    trainer = build_trainer(*switches, "model.ssd_conv_kernel_size=4", "training.weight_decay=0.3")
     optimizer = trainer.create_optimizer()
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     by_name = {name: decay[id(p)] for name, p in trainer.model.named_parameters()}
@@ -38,9 +40,10 @@ def test_vectors_do_not_decay_and_matrices_do(build_trainer):
     without = {
         name.rsplit(".", 1)[-1] if "norm" not in name else "norm" for name, value in by_name.items() if value == 0
     }
-    assert without == {"norm", "A_log", "dt_bias", "D"}
+    assert without == {"norm", "A_log", "dt_bias", "D", "B_bias", "C_bias"}
     assert set(by_name.values()) == {0.0, 0.3}
-    assert by_name["model.embed_tokens.weight"] == by_name["model.layers.0.ssd.conv_weight"] == 0.3
+    for matrix in ("embed_tokens.weight", "layers.0.ssd.conv_weight", "layers.0.ssd.z_proj.weight"):
+        assert by_name[f"model.{matrix}"] == 0.3
 
 
 def exact_held_out_nats(trainer):

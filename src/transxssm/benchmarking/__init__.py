@@ -1,10 +1,10 @@
 """Layer 4: speed and memory, of whole models against matched baselines and of single operators, in one run each."""
 
+from transxssm.benchmarking.benchmark_run import Budget
 from transxssm.benchmarking.comparison import Notify
 from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, DEFAULT_MODES, MODES
 from transxssm.benchmarking.lengths import format_length, parse_length
 from transxssm.benchmarking.ops import OpsSettings, run_ops
-from transxssm.benchmarking.session import Budget
 from transxssm.benchmarking.throughput import ThroughputSettings, run_throughput
 from transxssm.benchmarking.workers import Setup
 

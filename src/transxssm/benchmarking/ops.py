@@ -1,9 +1,10 @@
 """Single operators against what could stand in their place, at the shapes of a model's layers.
 
 The scan against causal attention of the same width, its own quadratic form and transformers' Mamba-2 scan; the loss without
-logits against the loss with them.
+logits against the loss with them; norm, gate and linear layer against torch's.
 
-Letters: b batch, t time, h heads, g groups, p head_dim, n state size, d head_dim of attention.
+Letters: b batch, t time, h heads, g groups, p head_dim, n state size, d head_dim of attention, f width of the feed-forward
+network.
 """
 
 import importlib
@@ -16,20 +17,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transxssm.benchmarking.benchmark_run import BenchmarkRun, Budget
 from transxssm.benchmarking.comparison import Group, Notify
 from transxssm.benchmarking.contenders import SEED
-from transxssm.benchmarking.session import Budget, Session
 from transxssm.benchmarking.steps import Entry, Step
 from transxssm.benchmarking.workers import Setup
 from transxssm.inspection import attention_flops, mean_keys, scan_flops
 from transxssm.inspection.flops import TRAINING_PER_FORWARD
 from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import MAMBA2_CHUNK_SIZE
-from transxssm.ops import linear_cross_entropy, rotary_cos_sin, rotary_frequencies, ssd_chunk_scan
+from transxssm.ops import (
+    linear,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_cos_sin,
+    rotary_frequencies,
+    ssd_chunk_scan,
+    swiglu,
+)
 from transxssm.ops.ssd import DEFAULT_CHUNK_SIZE, ssd_dual_form
 
 NAME = "ops"
-REFERENCES = {"mixer": "scan", "loss": "linear-cross-entropy"}
+REFERENCES = {
+    "mixer": "scan",
+    "loss": "linear-cross-entropy",
+    "norm": "rms-norm",
+    "gate": "swiglu",
+    "linear": "linear",
+}
+# What each reference other than the scan is compared with.
+RIVALS = {
+    "linear-cross-entropy": "full-logits",
+    "rms-norm": "torch-rms-norm",
+    "swiglu": "torch-swiglu",
+    "linear": "torch-linear",
+}
 CHUNK_SIZES = (32, 64, 128, 256)
 DIRECTIONS = ("forward", "forward+backward")
 LONGEST_DUAL_FORM = 2048  # its scores are t × t for every head
@@ -81,15 +103,15 @@ def run_ops(
         KeyboardInterrupt: after what was measured has been written.
     """
     config = settings.model_config()
-    session = Session(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
+    run = BenchmarkRun(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
     status = "interrupted"
     try:
-        session.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
-        session.measure(plan(settings, config, setup.device))
+        run.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
+        run.measure(plan(settings, config, setup.device))
         status = "complete"
     finally:
-        session.finish(status)
-    return session.results
+        run.finish(status)
+    return run.results
 
 
 def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -> list[Group]:
@@ -105,7 +127,8 @@ def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -
                         build_step,
                         (variant, direction, config, length, settings.batch, settings.torch_dtype),
                         num_tokens=settings.batch * length,
-                        flops=factor * settings.batch * length * _flops_per_token(variant, config, length, device),
+                        flops=factor * settings.batch * length * _flops_per_token(variant, config, length, device)
+                        or None,
                     )
                     for variant in variants(operator, length)
                 )
@@ -115,8 +138,8 @@ def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -
 
 def variants(operator: str, length: int) -> list[str]:
     """Names of what is compared; the quadratic form only while its scores are of a sensible size."""
-    if operator == "loss":
-        return ["linear-cross-entropy", "full-logits"]
+    if (reference := REFERENCES[operator]) in RIVALS:
+        return [reference, RIVALS[reference]]
     names = ["scan", *(f"scan-{size}" for size in CHUNK_SIZES), "sdpa"]
     if length <= LONGEST_DUAL_FORM:
         names.append("dual-form")
@@ -141,6 +164,8 @@ def build_step(
         call, operands = _attention(config, length, batch, dtype, device)
     elif variant in ("linear-cross-entropy", "full-logits"):
         call, operands = _loss(variant, config, length, batch, dtype, device)
+    elif variant in ELEMENTWISE_AND_LINEAR:
+        call, operands = _layer_part(variant, config, length, batch, dtype, device)
     else:
         call, operands = _scan(variant, config, length, batch, dtype, device)
     if direction == "forward":
@@ -200,13 +225,41 @@ def _loss(
     return lambda hidden, weight: F.cross_entropy((hidden @ weight.T).float(), labels), [hidden, weight]
 
 
+ELEMENTWISE_AND_LINEAR: dict[str, _Call] = {
+    "rms-norm": lambda x, weight: rms_norm(x, weight, 1e-6),
+    "torch-rms-norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6),
+    "swiglu": swiglu,
+    "torch-swiglu": lambda gate, up: F.silu(gate) * up,
+    "linear": linear,
+    "torch-linear": F.linear,
+}
+
+
+def _layer_part(
+    variant: str, config: TransXSSMConfig, length: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[_Call, list[Tensor]]:
+    """A norm over the hidden size, the gate of the feed-forward network, or its first linear layer."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "norm": [(batch, length, hidden), (hidden,)],
+        "swiglu": [(batch, length, wide)] * 2,
+        "linear": [(batch, length, hidden), (wide, hidden)],
+    }
+    operands = [torch.randn(shape, device=device).to(dtype) for shape in shapes[variant.rsplit("-", 1)[-1]]]
+    return ELEMENTWISE_AND_LINEAR[variant], operands
+
+
 def _flops_per_token(variant: str, config: TransXSSMConfig, length: int, device: torch.device) -> float:
-    """Of a forward pass. The quadratic form counts what causality leaves of it, as attention does."""
+    """Matrix products of a forward pass. The quadratic form counts what causality leaves of it, as attention does."""
     h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
     if variant == "sdpa":
         return attention_flops(config.num_attention_heads, config.head_dim, mean_keys(length))
     if variant in ("linear-cross-entropy", "full-logits"):
         return 2 * config.hidden_size * config.vocab_size
+    if variant in ("linear", "torch-linear"):
+        return 2 * config.hidden_size * config.intermediate_size
+    if variant in ELEMENTWISE_AND_LINEAR:
+        return 0
     if variant == "dual-form":
         return mean_keys(length) * (2 * g * n + 2 * h * p)
     default = DEFAULT_CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE["cuda"])

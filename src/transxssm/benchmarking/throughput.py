@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from transxssm.benchmarking.benchmark_run import BenchmarkRun, Budget
 from transxssm.benchmarking.comparison import Cell, Group, Notify
 from transxssm.benchmarking.contenders import (
     CONTENDERS,
@@ -22,7 +23,6 @@ from transxssm.benchmarking.contenders import (
     build_step,
 )
 from transxssm.benchmarking.flops import step_flops
-from transxssm.benchmarking.session import Budget, Session
 from transxssm.benchmarking.ssd_share import ssd_share
 from transxssm.benchmarking.steps import Entry
 from transxssm.benchmarking.workers import Setup
@@ -110,8 +110,8 @@ def run_throughput(
     """
     config = settings.model_config()
     configs = {name: CONTENDERS[name].config(config) for name in settings.contenders}
-    session = Session(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
-    results = session.results
+    run = BenchmarkRun(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
+    results = run.results
     results["contenders"] = describe_contenders(configs, config)
     results.setdefault("ssd_share", [])
     groups = plan(settings, configs, setup.device)
@@ -119,20 +119,20 @@ def run_throughput(
     def profile_reference(group: Group, cells: list[Cell]) -> None:
         entries = {entry.name: entry for entry in group.entries}
         measured = [cell.contender for cell in cells if cell.status == "ok"]
-        if group.mode == "train" and REFERENCE in measured and session.limits.seconds_left > 0:
-            share = session.in_child(ssd_share, entries[REFERENCE])
+        if group.mode == "train" and REFERENCE in measured and run.limits.seconds_left > 0:
+            share = run.in_child(ssd_share, entries[REFERENCE])
             if share is not None:
                 results["ssd_share"] = [s for s in results["ssd_share"] if s["length"] != group.length]
                 results["ssd_share"].append({"length": group.length, **share})
 
     status = "interrupted"
     try:
-        session.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
-        session.measure(groups, profile_reference)
+        run.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
+        run.measure(groups, profile_reference)
         status = "complete"
     finally:
         results["prefill_exponents"] = prefill_exponents(results["cells"])
-        session.finish(status)
+        run.finish(status)
     return results
 
 

@@ -70,24 +70,31 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     query_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     x_B_C = h * p + 2 * config.ssd_num_groups * n
     convolved = 4 * x_B_C * item if config.ssd_conv_kernel_size else 0  # copies on the way through the convolution
+    num_copies = config.ssd_norm_BC + config.ssd_bias_BC  # of B and C
+    maps = num_copies * (2 * config.ssd_num_groups * n * item + _block_bytes(n, num_tokens))
+    gated = 3 * h * p * item + _block_bytes(h * p, num_tokens) if config.ssd_output_gate else 0  # z, and two results
     attention = 2 * (query_width + 2 * kv_width) * item + query_width * FLOAT32
     mask = num_tokens * (item + 1)  # a window's, and the booleans it is made from: a row for each token
-    blocks = 2 * FLOAT32 * min(ELEMENTS_PER_BLOCK // num_tokens, config.intermediate_size)  # of the SwiGLU
     raised = 0  # a weight and a block of tokens in float32
     if not has_fast_products("cpu", dtype):
         raised = FLOAT32 * config.intermediate_size * (config.hidden_size + BLOCK_TOKENS) // num_tokens
     parts = {
         "norm": 2 * config.hidden_size * item,
-        "ffn": 3 * config.intermediate_size * item + blocks + raised,
+        "ffn": 3 * config.intermediate_size * item + _block_bytes(config.intermediate_size, num_tokens) + raised,
         "full_attention": attention,
         "sliding_attention": attention + 2 * mask,
-        "linear_attention": (x_B_C + h * p) * item + max(convolved, scan),
+        "linear_attention": (x_B_C + h * p) * item + max(convolved, maps, scan, gated),
     }
     present = {"norm", "ffn", *config.layer_types}
     stream = 6 * config.hidden_size * item + 2 * config.rotary_width * FLOAT32
     if "sliding_attention" in present:
         stream += mask
     return num_tokens * (stream + max(parts[name] for name in present))
+
+
+def _block_bytes(width: int, num_tokens: int) -> int:
+    """Bytes per token of a sequence that an elementwise operator over (tokens, width) forms for a block of rows."""
+    return 2 * FLOAT32 * min(ELEMENTS_PER_BLOCK // num_tokens, width)
 
 
 def _scan_workspace(config: TransXSSMConfig, num_tokens: int) -> int:

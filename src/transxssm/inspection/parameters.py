@@ -5,7 +5,7 @@ from torch import nn
 
 from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
 
-# Which kind the parameters under a name belong to; every module of the model has one of these names on its path.
+# Which kind the parameters under a name belong to: the first of these names on a path, which every module of the model has.
 KIND_OF_NAME = {
     "embed_tokens": "embeddings",
     "ssd": "ssd",
@@ -25,7 +25,7 @@ def count_parameters(config: TransXSSMConfig) -> dict[str, int]:
     """
     counts = dict.fromkeys(KIND_OF_NAME.values(), 0)
     for name, parameter in model_on_meta(config).named_parameters():
-        (kind,) = {KIND_OF_NAME[part] for part in name.split(".") if part in KIND_OF_NAME}
+        kind = next(KIND_OF_NAME[part] for part in name.split(".") if part in KIND_OF_NAME)
         counts[kind] += parameter.numel()
     return counts
 

@@ -1,6 +1,7 @@
 """Configuration of TransXSSM: one dataclass, the presets of the paper's Table 4, and checks that say got and expected."""
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,20 +41,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
     },
-    # The paper's two sizes (Table 4). It gives no FFN width, groups or tying: these match a Llama's parameters.
+    # The paper's two sizes (Table 4). It gives no FFN width, groups or tying: these match a Llama's parameters. Its chunk of 256
+    # tokens, which changes time and no result, is the default on GPUs.
     "320m": {
         "hidden_size": 768,
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
         "num_attention_heads": 12,
-        "ssd_chunk_size": 256,
     },
     "1.3b": {
         "hidden_size": 2048,
         "intermediate_size": 5376,
         "num_hidden_layers": 24,
         "num_attention_heads": 32,
-        "ssd_chunk_size": 256,
     },
 }
 
@@ -77,8 +77,14 @@ class TransXSSMConfig(PreTrainedConfig):
             what an attention layer's do.
         ssd_chunk_size: tokens in a chunk of the scan; None: best for the device.
         ssd_position_embedding: "rope" rotates C and B (Unified RoPE); "none" leaves positions to the recurrence.
+        ssd_partial_rotary_factor: part of the state's pairs that rotates, those of the highest frequencies; the others stand still.
         ssd_conv_kernel_size: width of a short causal convolution with SiLU on x, B and C, as in Mamba-2; 0: none.
         ssd_skip: adds D x to an SSD layer's output, as in Mamba-2.
+        ssd_norm_BC: an RMSNorm over the state on every group's B and C, before their bias and rotation, as in Mamba-3.
+        ssd_bias_BC: a bias for every group and channel on B and C, before their rotation; starts at 1, as in Mamba-3.
+        ssd_output_gate: multiplies an SSD layer's output with silu(z), a projection more, and normalises it, as in Mamba-2.
+        attention_position_embedding: "rope" rotates Q and K (Unified RoPE); "none" leaves positions to the SSD layers (NoPE).
+        qk_norm: an RMSNorm on every head of Q and K before their rotation, as in Qwen3.
         ssd_A_min, ssd_A_max: A starts uniform in −[min, max].
         ssd_dt_min, ssd_dt_max, ssd_dt_floor: time steps start log-uniform in [min, max], at least floor.
         length_scaling_base: base of the factor max(1, log_base n) on C and Q at position n − 1 (Appendix A, end); the mean length
@@ -123,8 +129,14 @@ class TransXSSMConfig(PreTrainedConfig):
     ssd_num_groups: DerivedInt = DERIVED
     ssd_chunk_size: int | None = None
     ssd_position_embedding: Literal["rope", "none"] = "rope"
+    ssd_partial_rotary_factor: float = 1.0
     ssd_conv_kernel_size: int = 0
     ssd_skip: bool = False
+    ssd_norm_BC: bool = False
+    ssd_bias_BC: bool = False
+    ssd_output_gate: bool = False
+    attention_position_embedding: Literal["rope", "none"] = "rope"
+    qk_norm: bool = False
     ssd_A_min: float = 1.0
     ssd_A_max: float = 16.0
     ssd_dt_min: float = 1e-3
@@ -158,6 +170,9 @@ class TransXSSMConfig(PreTrainedConfig):
             self.layer_types = _default_layer_types(self.num_hidden_layers)
         self._check_layer_types()
         self._set_ssd_sizes()
+        if self.qk_norm:  # one weight for the heads of every shard; transformers warns of a rule without a layer
+            norms = (f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm"))
+            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
         super().__post_init__(**kwargs)
         self._check_rope()
 
@@ -176,6 +191,21 @@ class TransXSSMConfig(PreTrainedConfig):
     def has_attention(self) -> bool:
         """Whether any layer is an attention layer."""
         return any(layer_type in ATTENTION_LAYER_TYPES for layer_type in self.layer_types)
+
+    @property
+    def rotates_ssd(self) -> bool:
+        """Whether any layer rotates C and B."""
+        return SSD_LAYER_TYPE in self.layer_types and self.ssd_position_embedding == "rope"
+
+    @property
+    def rotates_attention(self) -> bool:
+        """Whether any layer rotates Q and K."""
+        return self.has_attention and self.attention_position_embedding == "rope"
+
+    @property
+    def ssd_num_rotated_pairs(self) -> int:
+        """Of the ssd_state_size / 2 pairs of a state, how many rotate where states do."""
+        return round(self.ssd_partial_rotary_factor * self.ssd_state_size / 2)
 
     @property
     def rotary_width(self) -> int:
@@ -239,7 +269,8 @@ class TransXSSMConfig(PreTrainedConfig):
             )
 
     def _check_rope(self) -> None:
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):
             raise ValueError(
                 f"rope_type {rope_type!r} changes frequencies with the length, but a state summed under old frequencies cannot be "
@@ -247,18 +278,41 @@ class TransXSSMConfig(PreTrainedConfig):
             )
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}: got {rope_type!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "partial_rotary_factor must be 1 in rope_parameters, since attention rotates whole heads: "
+                f"got {rope['partial_rotary_factor']}; for states there is ssd_partial_rotary_factor"
+            )
         widths = self._rotated_widths()
         if any(width % 2 or max(widths) % width for width in widths):
             raise ValueError(
                 "ssd_state_size and head_dim must be even, one a multiple of the other, so that both rotate on one table: "
                 f"got {self.ssd_state_size} and {self.head_dim}"
             )
+        self._check_partial_rotation()
+
+    def _check_partial_rotation(self) -> None:
+        factor, pairs = self.ssd_partial_rotary_factor, self.ssd_state_size / 2
+        if not 0 < factor <= 1:
+            raise ValueError(
+                "ssd_partial_rotary_factor must be above 0 and at most 1, all pairs of the state: "
+                f"got {factor}; without any rotation, set ssd_position_embedding to 'none'"
+            )
+        if factor == 1:
+            return
+        if self.ssd_position_embedding == "none":
+            raise ValueError(
+                f"ssd_partial_rotary_factor must be 1 where ssd_position_embedding is 'none', as nothing rotates: got {factor}"
+            )
+        if self.ssd_num_rotated_pairs < 1 or not math.isclose(factor * pairs, self.ssd_num_rotated_pairs):
+            raise ValueError(
+                f"ssd_partial_rotary_factor must leave a whole number of the state's {pairs:g} pairs: got {factor}, "
+                f"which leaves {factor * pairs:g}"
+            )
 
     def _rotated_widths(self) -> list[int]:
-        widths = [self.head_dim] if self.has_attention else []
-        if SSD_LAYER_TYPE in self.layer_types and self.ssd_position_embedding == "rope":
-            widths.append(self.ssd_state_size)
-        return widths
+        widths = [self.head_dim] if self.rotates_attention else []
+        return [*widths, self.ssd_state_size] if self.rotates_ssd else widths
 
 
 def _default_layer_types(num_layers: int) -> list[str]:

@@ -1,10 +1,9 @@
 """TransXSSM: 7 SSD layers to 1 attention layer, each with an FFN, and one rotary position embedding for all (paper, Section 3).
 
-Letters: b batch, t time, h heads, g groups, p head_dim of an SSD head, n state size, d head_dim of attention.
+Letters: b batch, t time, n state size, d head_dim of attention.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,15 +16,15 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.cache_transxssm import TransXSSMCache
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import (
     Positions,
     Rotary,
@@ -37,27 +36,9 @@ from transxssm.models.positions import (
     local_padding,
 )
 from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
-from transxssm.ops import (
-    apply_rotary,
-    linear_cross_entropy,
-    rms_norm,
-    rotary_cos_sin,
-    subsample_rotary,
-    swiglu,
-)
+from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
 
 SILU = type(ACT2FN["silu"])
-
-
-class TransXSSMRMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation; the name tells transformers how to initialise it."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.variance_epsilon)
 
 
 class TransXSSMRotaryEmbedding(nn.Module):
@@ -69,9 +50,9 @@ class TransXSSMRotaryEmbedding(nn.Module):
     def __init__(self, config: TransXSSMConfig) -> None:
         super().__init__()
         self.frequencies, self.attention_factor = config.rotary_frequencies() if config.rotary_width else ([], 1.0)
-        self.attention_dim = config.head_dim if config.has_attention else None
-        rotates_ssd = SSD_LAYER_TYPE in config.layer_types and config.ssd_position_embedding == "rope"
-        self.ssd_dim = config.ssd_state_size if rotates_ssd else None
+        self.attention_dim = config.head_dim if config.rotates_attention else None
+        self.ssd_dim = config.ssd_state_size if config.rotates_ssd else None
+        self.num_rotated_pairs = config.ssd_num_rotated_pairs
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Rotary | None, Rotary | None]:
         """(cos, sin) for SSD layers and for attention, in `dtype`; None for a kind that isn't there or isn't rotated."""
@@ -79,67 +60,13 @@ class TransXSSMRotaryEmbedding(nn.Module):
             return None, None
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=position_ids.device)
         table = rotary_cos_sin(position_ids, frequencies, dtype)
-        ssd = None if self.ssd_dim is None else subsample_rotary(table, self.ssd_dim)
-        attention = None
+        ssd = attention = None
+        if self.ssd_dim is not None:
+            ssd = keep_pairs(subsample_rotary(table, self.ssd_dim), self.num_rotated_pairs)
         if self.attention_dim is not None:
             cos, sin = subsample_rotary(table, self.attention_dim)
             attention = (cos * self.attention_factor, sin * self.attention_factor)
         return ssd, attention
-
-
-class TransXSSMAttention(nn.Module):
-    """Causal self-attention on the same rotary embedding (Eq. 4 and 6), with Llama's parameter names."""
-
-    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = TransXSSMLinear(config.hidden_size, query_size)
-        self.k_proj = TransXSSMLinear(config.hidden_size, key_size)
-        self.v_proj = TransXSSMLinear(config.hidden_size, key_size)
-        self.o_proj = TransXSSMLinear(query_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        positions: Positions,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(heads)  # (b, t, h, d)
-        k = self.k_proj(hidden_states).view(heads)
-        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (b, h, t, d)
-        if positions.length_scale is not None:
-            q = (q * positions.length_scale[..., None, None]).to(q.dtype)
-        assert positions.attention_rotary is not None
-        q = apply_rotary(q, *positions.attention_rotary).transpose(1, 2)
-        k = apply_rotary(k, *positions.attention_rotary).transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
 class TransXSSMMLP(nn.Module):
@@ -221,8 +148,9 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
             log_range = math.log(config.ssd_dt_min), math.log(config.ssd_dt_max)
             dt = torch.empty_like(module.dt_bias).uniform_(*log_range).exp().clamp(min=config.ssd_dt_floor)
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹
-            if module.D is not None:
-                init.ones_(module.D)
+            for ones in (module.D, module.B_bias, module.C_bias):
+                if ones is not None:
+                    init.ones_(ones)
             if module.conv_weight is not None:
                 bound = config.ssd_conv_kernel_size**-0.5  # as torch initialises a depthwise convolution
                 init.uniform_(module.conv_weight, -bound, bound)

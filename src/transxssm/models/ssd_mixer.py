@@ -11,12 +11,17 @@ from transformers.cache_utils import Cache
 from transxssm.models.cache_transxssm import read_ssd_layer, write_ssd_layer
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
-from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step
+from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, swiglu
 
 
 class TransXSSMSSDMixer(nn.Module):
-    """The state-space layer: x, B, C and dt from the input, the SSD recurrence with rotated C and B, an output projection (Appendix A)."""
+    """The state-space layer: x, B, C and dt from the input, the SSD recurrence with rotated C and B, an output projection (Appendix A).
+
+    Options, in the order in which they act: a short convolution on x, B and C (Mamba-2); an RMSNorm, then a bias, on every group's B
+    and C (Mamba-3); the D skip; the output times silu(z), z = W_z u, then normalised over its whole width (Mamba-2).
+    """
 
     def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -39,6 +44,17 @@ class TransXSSMSSDMixer(nn.Module):
         self.conv_weight = None
         if config.ssd_conv_kernel_size:
             self.conv_weight = nn.Parameter(torch.empty(sum(self.split_sizes), config.ssd_conv_kernel_size))
+        self.B_norm = self.C_norm = None
+        if config.ssd_norm_BC:
+            self.B_norm = TransXSSMRMSNorm(self.state_size, eps=config.rms_norm_eps)
+            self.C_norm = TransXSSMRMSNorm(self.state_size, eps=config.rms_norm_eps)
+        # Vectors, not (g, n), as biases are: what has two axes decays.
+        self.B_bias = nn.Parameter(torch.empty(state_size)) if config.ssd_bias_BC else None
+        self.C_bias = nn.Parameter(torch.empty(state_size)) if config.ssd_bias_BC else None
+        self.z_proj = self.norm = None
+        if config.ssd_output_gate:
+            self.z_proj = TransXSSMLinear(config.hidden_size, x_size)
+            self.norm = TransXSSMRMSNorm(x_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, positions: Positions, past_key_values: Cache | None = None) -> Tensor:
         batch, length, _ = hidden_states.shape
@@ -61,9 +77,8 @@ class TransXSSMSSDMixer(nn.Module):
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
             dt = dt * positions.padding_mask[..., None]
         x = x.view(batch, length, self.num_heads, self.head_dim)
-        B = B.view(batch, length, self.num_groups, self.state_size)
-        C = C.view(batch, length, self.num_groups, self.state_size)
-        if positions.length_scale is not None:
+        B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
+        if positions.length_scale is not None:  # behind the norm, which would take it out
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
 
         rotary = positions.ssd_rotary
@@ -85,7 +100,19 @@ class TransXSSMSSDMixer(nn.Module):
             )
         if past_key_values is not None:
             write_ssd_layer(past_key_values, self.layer_idx, state, new_conv_state)
-        return self.out_proj(y.reshape(batch, length, -1))
+        y = y.reshape(batch, length, -1)
+        if self.z_proj is not None and self.norm is not None:
+            y = self.norm(swiglu(self.z_proj(hidden_states), y))
+        return self.out_proj(y)
+
+    def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
+        """(b, t, g, n): B or C of every group, normalised over the state and moved by its bias where there are any."""
+        state_map = projected.unflatten(-1, (self.num_groups, self.state_size))
+        if norm is not None:
+            state_map = norm(state_map)
+        if bias is not None:
+            state_map = (state_map + bias.view(self.num_groups, self.state_size)).to(state_map.dtype)
+        return state_map
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from transxssm.ops.linear import linear
 from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
-from transxssm.ops.rotary import apply_rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops.rotary import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step
 from transxssm.ops.swiglu import swiglu
@@ -11,6 +11,7 @@ from transxssm.ops.swiglu import swiglu
 __all__ = [
     "SSDBackend",
     "apply_rotary",
+    "keep_pairs",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

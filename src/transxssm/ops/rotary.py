@@ -115,3 +115,28 @@ def subsample_rotary(rotary: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, T
         )
     stride = width // dim
     return cos[..., ::stride], sin[..., ::stride]
+
+
+def keep_pairs(rotary: tuple[Tensor, Tensor], num_pairs: int) -> tuple[Tensor, Tensor]:
+    """The table under which only the first `num_pairs` pairs, those of the highest frequencies, turn; the others stand still.
+
+    What turns, turns as it does under the whole table (p-RoPE, arXiv 2410.06205): angles stay shared with every other layer, and a
+    product of two rotated vectors still depends on their distance only (Eq. 1).
+
+    Args:
+        rotary: (cos, sin), each (…, d/2), highest frequency first.
+        num_pairs: between 1 and d/2.
+
+    Returns:
+        (cos, sin), each (…, d/2): as they are where all pairs are kept, else copies with cos 1 and sin 0 behind `num_pairs`.
+
+    Raises:
+        ValueError: there are not as many pairs.
+    """
+    cos, sin = rotary
+    if not 1 <= num_pairs <= cos.shape[-1]:
+        raise ValueError(f"num_pairs must be between 1 and the table's {cos.shape[-1]} pairs: got {num_pairs}")
+    if num_pairs == cos.shape[-1]:
+        return rotary
+    stands = torch.arange(cos.shape[-1], device=cos.device) >= num_pairs
+    return cos.masked_fill(stands, 1.0), sin.masked_fill(stands, 0.0)

@@ -61,7 +61,7 @@ class Budget:
         return Limits(self.repeats, time.monotonic() + 60 * self.minutes, memory)
 
 
-class Session:
+class BenchmarkRun:
     """One benchmark into one folder.
 
     Args:

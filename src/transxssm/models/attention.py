@@ -1,0 +1,82 @@
+"""The attention layer of the model (paper, Section 3), through the attention functions of transformers.
+
+Letters: b batch, t time, h heads, d head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from transxssm.models.configuration_transxssm import TransXSSMConfig
+from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.norm import TransXSSMRMSNorm
+from transxssm.models.positions import Positions
+from transxssm.ops import apply_rotary
+
+
+class TransXSSMAttention(nn.Module):
+    """Causal self-attention on the same rotary embedding (Eq. 4 and 6), with Llama's parameter names.
+
+    Options: an RMSNorm of every query's and key's head before the rotation (QK-norm), with Qwen3's names; no rotation (NoPE).
+    """
+
+    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = TransXSSMLinear(config.hidden_size, query_size)
+        self.k_proj = TransXSSMLinear(config.hidden_size, key_size)
+        self.v_proj = TransXSSMLinear(config.hidden_size, key_size)
+        self.o_proj = TransXSSMLinear(query_size, config.hidden_size)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = TransXSSMRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = TransXSSMRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Positions,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(heads)  # (b, t, h, d)
+        k = self.k_proj(hidden_states).view(heads)
+        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (b, h, t, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if positions.length_scale is not None:  # behind the norm, which would take it out
+            q = (q * positions.length_scale[..., None, None]).to(q.dtype)
+        if positions.attention_rotary is not None:
+            q, k = apply_rotary(q, *positions.attention_rotary), apply_rotary(k, *positions.attention_rotary)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights

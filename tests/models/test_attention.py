@@ -1,0 +1,49 @@
+"""The attention layer is its formula (Eq. 4 and 6), with every option in its place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.models.tiny import tiny_config
+from tests.tolerances import assert_close
+from transxssm.models.attention import TransXSSMAttention
+from transxssm.models.positions import Positions
+from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies
+
+LENGTH = 9
+
+
+@pytest.mark.parametrize("rotates", [True, False], ids=["rope", "nope"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_equals_its_formula(qk_norm, rotates):
+    torch.manual_seed(0)
+    config = tiny_config("all_attention", qk_norm=qk_norm, attn_implementation="sdpa")  # eager's softmax is float32
+    layer = TransXSSMAttention(config, layer_idx=0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layer = layer.double()
+    u = torch.randn(2, LENGTH, config.hidden_size, dtype=torch.float64)
+    rotary = None
+    if rotates:
+        rotary = rotary_cos_sin(torch.arange(LENGTH)[None], rotary_frequencies(config.head_dim), torch.float64)
+    scale = 1 + torch.rand(1, LENGTH, dtype=torch.float64)  # of Q alone
+    positions = Positions(ssd_rotary=None, attention_rotary=rotary, length_scale=scale, padding_mask=None, seq_idx=None)
+
+    q, k, v = (
+        (u @ projection.weight.T).unflatten(-1, (-1, config.head_dim))
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    if qk_norm:
+        q, k = (
+            F.rms_norm(heads, heads.shape[-1:], norm.weight, config.rms_norm_eps)
+            for heads, norm in ((q, layer.q_norm), (k, layer.k_norm))
+        )
+    q = q * scale[..., None, None]
+    if rotary is not None:
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * config.head_dim**-0.5
+    mask = torch.full((LENGTH, LENGTH), -torch.inf, dtype=torch.float64).triu(1)
+    expected = torch.einsum("bhij,bjhd->bihd", (scores + mask).softmax(-1), v).flatten(2) @ layer.o_proj.weight.T
+
+    output, _ = layer(u, positions, mask[None, None])
+    assert_close(output, expected, torch.float64)
