@@ -21,9 +21,9 @@ LAYERS = {
     "inspection": 3,
     "serving": 3,
     "benchmarking": 4,
-    "studies": 4,
-    COMMAND_LINE: 5,
-    "__main__": 6,
+    "studies": 5,
+    COMMAND_LINE: 6,
+    "__main__": 7,
 }
 # The package's own __init__ gives names to users: of what it may hold, and no more, so that its import stays cheap.
 PUBLIC = {"_version", "ops", "models"}
@@ -132,7 +132,7 @@ def tree(tmp_path):
         ("models/modeling.py", "def f():\n    from transxssm.data import load_corpus", "models (layer 2) imports data"),
         ("data/packing.py", "import transxssm.models.modeling", "data (layer 2) imports models"),
         ("training/loop.py", "from transxssm import evaluation", "training (layer 3) imports evaluation"),
-        ("studies/table2.py", "from transxssm_cli import main", "studies (layer 4) imports transxssm_cli (layer 5)"),
+        ("studies/table2.py", "from transxssm_cli import main", "studies (layer 5) imports transxssm_cli (layer 6)"),
         ("__init__.py", "from transxssm_cli import main", "the package's __init__ imports transxssm_cli"),
         ("training/loop.py", "from transxssm import TransXSSMConfig", "expected the module that defines it"),
         ("__init__.py", "from .training import train", "the package's __init__ imports transxssm.training"),

@@ -160,3 +160,41 @@ def demo(
     from transxssm_cli.demo import run_demo
 
     run_demo(recipe, overrides or [])
+
+
+@app.command()
+def study(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [section.key=value]...",
+            help="A bundled study or a YAML file, then settings that override it. None: lists the bundled ones.",
+            show_default=False,
+        ),
+    ] = None,
+    budget_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Wall time; a run that is cut off goes on the next time. Default: no limit.", show_default=False
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CELL", help="Run this cell; may be given several times.", show_default=False),
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Show the plan, run nothing.")] = False,
+) -> None:
+    """Train and evaluate a grid of models alike: same data in the same order, tuned learning rates, one table.
+
+    Ctrl-C keeps what was run; the same command goes on from there.
+
+    Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/]
+    """
+    from transxssm_cli.study import list_studies, run_study_command, show_plan
+
+    if not arguments:
+        list_studies()
+    elif list_only:
+        show_plan(arguments[0], arguments[1:], only or [])
+    else:
+        run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes)

@@ -1,12 +1,9 @@
 import io
-import signal
-import threading
 
-import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from transxssm.training.callbacks import Interrupt, LastStep, MetricsFile, ProgressDisplay, rows_of
+from transxssm.training.callbacks import LastStep, MetricsFile, ProgressDisplay, rows_of
 
 LOG = {"loss": 2.5, "tokens_per_second": 1000.0, "num_input_tokens_seen": 100}
 EVALUATION = {"eval_loss": 2.0, "eval_perplexity": 7.39, "eval_bits_per_byte": 1.5, "num_input_tokens_seen": 100}
@@ -92,34 +89,3 @@ def test_on_a_terminal_progress_is_a_bar_with_loss_and_speed():
     for part in ("5/20", "loss 2.5000", "1,000 tokens/s", "left", "held-out loss 2.0000"):
         assert part in output
     assert display.bar is None
-
-
-def test_ctrl_c_asks_for_a_checkpoint_and_a_stop_and_the_handler_goes_back():
-    interrupt, control = Interrupt(), TrainerControl()
-    before = signal.getsignal(signal.SIGINT)
-    with interrupt.listening():
-        interrupt.on_step_end(None, state_at(5), control)
-        assert not control.should_training_stop
-        signal.raise_signal(signal.SIGINT)
-        interrupt.on_step_end(None, state_at(5), control)
-        assert control.should_save
-        assert control.should_training_stop
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_outside_the_main_thread_nothing_listens_and_nothing_fails():
-    failures = []
-
-    def listen():
-        try:
-            with Interrupt().listening():
-                pass
-        except ValueError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=listen)
-    thread.start()
-    thread.join()
-    assert not failures

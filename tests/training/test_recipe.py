@@ -1,5 +1,6 @@
 import pytest
 
+from transxssm.models.baselines import count_baseline_parameters
 from transxssm.training import bundled_recipes, load_recipe
 from transxssm.training import recipe as recipe_module
 
@@ -132,3 +133,19 @@ def test_bfloat16_follows_the_hardware_unless_told(recipe_file, monkeypatch, fas
     monkeypatch.setattr(recipe_module, "has_fast_bfloat16", lambda: fast)
     assert load_recipe(recipe_file).training["bf16"] is fast
     assert load_recipe(recipe_file, [f"training.bf16={'false' if fast else 'true'}"]).training["bf16"] is not fast
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba2", "jamba"])
+def test_a_recipe_may_name_a_baseline_of_the_same_size(architecture):
+    own = load_recipe("tiny").language_model_config(vocab_size=512)
+    baseline = load_recipe("tiny", [f"model.architecture={architecture}"]).language_model_config(vocab_size=512)
+    assert own.model_type == "transxssm"
+    assert baseline.model_type != "transxssm"
+    assert count_baseline_parameters(baseline) == pytest.approx(count_baseline_parameters(own), rel=0.02)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"model\.architecture: got 'lama'.* expected one of transxssm, llama, mamba2, jamba"
+    ):
+        load_recipe("tiny", ["model.architecture=lama"])

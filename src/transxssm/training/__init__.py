@@ -1,17 +1,23 @@
 """Layer 2: training, from a recipe to a run folder."""
 
 from transxssm.training.checkpoints import SaveError
+from transxssm.training.interrupt import BudgetSpentError
 from transxssm.training.loop import train
 from transxssm.training.nonfinite import NonFiniteError
-from transxssm.training.recipe import Recipe, bundled_recipes, load_recipe
+from transxssm.training.recipe import Recipe, bundled_recipes, load_recipe, recipe_of
+from transxssm.training.source import TrainingData, text_data
 from transxssm.training.trainer import TransXSSMTrainer
 
 __all__ = [
+    "BudgetSpentError",
     "NonFiniteError",
     "Recipe",
     "SaveError",
+    "TrainingData",
     "TransXSSMTrainer",
     "bundled_recipes",
     "load_recipe",
+    "recipe_of",
+    "text_data",
     "train",
 ]

@@ -1,13 +1,7 @@
-"""What a run shows and writes as it goes: the progress on the terminal, metrics.jsonl, and a stop on Ctrl-C."""
+"""What a run shows and writes as it goes: the progress on the terminal and metrics.jsonl."""
 
 import json
-import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from transxssm.training.checkpoints import write_text_whole
-
-logger = logging.getLogger(__name__)
 
 # What a row of metrics.jsonl takes over from Trainer's log.
 ROW_KEYS = (
@@ -126,8 +118,8 @@ class ProgressDisplay(TrainerCallback):
         where = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
             self.console.print(
-                f"{where}  held-out loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}  "
-                f"bits per byte {logs['eval_bits_per_byte']:.4f}"
+                f"{where}  held-out loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
+                + (f"  bits per byte {logs['eval_bits_per_byte']:.4f}" if "eval_bits_per_byte" in logs else "")
             )
         elif "loss" in logs and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], loss=f"{logs['loss']:.4f}", speed=f"{logs['tokens_per_second']:,.0f}")
@@ -154,35 +146,6 @@ class LastStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = True
-
-
-class Interrupt(TrainerCallback):
-    """Ctrl-C ends the run after the step it falls into, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens for Ctrl-C inside the block. Threads other than the main one get no signals, and none is awaited there."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, self._on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("interrupted: saving a checkpoint after this step (Ctrl-C again stops at once)")
 
 
 def _line(row: dict[str, Any]) -> str:

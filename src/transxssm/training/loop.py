@@ -1,23 +1,32 @@
-"""A run from a recipe to a folder: corpus, tokenizer, rows, model, Trainer, summary."""
+"""A run from a recipe to a folder: rows, model, Trainer, summary."""
 
 import errno
+import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from transxssm.data import PackedCollator, PackedDatasets, build_datasets, build_tokenizer, load_corpus
-from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.baselines import new_language_model
 from transxssm.training import run_folder
-from transxssm.training.callbacks import Interrupt, LastStep, MetricsFile, ProgressDisplay, rows_of
+from transxssm.training.callbacks import LastStep, MetricsFile, ProgressDisplay, rows_of
 from transxssm.training.checkpoints import (
     SaveError,
     last_complete_checkpoint,
@@ -25,8 +34,10 @@ from transxssm.training.checkpoints import (
     step_of,
     write_text_whole,
 )
+from transxssm.training.interrupt import BudgetSpentError, Interrupt
 from transxssm.training.recipe import Recipe
 from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
+from transxssm.training.source import Collate, TrainingData, text_data
 from transxssm.training.trainer import TransXSSMTrainer
 
 logger = logging.getLogger(__name__)
@@ -35,22 +46,33 @@ logger = logging.getLogger(__name__)
 VOCABULARY_MULTIPLE = 64
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    source: Callable[[Recipe], TrainingData] = text_data,
+    display: TrainerCallback | None = None,
+    budget_seconds: float | None = None,
+) -> dict[str, Any]:
     """Trains a model as a recipe says and leaves everything about it in the run folder.
 
     Args:
         recipe: from `load_recipe`.
         resume: continue the run in the recipe's folder from its last whole checkpoint; from scratch if it has none; nothing
             happens if it has finished.
+        source: makes the data; not called if the run has finished.
+        display: shows the run's progress; None: `ProgressDisplay`.
+        budget_seconds: of wall time, after which the run stops with a checkpoint; None: no limit.
 
     Returns:
         The summary, as in summary.json: parameters, steps, train_tokens, train_seconds (data preparation and evaluation left out),
-        tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte, and where it ran.
+        tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte (of text only), and where it ran.
 
     Raises:
         ValueError: bad settings, data that cannot be read, a folder that holds another run.
         NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
         SaveError: a checkpoint could not be written; the one before is kept.
+        BudgetSpentError: the time was up, when the checkpoint has been saved.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint has been saved.
     """
     arguments = recipe.training_arguments()
@@ -72,16 +94,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             say("resuming from %s", checkpoint)
     started = time.perf_counter()
     with arguments.main_process_first(local=False):
-        tokenizer, rows = _prepare_data(recipe)
+        data = source(recipe)
     prepare_seconds = time.perf_counter() - started
-    trainer = _build_trainer(recipe, arguments, tokenizer, rows, checkpoint)
+    trainer = _build_trainer(recipe, arguments, data, checkpoint, display or ProgressDisplay())
     if _asks_to_shard(arguments) and not trainer.is_fsdp_enabled:
         say("accelerate shards over accelerators only: on the CPU every process holds the whole model")
     with _full_disk_in_one_line(run_dir):
         if is_main:
             run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
             write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
-        _run(trainer, checkpoint)
+        _run(trainer, checkpoint, budget_seconds)
         trainer.save_final()
         summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
         if is_main:
@@ -97,25 +119,20 @@ def _check_folder(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         run_folder.check_empty(run_dir)
 
 
-def _prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PackedDatasets]:
-    corpus = load_corpus(recipe.data)
-    tokenizer = build_tokenizer(recipe.data, corpus)
-    return tokenizer, build_datasets(recipe.data, corpus, tokenizer)
-
-
 def _build_trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: PackedDatasets,
+    data: TrainingData,
     checkpoint: Path | None,
+    display: TrainerCallback,
 ) -> TransXSSMTrainer:
     set_seed(arguments.seed)
-    model = TransXSSMForCausalLM(_config_for(recipe, tokenizer))
+    model = new_language_model(_config_for(recipe, data.tokenizer))
+    arguments.remove_unused_columns = False  # the collator reads columns that not every model's forward names
     callbacks: list[TrainerCallback] = [
         LastStep(),
         MetricsFile(recipe.output_dir / run_folder.METRICS),
-        ProgressDisplay(),
+        display,
     ]
     if "tensorboard" in arguments.report_to:
         # Trainer's own would start a folder named by time and host, and keep the lines of steps that are repeated.
@@ -127,23 +144,30 @@ def _build_trainer(
     return TransXSSMTrainer(
         model=model,
         args=arguments,
-        data_collator=PackedCollator(tokenizer),
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        held_out_bytes=rows.held_out_bytes,
-        processing_class=tokenizer,
+        data_collator=partial(_collate_named, data.collate, frozenset(inspect.signature(model.forward).parameters)),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        held_out_bytes=data.held_out_bytes,
+        processing_class=data.tokenizer,
         callbacks=callbacks,
     )
+
+
+def _collate_named(collate: Collate, names: frozenset[str], rows: Sequence[Any]) -> dict[str, Tensor]:
+    """A batch of what a model's `forward` names: transformers' models know no `seq_idx`, its Mamba-2 no positions."""
+    return {name: tensor for name, tensor in collate(rows).items() if name in names}
 
 
 def _asks_to_shard(arguments: TrainingArguments) -> bool:
     return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TransXSSMConfig:
+def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    if tokenizer is None:
+        return recipe.language_model_config()
     padded = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     from_tokenizer = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = recipe.model_config(vocab_size=padded, **from_tokenizer)
+    config = recipe.language_model_config(vocab_size=padded, **from_tokenizer)
     if config.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.vocab_size must be at least the tokenizer's {len(tokenizer)}: got {config.vocab_size}; leave it out to have it set"
@@ -151,8 +175,8 @@ def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TransXSSM
     return config
 
 
-def _run(trainer: TransXSSMTrainer, checkpoint: Path | None) -> None:
-    interrupt = Interrupt()
+def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, budget_seconds: float | None) -> None:
+    interrupt = Interrupt(budget_seconds)
     trainer.add_callback(interrupt)
     if checkpoint is not None:
         last_row = rows_of(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)[-1]
@@ -165,10 +189,12 @@ def _run(trainer: TransXSSMTrainer, checkpoint: Path | None) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressDisplay):
                 callback.close()
-    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt(
-            f"stopped after step {trainer.state.global_step}: continue with the same command and --resume"
-        )
+    if trainer.state.global_step < trainer.state.max_steps:
+        how = f"stopped after step {trainer.state.global_step}: continue with the same command and --resume"
+        if interrupt.requested:
+            raise KeyboardInterrupt(how)
+        if interrupt.is_out_of_time:
+            raise BudgetSpentError(how)
 
 
 @contextmanager
@@ -199,7 +225,7 @@ def _summary(recipe: Recipe, trainer: TransXSSMTrainer) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1),
         "eval_loss": evaluated["eval_loss"],
         "perplexity": evaluated["eval_perplexity"],
-        "bits_per_byte": evaluated["eval_bits_per_byte"],
+        **({"bits_per_byte": evaluated["eval_bits_per_byte"]} if "eval_bits_per_byte" in evaluated else {}),
         "eval_seconds": evaluated["eval_runtime"],
         "held_out_bytes": trainer.held_out_bytes,
         "dtype": "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32",

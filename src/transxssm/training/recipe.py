@@ -8,12 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from transxssm.data import DataArguments
 from transxssm.models import TransXSSMConfig
+from transxssm.models.baselines import BASELINES
 from transxssm.training.precision import has_accelerator, has_fast_bfloat16
-from transxssm.training.recipe_fields import check_sections
+from transxssm.training.recipe_fields import ARCHITECTURES, check_sections
 from transxssm.training.yaml_values import dump_yaml, load_yaml
 
 # What a silent recipe means: the optimiser and the schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
@@ -54,7 +55,8 @@ class Recipe:
 
     Args:
         name: of the file it came from, without suffix.
-        model: an optional `preset` and fields of `TransXSSMConfig`.
+        model: an optional `preset`, fields of `TransXSSMConfig`, and an optional `architecture`: "transxssm", or a baseline
+            ("llama", "mamba2", "jamba"), which then gets the parameters of the TransXSSM that the other keys describe.
         data: where text comes from and how it is cut into rows.
         training: fields of `transformers.TrainingArguments`, verbatim.
     """
@@ -70,17 +72,31 @@ class Recipe:
         return Path(self.training["output_dir"]).expanduser()
 
     def model_config(self, **defaults: Any) -> TransXSSMConfig:
-        """The model's configuration; `defaults` hold where the recipe is silent.
+        """The TransXSSM that the model section describes; `defaults` hold where the recipe is silent.
 
         Raises:
             ValueError: sizes that do not fit each other, an unknown preset.
         """
         fields = {**defaults, **self.model}
-        preset = fields.pop("preset", None)
+        preset, _ = fields.pop("preset", None), fields.pop("architecture", None)
         try:
             return TransXSSMConfig(**fields) if preset is None else TransXSSMConfig.from_preset(preset, **fields)
         except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
             raise ValueError(f"model: {_one_line(error.__cause__ or error)}") from error
+
+    def language_model_config(self, **defaults: Any) -> PreTrainedConfig:
+        """The configuration of what is trained: `model_config`, or the baseline `architecture` with as many parameters.
+
+        Raises:
+            ValueError: see `model_config`; no baseline comes close enough to its parameters.
+        """
+        config, architecture = self.model_config(**defaults), self.model.get("architecture", ARCHITECTURES[0])
+        if architecture not in BASELINES:
+            return config
+        try:
+            return BASELINES[architecture](config)
+        except ValueError as error:
+            raise ValueError(f"model: {_one_line(error)}") from error
 
     def training_arguments(self) -> TrainingArguments:
         """The arguments of the Trainer. Building them chooses the device and joins the other processes, if there are any.
@@ -134,7 +150,20 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     sections = {section: {} if values is None else values for section, values in sections.items()}
     check_sections(sections)
     for override in overrides:
-        _apply(override, sections)
+        apply_override(override, sections)
+    return recipe_of(name, sections)
+
+
+def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
+    """The recipe of sections that are there already, checked and with the defaults filled in.
+
+    Args:
+        name: of the recipe; its run folder is runs/<name> where the sections name none.
+        sections: `model`, `data` and `training`, each optional.
+
+    Raises:
+        ValueError: as `load_recipe`.
+    """
     check_sections(sections)
     recipe = Recipe(
         name=name,
@@ -163,7 +192,12 @@ def _read(name_or_path: str) -> tuple[str, str]:
         raise ValueError(f"recipe {name_or_path} cannot be read as text: {_one_line(error)}") from None
 
 
-def _apply(override: str, sections: dict[str, Any]) -> None:
+def apply_override(override: str, sections: dict[str, Any]) -> None:
+    """Sets what an override `section.key=value` says, in place.
+
+    Raises:
+        ValueError: it has another form, or a key below something that has none.
+    """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):

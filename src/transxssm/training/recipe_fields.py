@@ -13,9 +13,12 @@ from transformers import TrainingArguments
 
 from transxssm.data import DataArguments
 from transxssm.models import PRESETS, TransXSSMConfig
+from transxssm.models.baselines import BASELINES
 
 # Annotated as transformers' own command line takes it; its documentation and YAML say `fsdp: true`.
 _WIDER_TYPES: dict[str, Any] = {"fsdp": bool | str | None}
+# The values of model.architecture: this package's model, or one that it is compared with.
+ARCHITECTURES = ("transxssm", *BASELINES)
 # No coercion: "1" is no number, 1.5 no whole number, 1 no truth value. A whole number is a float all the same.
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
@@ -40,7 +43,11 @@ def known_fields() -> dict[str, dict[str, Field]]:
     """Every key that a recipe may hold, by section."""
     config = {name: Field(kind) for name, kind in TransXSSMConfig.__annotations__.items()}
     return {
-        "model": {"preset": Field(str | None, tuple(PRESETS)), **config},
+        "model": {
+            "preset": Field(str | None, tuple(PRESETS)),
+            "architecture": Field(str, ARCHITECTURES),
+            **config,
+        },
         "data": _dataclass_fields(DataArguments),
         "training": _dataclass_fields(TrainingArguments),
     }

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
+from transxssm.models import TransXSSMConfig
 from transxssm.training.checkpoints import (
     PREFIX,
     STAGING,
@@ -30,18 +31,21 @@ from transxssm.training.nonfinite import NonFiniteError, find_origin
 
 
 class TransXSSMTrainer(Trainer):
-    """Trains a TransXSSM model on packed rows.
+    """Trains a TransXSSM model, or a baseline, on packed rows.
 
     Args:
-        held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for.
+        held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for; None where they are no text.
         Others: as in `Trainer`.
     """
 
-    def __init__(self, *, held_out_bytes: int, **kwargs: Any) -> None:
+    def __init__(self, *, held_out_bytes: int | None, **kwargs: Any) -> None:
         use_cache = kwargs["model"].config.use_cache
         super().__init__(**kwargs)
         self._saved_use_cache = use_cache  # Trainer switches it off; whoever loads the model wants it as it was
         self.held_out_bytes = held_out_bytes
+        # Where the model knows how, logits, tokens × vocabulary, are never formed.
+        is_own = kwargs["model"].config.model_type == TransXSSMConfig.model_type
+        self._loss_options = {"skip_logits": True} if is_own else {}
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.train_seconds = 0.0  # evaluation left out
@@ -124,7 +128,8 @@ class TransXSSMTrainer(Trainer):
         loss = nats / tokens
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
-        output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.held_out_bytes
+        if self.held_out_bytes is not None:
+            output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.held_out_bytes
         return output
 
     def held_out_metrics(self) -> dict[str, float]:
@@ -139,8 +144,8 @@ class TransXSSMTrainer(Trainer):
         labels = inputs["labels"].clone()
         labels[self._rows_of_their_own(len(labels)) :] = -100
         with torch.no_grad(), self.compute_loss_context_manager():
-            # A loss divided by one item is the sum; logits, tokens × vocabulary, are never formed.
-            nats = model(**{**inputs, "labels": labels}, num_items_in_batch=1, skip_logits=True).loss
+            # A loss divided by one item is the sum.
+            nats = model(**{**inputs, "labels": labels}, num_items_in_batch=1, **self._loss_options).loss
         tokens = (labels[:, 1:] != -100).sum()
         self._held_out_sums += torch.stack((nats, tokens)).to(self._held_out_sums)
         return nats / tokens.clamp(min=1), None, None

@@ -1,0 +1,236 @@
+"""The report of a study: figures of every contender out of its runs, as JSON, Markdown and pictures."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transxssm.benchmarking.metadata import run_metadata
+from transxssm.models import read_device
+from transxssm.studies.contenders import Contender, expected_config, sequence_length, size_of
+from transxssm.studies.definition import Study
+from transxssm.studies.outcome import Outcome
+from transxssm.studies.plan import PlannedRun
+from transxssm.studies.plots import plot_curves, plot_lengths, plot_rates
+from transxssm.studies.tables import markdown
+from transxssm.training.checkpoints import write_text_whole
+from transxssm.training.recipe import TRAINING_DEFAULTS
+
+RESULTS, PAGE = "results.json", "README.md"
+AVERAGED = ("eval_loss", "perplexity", "bits_per_byte", "train_seconds", "train_tokens")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a contender.
+
+    Args:
+        contender: whose it is.
+        tuning: outcome of each short run, by learning rate.
+        full: the whole runs; of a contender that borrows weights, those of their owner.
+        measured: cells of the evaluation, by the run's folder.
+    """
+
+    contender: Contender
+    tuning: Mapping[float | None, Outcome]
+    full: Sequence[tuple[PlannedRun, Outcome]]
+    measured: Mapping[Path, dict[str, Any]]
+
+
+def best_rate(outcomes: Mapping[float | None, Outcome]) -> float | None:
+    """The learning rate with the least held-out loss; None where all diverged."""
+    alive = {rate: outcome.eval_loss for rate, outcome in outcomes.items() if not outcome.has_diverged}
+    return min(alive, key=alive.__getitem__) if alive else None
+
+
+def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dict[str, Any]:
+    """Writes results.json, README.md and the pictures into the study's folder.
+
+    Args:
+        study: whose folder it is.
+        evidence: of every contender.
+        status: "complete", or why not everything was done.
+
+    Returns:
+        the report.
+    """
+    contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
+    unfinished = [name for name, report in contenders.items() if report["status"] == "unfinished"]
+    if status == "complete" and unfinished:
+        status = f"not all was asked for: {', '.join(unfinished)} missing"
+    report = {
+        "study": study.name,
+        "title": study.grid.title,
+        "status": status,
+        "metadata": run_metadata(read_device("auto"), None),
+        "settings": study.settings(),
+        "contenders": contenders,
+        "equal_time": _equal_time(contenders),
+    }
+    folder = study.output_dir
+    pictures = plot_curves(folder, contenders) + plot_rates(folder, contenders) + plot_lengths(folder, contenders)
+    write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
+    write_text_whole(folder / PAGE, markdown(report, pictures))
+    return report
+
+
+def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
+    contender, cell = one.contender, study.cells[one.contender.cell]
+    parameters, flops = size_of(expected_config(study, contender), sequence_length(study))
+    by_rate = _by_rate(one)
+    means = {rate: statistics.fmean(outcome.eval_loss for _, outcome in runs) for rate, runs in by_rate.items()}
+    rate = min(means, key=means.__getitem__) if means else None
+    runs = by_rate.get(rate, [])
+    whole = [outcome for _, outcome in runs if not outcome.has_diverged]
+    if whole:  # the model that was trained, rather than the one that was expected
+        parameters = whole[0].summary["parameters"]
+    tokens = whole[0].summary["train_tokens"] if whole else 0
+    tuned_rate = best_rate(one.tuning) if one.tuning else None
+    shared_rate = contender.training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"])
+    rates = sorted(rate for rate in one.tuning if rate is not None)
+    return {
+        "cell": contender.cell,
+        "size": contender.size,
+        "row": cell.row,
+        "column": cell.column,
+        "weights_of": contender.weights_of,
+        "status": _status(study, one, runs),
+        "parameters": parameters,
+        "flops": flops * tokens,
+        "learning_rate": tuned_rate if study.tuning else rate if study.grid.learning_rates else shared_rate,
+        "rate_is_at_edge": tuned_rate is not None and len(rates) > 1 and tuned_rate in (rates[0], rates[-1]),
+        "mean": _statistic(whole, statistics.fmean),
+        "spread": _statistic(whole, statistics.stdev) if len(whole) > 1 else {},
+        "runs": [_run_report(run, outcome) for run, outcome in one.full],
+        "tuning": [_rate_report(rate, outcome) for rate, outcome in one.tuning.items()],
+        "rates": [
+            _rate_report(rate, outcome) | {"seed": run.seed}
+            for run, outcome in one.full
+            if (rate := run.learning_rate) is not None
+        ],
+        "measured": _mean_cells([one.measured[run.folder] for run, outcome in runs if not outcome.has_diverged]),
+        "curve": _mean_curve(whole),
+        "held_out": _mean_held_out(whole),
+    }
+
+
+def _by_rate(one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome]]]:
+    by_rate: dict[float | None, list[tuple[PlannedRun, Outcome]]] = {}
+    for run, outcome in one.full:
+        by_rate.setdefault(run.learning_rate, []).append((run, outcome))
+    return by_rate
+
+
+def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcome]]) -> str:
+    if (
+        one.tuning
+        and study.tuning
+        and len(one.tuning) == len(study.tuning.learning_rates)
+        and best_rate(one.tuning) is None
+    ):
+        return "diverged at every learning rate"
+    planned = len(study.grid.seeds) * max(1, len(study.grid.learning_rates))
+    if len(one.full) < planned:
+        return "unfinished"
+    failed = sum(outcome.has_diverged for _, outcome in runs)
+    return f"{failed} of {len(runs)} runs diverged" if failed else "finished"
+
+
+def _statistic(outcomes: Sequence[Outcome], statistic: Any) -> dict[str, float]:
+    return {
+        key: statistic([outcome.summary[key] for outcome in outcomes])
+        for key in AVERAGED
+        if outcomes and key in outcomes[0].summary
+    }
+
+
+def _run_report(run: PlannedRun, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "folder": run.folder.as_posix(),
+        "seed": run.seed,
+        "has_diverged": outcome.has_diverged,
+        "failure": outcome.failure,
+        "last_step": outcome.last_step,
+        **{key: outcome.summary.get(key) for key in AVERAGED},
+    }
+
+
+def _rate_report(rate: float | None, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "learning_rate": rate,
+        "eval_loss": outcome.eval_loss,
+        "has_diverged": outcome.has_diverged,
+        "last_step": outcome.last_step,
+    }
+
+
+def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The figures that tables show of each cell, averaged over the runs that have it."""
+    averaged: dict[str, dict[str, float]] = {}
+    for key in of_runs[0] if of_runs else ():
+        cells = [cells[key] for cells in of_runs if key in cells]
+        names = [name for name in ("accuracy", "bits_per_byte", "perplexity", "nats_per_token") if name in cells[0]]
+        averaged[key] = {name: statistics.fmean(cell[name] for cell in cells) for name in names}
+    return averaged
+
+
+def _mean_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    """Training loss and time over tokens, averaged over runs, which all log at the same steps."""
+    if not outcomes:
+        return []
+    logged = [{row["tokens"]: row for row in outcome.rows if "loss" in row} for outcome in outcomes]
+    return [
+        {
+            "tokens": tokens,
+            "seconds": statistics.fmean(rows[tokens]["train_seconds"] for rows in logged),
+            "loss": statistics.fmean(rows[tokens]["loss"] for rows in logged),
+        }
+        for tokens in logged[0]
+        if all(tokens in rows for rows in logged)
+    ]
+
+
+def _mean_held_out(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    curves = [outcome.held_out_curve() for outcome in outcomes]
+    return [
+        {
+            "tokens": points[0][0],
+            "seconds": statistics.fmean(seconds for _, seconds, _ in points),
+            "loss": statistics.fmean(loss for _, _, loss in points),
+        }
+        for points in zip(*curves, strict=False)
+    ]
+
+
+def _equal_time(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Held-out loss of each contender when the fastest one of its size has finished, read off between two evaluations."""
+    losses: dict[str, float | None] = {}
+    seconds: dict[str, float] = {}
+    for size in dict.fromkeys(report["size"] for report in contenders.values()):
+        curves = {
+            name: report["held_out"]
+            for name, report in contenders.items()
+            if report["size"] == size and report["held_out"] and report["weights_of"] is None
+        }
+        if len(curves) < 2:
+            continue
+        limit = min(curve[-1]["seconds"] for curve in curves.values())
+        for name, curve in curves.items():
+            times, values = [point["seconds"] for point in curve], [point["loss"] for point in curve]
+            seconds[name] = limit
+            losses[name] = float(np.interp(limit, times, values)) if times[0] <= limit else None
+    return {"seconds": seconds, "eval_loss": losses}
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

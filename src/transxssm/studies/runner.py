@@ -1,0 +1,226 @@
+"""Runs a study: tunes, trains, evaluates; every run in its own folder, so that nothing is done twice."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from transxssm.studies.contenders import Contender, contenders_of, recipe_for
+from transxssm.studies.definition import Study
+from transxssm.studies.evaluation import evaluate_run
+from transxssm.studies.outcome import Outcome, read_outcome, write_divergence
+from transxssm.studies.plan import PlannedRun, Schedule, plan_of
+from transxssm.studies.recall_data import recall_data
+from transxssm.studies.report import Evidence, best_rate, write_report
+from transxssm.training import BudgetSpentError, NonFiniteError, Recipe, TrainingData, text_data, train
+from transxssm.training.checkpoints import write_text_whole
+
+STUDY = "study.json"
+# What is told as it goes: the words, and the share of the planned time that is done.
+Notify = Callable[[str, float], object]
+
+
+def run_study(
+    study: Study,
+    *,
+    only: Sequence[str] = (),
+    budget_minutes: float | None = None,
+    notify: Notify = lambda what, done: None,
+) -> dict[str, Any]:
+    """Makes the runs that are not there yet, and the report out of all that are.
+
+    Args:
+        study: from `load_study`.
+        only: cells or contenders to run; the report has all that were run at any time.
+        budget_minutes: of wall time; a run that it interrupts is gone on with next time.
+        notify: is called as runs begin and steps are made.
+
+    Returns:
+        the report, as in results.json.
+
+    Raises:
+        ValueError: see `contenders_of`; the folder holds another study; data that cannot be read.
+        KeyboardInterrupt: after Ctrl-C; what was done is kept and reported.
+    """
+    chosen = contenders_of(study, only)
+    schedule = plan_of(study, chosen)
+    if budget_minutes is not None and budget_minutes <= 0:
+        raise ValueError(f"the budget must be more than 0 minutes: got {budget_minutes}")
+    _check_same_study(study)
+    work = _Work(study, schedule, None if budget_minutes is None else time.monotonic() + 60 * budget_minutes, notify)
+    status = "complete"
+    try:
+        work.run(chosen)
+    except BudgetSpentError:
+        status = f"the budget of {budget_minutes:g} minutes is spent"
+    except KeyboardInterrupt:
+        write_report(study, collect_evidence(study), "interrupted")
+        raise
+    return write_report(study, collect_evidence(study), status)
+
+
+def collect_evidence(study: Study) -> list[Evidence]:
+    """What is in the study's folder of each contender, those that were not asked for this time included."""
+    contenders = contenders_of(study)
+    schedule = plan_of(study, contenders)
+    evidence = []
+    for contender in contenders:
+        source = contender.name if contender.weights_of is None else contender.weights_of
+        tuning = {
+            run.learning_rate: outcome
+            for run in schedule.tuning
+            if run.contender.name == source and (outcome := read_outcome(study.output_dir / run.folder)) is not None
+        }
+        full = [
+            (run, outcome)
+            for run in schedule.full
+            if run.contender.name == source and (outcome := read_outcome(study.output_dir / run.folder)) is not None
+        ]
+        measured = {run.folder: _measured(_evaluation_path(study, contender, run)) for run, _ in full}
+        evidence.append(Evidence(contender, tuning, full, measured))
+    return evidence
+
+
+class _Work:
+    """The runs of a schedule, one after the other, within a time.
+
+    Args:
+        study, schedule: what is to be done.
+        deadline: in `time.monotonic`'s seconds; None: none.
+        notify: see `run_study`.
+    """
+
+    def __init__(self, study: Study, schedule: Schedule, deadline: float | None, notify: Notify) -> None:
+        self.study, self.schedule, self.deadline, self.notify = study, schedule, deadline, notify
+        self.done_seconds = 0.0
+
+    def run(self, contenders: Sequence[Contender]) -> None:
+        tuned: dict[str, dict[float | None, Outcome]] = {}
+        for run in self.schedule.tuning:
+            outcome = self._one(run, run.learning_rate)
+            tuned.setdefault(run.contender.name, {})[run.learning_rate] = outcome
+        for run in self.schedule.full:
+            rate = run.learning_rate
+            if self.schedule.tuning:
+                rate = best_rate(tuned[run.contender.name])
+                if rate is None:  # none of the rates came through: that is the result
+                    self.done_seconds += run.seconds
+                    continue
+            outcome = self._one(run, rate)
+            if not outcome.has_diverged:
+                self._evaluate(run, rate, contenders)
+
+    def _one(self, run: PlannedRun, learning_rate: float | None) -> Outcome:
+        folder = self.study.output_dir / run.folder
+        label = f"{run.contender.name}, {run.phase}, seed {run.seed}"
+        label += "" if learning_rate is None else f", rate {learning_rate:g}"
+        self._tell(label, 0.0)
+        outcome = read_outcome(folder)
+        if outcome is None:
+            outcome = self._train(run, folder, learning_rate, label)
+        self.done_seconds += run.seconds
+        return outcome
+
+    def _train(self, run: PlannedRun, folder: Path, learning_rate: float | None, label: str) -> Outcome:
+        recipe = self._recipe(run, learning_rate)
+        try:
+            train(
+                recipe,
+                resume=folder.exists(),
+                source=self._source,
+                display=_Steps(
+                    lambda step: self._tell(f"{label} · step {step}/{run.steps}", run.seconds * step / run.steps)
+                ),
+                budget_seconds=self._seconds_left(),
+            )
+        except NonFiniteError as error:
+            write_divergence(folder, str(error))
+        outcome = read_outcome(folder)
+        assert outcome is not None
+        return outcome
+
+    def _evaluate(self, run: PlannedRun, learning_rate: float | None, contenders: Sequence[Contender]) -> None:
+        """The run's own model, and the weights again for the cells that borrow them."""
+        folder = self.study.output_dir / run.folder
+        for contender in contenders:
+            if run.contender.name in (contender.name, contender.weights_of):
+                self._seconds_left()
+                self._tell(f"{contender.name}, evaluation, seed {run.seed}", 0.0)
+                path = _evaluation_path(self.study, contender, run)
+                overrides = None if contender.weights_of is None else contender.model
+                evaluate_run(self.study, folder, self._recipe(run, learning_rate), path, overrides)
+
+    def _recipe(self, run: PlannedRun, learning_rate: float | None) -> Recipe:
+        return recipe_for(
+            self.study,
+            run.contender,
+            self.study.output_dir / run.folder,
+            seed=run.seed,
+            learning_rate=learning_rate,
+            max_steps=run.steps if run.phase == "tuning" else None,
+        )
+
+    def _source(self, recipe: Recipe) -> TrainingData:
+        return text_data(recipe) if self.study.recall is None else recall_data(self.study.recall, recipe)
+
+    def _seconds_left(self) -> float | None:
+        if self.deadline is None:
+            return None
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise BudgetSpentError("nothing more was begun")
+        return left
+
+    def _tell(self, what: str, seconds: float) -> None:
+        self.notify(what, (self.done_seconds + seconds) / max(self.schedule.seconds, 1e-9))
+
+
+class _Steps(TrainerCallback):
+    """Tells the number of each step that was made."""
+
+    def __init__(self, tell: Callable[[int], object]) -> None:
+        self.tell = tell
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.tell(state.global_step)
+
+
+def _evaluation_path(study: Study, contender: Contender, run: PlannedRun) -> Path:
+    run_dir = study.output_dir / run.folder
+    return run_dir.parent / f"{run_dir.name}-{contender.cell}.json"
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
+
+
+def _check_same_study(study: Study) -> None:
+    """Notes what the study is in its folder, or checks that what is noted there is the same.
+
+    Raises:
+        ValueError: it is another study: names the keys.
+    """
+    folder, settings = study.output_dir, json.loads(json.dumps(study.settings()))
+    path = folder / STUDY
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
+        raise ValueError(f"{folder} holds something other than a study (no {STUDY}): choose another grid.output_dir")
+    if not path.is_file() or not any(entry.is_dir() for entry in folder.iterdir()):  # no run has begun
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_whole(path, json.dumps(settings, indent=2) + "\n")
+        return
+    differing = list(_differences("", json.loads(path.read_text(encoding="utf-8")), settings))
+    if differing:
+        raise ValueError(
+            f"{folder} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
+        )
+
+
+def _differences(where: str, before: Any, now: Any) -> Any:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(f"{where}.{key}" if where else key, before.get(key), now.get(key))
+    elif before != now:
+        yield f"{where} was {before!r} and is {now!r}"

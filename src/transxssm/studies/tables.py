@@ -1,0 +1,197 @@
+"""The tables of a study's report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transxssm.evaluation import ResultTable
+
+Reports = Mapping[str, dict[str, Any]]
+MEASURES = {"bits_per_byte": "bits per byte", "perplexity": "perplexity", "eval_loss": "held-out loss"}
+FORMS = {"bits_per_byte": ".4f", "perplexity": ",.2f", "eval_loss": ".4f"}
+NONE = "–"
+
+
+def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
+    """Every table that the report has figures for, by its title."""
+    contenders = report["contenders"]
+    tables = {
+        "Results": _results(contenders),
+        "Two ways": _two_ways(contenders),
+        "Gain by scale": _gain_by_scale(contenders),
+        "At equal wall time": _equal_time(report["equal_time"], contenders),
+        "Learning rates": _rates(contenders, "rates"),
+        "Tuning": _rates(contenders, "tuning"),
+        "Measured": _measured(contenders),
+    }
+    return {title: table for title, table in tables.items() if table is not None}
+
+
+def notes_of(report: dict[str, Any]) -> list[str]:
+    """What a reader of the tables must know."""
+    contenders = report["contenders"]
+    notes = ["± is the standard deviation over seeds; FLOPs are those of training, without elementwise work."]
+    if any(one["rate_is_at_edge"] for one in contenders.values()):
+        names = [name for name, one in contenders.items() if one["rate_is_at_edge"]]
+        notes.append(
+            f"The best learning rate is at the edge of those tried, a better one may lie beyond: {', '.join(names)}."
+        )
+    if report["equal_time"]["seconds"]:
+        notes.append(
+            "Equal wall time: held-out loss at the moment at which the fastest contender of the size ended. Slower ones are then in the "
+            "middle of their schedule, at a learning rate that has not fallen yet."
+        )
+    borrowed = [name for name, one in contenders.items() if one["weights_of"] is not None]
+    if borrowed:
+        notes.append(f"Evaluated with another cell's weights, not trained: {', '.join(borrowed)}.")
+    if report["status"] != "complete":
+        notes.append(f"Not everything was run: {report['status']}.")
+    return notes
+
+
+def markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
+    """The report as a page."""
+    lines = [f"# Study {report['study']}", "", report["title"], ""]
+    lines += [*(f"- {note}" for note in notes_of(report)), ""]
+    for title, table in tables_of(report).items():
+        lines += [f"## {title}", "", table.to_markdown()]
+    lines += [f"![{name.removesuffix('.png')}]({name})\n" for name in pictures]
+    lines += ["## Where", ""]
+    facts = ResultTable(["", ""], [[name, str(value)] for name, value in report["metadata"].items()])
+    return "\n".join([*lines, facts.to_markdown()])
+
+
+def _results(contenders: Reports) -> ResultTable:
+    measures = [
+        key for key in MEASURES if any(key in one["mean"] for one in contenders.values() if one["weights_of"] is None)
+    ]
+    rows = [
+        [
+            name,
+            f"{one['parameters']:,}",
+            _number(one["mean"].get("train_tokens"), ",.0f"),
+            f"{one['flops']:.2e}" if one["flops"] else NONE,
+            NONE if one["learning_rate"] is None else f"{one['learning_rate']:g}",
+            *(_with_spread(one, key, FORMS[key]) for key in measures),
+            _with_spread(one, "train_seconds", ",.0f"),
+            str(sum(not run["has_diverged"] for run in one["runs"])),
+            one["status"],
+        ]
+        for name, one in contenders.items()
+        if one["weights_of"] is None
+    ]
+    headings = [
+        "cell",
+        "parameters",
+        "tokens",
+        "FLOPs",
+        "rate",
+        *(MEASURES[key] for key in measures),
+        "seconds",
+        "runs",
+        "status",
+    ]
+    return ResultTable(headings, rows)
+
+
+def _two_ways(contenders: Reports) -> ResultTable | None:
+    placed = {(one["row"], one["column"]): one for one in contenders.values() if one["row"] and one["column"]}
+    if not placed:
+        return None
+    rows, columns = (list(dict.fromkeys(place[axis] for place in placed)) for axis in (0, 1))
+    key = "perplexity"
+    return ResultTable(
+        [key, *columns],
+        [
+            [
+                row,
+                *(
+                    _with_spread(placed[row, column], key, ".3f") if (row, column) in placed else NONE
+                    for column in columns
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _gain_by_scale(contenders: Reports) -> ResultTable | None:
+    sizes = list(dict.fromkeys(one["size"] for one in contenders.values() if one["size"] is not None))
+    if len(sizes) < 2:
+        return None
+    of_cell: dict[str, dict[str, Any]] = {}
+    for one in contenders.values():
+        of_cell.setdefault(one["cell"], {})[one["size"]] = one
+    rows = []
+    for cell, by_size in of_cell.items():
+        values = [by_size[size]["mean"].get("bits_per_byte") if size in by_size else None for size in sizes]
+        gain = None if values[0] is None or values[-1] is None else values[0] - values[-1]
+        shown = [_with_spread(by_size[size], "bits_per_byte", ".4f") if size in by_size else NONE for size in sizes]
+        rows.append([cell, *shown, _number(gain, ".4f")])
+    return ResultTable(["bits per byte", *sizes, "gain"], rows)
+
+
+def _equal_time(equal_time: dict[str, Any], contenders: Reports) -> ResultTable | None:
+    if not equal_time["seconds"]:
+        return None
+    return ResultTable(
+        ["cell", "seconds", "held-out loss", "at the end of its own schedule", "seconds of it"],
+        [
+            [
+                name,
+                f"{seconds:,.0f}",
+                _number(equal_time["eval_loss"][name], ".4f"),
+                _number(contenders[name]["mean"].get("eval_loss"), ".4f"),
+                _number(contenders[name]["mean"].get("train_seconds"), ",.0f"),
+            ]
+            for name, seconds in equal_time["seconds"].items()
+        ],
+    )
+
+
+def _rates(contenders: Reports, key: str) -> ResultTable | None:
+    rates = sorted({entry["learning_rate"] for one in contenders.values() for entry in one[key]})
+    if not rates:
+        return None
+    rows = []
+    for name, one in contenders.items():
+        if not one[key] or one["weights_of"] is not None:
+            continue
+        by_rate: dict[float, list[dict[str, Any]]] = {}
+        for entry in one[key]:
+            by_rate.setdefault(entry["learning_rate"], []).append(entry)
+        rows.append([name, *(_of_rate(by_rate.get(rate, [])) for rate in rates)])
+    return ResultTable(["held-out loss at rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _of_rate(entries: Sequence[dict[str, Any]]) -> str:
+    if not entries:
+        return NONE
+    failed = [entry for entry in entries if entry["has_diverged"]]
+    if failed:
+        return f"diverged (step {min(entry['last_step'] for entry in failed)})"
+    return f"{math.fsum(entry['eval_loss'] for entry in entries) / len(entries):.4f}"
+
+
+def _measured(contenders: Reports) -> ResultTable | None:
+    keys = list(dict.fromkeys(key for one in contenders.values() for key in one["measured"]))
+    if not keys:
+        return None
+    is_recall = any("accuracy" in cell for one in contenders.values() for cell in one["measured"].values())
+    measure, form = ("accuracy", ".1%") if is_recall else ("bits_per_byte", ".4f")
+    heading = "accuracy at length/pairs" if is_recall else "bits per byte in windows of"
+    rows = [
+        [name, *(_number(one["measured"].get(key, {}).get(measure), form) for key in keys)]
+        for name, one in contenders.items()
+        if one["measured"]
+    ]
+    return ResultTable([heading, *keys], rows)
+
+
+def _with_spread(one: dict[str, Any], key: str, form: str) -> str:
+    mean, spread = one["mean"].get(key), one["spread"].get(key)
+    return _number(mean, form) + ("" if spread is None else f" ± {spread:{form}}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else f"{value:{form}}"

@@ -1,0 +1,130 @@
+"""`transxssm study`: shows the plan, then the progress over its runs, then the tables."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.utils import logging
+
+from transxssm.evaluation import ResultTable
+from transxssm.studies import Study, bundled_studies, contenders_of, load_study, plan_of, run_study, tables_of
+from transxssm.studies.outcome import read_outcome
+from transxssm.studies.runner import Notify
+from transxssm.studies.tables import notes_of
+from transxssm_cli.training import quiet_progress_bars
+
+
+def list_studies() -> None:
+    """The bundled studies and what they ask."""
+    table = ResultTable(["study", "asks"], [[name, load_study(name).grid.title] for name in bundled_studies()])
+    _print(table)
+
+
+def show_plan(recipe: str, overrides: Sequence[str], only: Sequence[str]) -> None:
+    """What a study would run.
+
+    Raises:
+        ValueError: see `load_study`, `contenders_of`.
+    """
+    study = load_study(recipe, overrides)
+    _print_plan(study, only, Console(highlight=False))
+
+
+def run_study_command(
+    recipe: str, overrides: Sequence[str], *, only: Sequence[str], budget_minutes: float | None
+) -> None:
+    """Runs a study and shows its tables.
+
+    Raises:
+        ValueError: see `load_study`, `run_study`.
+        KeyboardInterrupt: after Ctrl-C; says how to go on.
+    """
+    study = load_study(recipe, overrides)
+    contenders_of(study, only)
+    if budget_minutes is not None and budget_minutes <= 0:
+        raise ValueError(f"--budget-minutes must be more than 0: got {budget_minutes:g}")
+    _print_plan(study, only, Console(highlight=False, stderr=True))
+    quiet_progress_bars()
+    logging.disable_progress_bar()  # a bar over the loading of weights
+    with _progress(study) as notify:
+        report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify)
+    for title, table in tables_of(report).items():
+        typer.echo(f"\n{title}")
+        _print(table)
+    for note in notes_of(report):
+        typer.echo(note)
+    typer.echo(f"Written to {study.output_dir}")
+
+
+def _print_plan(study: Study, only: Sequence[str], console: Console) -> None:
+    contenders = contenders_of(study, only)
+    schedule = plan_of(study, contenders)
+    rows = []
+    for contender in contenders:
+        tuning = [run for run in schedule.tuning if run.contender.name == contender.name]
+        full = [run for run in schedule.full if run.contender.name == contender.name]
+        rows.append(
+            [
+                contender.name,
+                f"weights of {contender.weights_of}" if contender.weights_of else f"{len(tuning)} + {len(full)}",
+                f"{sum(run.tokens for run in (*tuning, *full)):,}",
+                _duration(sum(run.seconds for run in (*tuning, *full))),
+            ]
+        )
+    console.print(_table(ResultTable(["cell", "runs (tuning + whole)", "tokens", "about"], rows)))
+    done = [run for run in schedule.runs if read_outcome(study.output_dir / run.folder) is not None]
+    seconds = schedule.seconds - sum(run.seconds for run in done)
+    console.print(
+        f"{escape(study.name)}: {len(schedule.runs)} runs, {len(done)} done, about {_duration(seconds)} left at "
+        f"{study.grid.flops_per_second:.1e} FLOP/s, evaluation not counted; in {escape(str(study.output_dir))}",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _progress(study: Study) -> Iterator[Notify]:
+    """A bar over the planned time on a terminal; elsewhere a line as each run begins. An interruption says how to go on."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    last = ""
+
+    def on_lines(what: str, done: float) -> None:
+        nonlocal last
+        run = what.partition(" · ")[0]
+        if run != last:
+            console.print(f"{done:4.0%}  {escape(run)}")
+        last = run
+
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=1.0)
+
+            def on_bar(what: str, done: float) -> None:
+                bar.update(task, description=escape(what), completed=done)
+
+            yield on_bar if console.is_terminal else on_lines
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was run is in {study.output_dir}; the same command goes on from there") from None
+
+
+def _print(table: ResultTable) -> None:
+    Console(highlight=False).print(_table(table))
+
+
+def _table(table: ResultTable) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(table.headings):
+        shown.add_column(escape(heading), justify="right" if index else "left", no_wrap=index == 0)
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    return shown
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

@@ -1,0 +1,90 @@
+"""`transxssm study`: the plan, the tables, and every mistake in one line."""
+
+import json
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def study_file(tmp_path, recipe):
+    """One cell of two steps, out of the recipe that the other commands are tested with."""
+    sections = yaml.safe_load(recipe.read_text())
+    del sections["training"]["output_dir"]
+    sections["training"] |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    sections |= {
+        "grid": {"title": "Is it one?", "output_dir": str(tmp_path / "out")},
+        "cells": {"hybrid": {}, "llama": {"model": {"architecture": "llama"}}},
+    }
+    path = tmp_path / "mini.yaml"
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path
+
+
+def test_without_a_recipe_the_bundled_ones_are_listed(run):
+    result = run("study")
+    assert result.exit_code == 0
+    for name in ("table2", "table3", "length", "recall", "ratio", "stability"):
+        for size in ("cpu", "paper"):
+            assert f"{name}-{size}" in result.stdout
+
+
+def test_the_plan_alone_writes_nothing(run, study_file, tmp_path):
+    result = run("study", study_file, "grid.seeds=[0, 1]", "--list")
+    assert result.exit_code == 0
+    assert "4 runs, 0 done" in result.stdout
+    assert "hybrid" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_progress_and_tables(run, study_file, tmp_path):
+    result = run("study", study_file, "--only", "hybrid")
+    assert result.exit_code == 0
+    assert result.stderr.index("1 runs, 0 done") < result.stderr.index("hybrid, full, seed 0")
+    assert "step" not in result.stderr
+    assert "resume" not in result.stderr
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    loss = report["contenders"]["hybrid"]["mean"]["eval_loss"]
+    assert f"{loss:.4f}"[:4] in result.stdout
+    assert "Not everything was run: not all was asked for: llama missing" in result.stdout
+    assert "0:00" not in result.stderr  # no bar where nobody watches
+    result = run("study", study_file, "--only", "hybrid")
+    assert "1 runs, 1 done, about < 1 min left" in result.stderr
+
+
+def test_an_interruption_says_how_to_go_on(run, study_file, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transxssm_cli.study.run_study", stop)
+    result = run("study", study_file)
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tabel2-cpu"], "no study 'tabel2-cpu': did you mean table2-cpu?"),
+        (["table2-cpu", "--only", "hybrid-rop"], "did you mean hybrid-rope?"),
+        (["table2-cpu", "grid.seed=[0]"], "unknown key grid.seed: did you mean seeds?"),
+        (["table2-cpu", "tunning.max_steps=3"], "unknown key tunning: did you mean tuning?"),
+        (["table2-cpu", "cells.hybrid-rope.modell={}"], "unknown key cells.hybrid-rope.modell: did you mean model?"),
+        (["table2-cpu", "training.max_stepss=3"], "did you mean training.max_steps?"),
+        (["table2-cpu", "model.hidden_sizee=3"], "did you mean model.hidden_size?"),
+        (["table2-cpu", "grid.seeds=[zero]"], "grid.seeds.0: got 'zero'"),
+        (["table2-cpu", "grid.seeds=[]"], "expected at least one seed"),
+        (["table2-cpu", "grid.learning_rates=[1e-3]"], "leave one out"),
+        (["table2-cpu", "training.max_steps=-1"], "training.max_steps: got -1"),
+        (["table2-cpu", "model.num_attention_heads=7"], "multiple of num_attention_heads"),
+        (["table2-cpu", "cells.hybrid-rope.model.architecture=lama"], "model.architecture: got 'lama'"),
+        (["table2-cpu", "--budget-minutes", "0"], "more than 0"),
+        (["table2-cpu", "seeds"], "expected section.key=value"),
+        (["recall-cpu", "recall.sizes=[[8, 4]]"], "need at least 16 tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(error_of, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of("study", *arguments)
+    assert not (tmp_path / "runs").exists()
