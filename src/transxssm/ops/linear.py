@@ -21,9 +21,9 @@ BLOCK_TOKENS = 512  # enough for a product at full speed, few enough that no lar
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ, without a bias.
 
-    Where the CPU has no bfloat16 (float16) products, torch's reach a seventh of float32's speed, backward less. There, operands are raised to
-    float32 on their way into the product, blocks of tokens at a time, and the result is rounded once: sums are as exact as in
-    hardware. Everywhere else, for the few tokens of a decoding step, and in a compiled graph, this is
+    Where the CPU has no bfloat16 (float16) products, torch's reach a seventh of float32's speed, backward less. There, operands
+    are raised to float32 on their way into the product, blocks of tokens at a time, and the result is rounded once: sums are as
+    exact as in hardware. Everywhere else, for the few tokens of a decoding step, and in a compiled graph, this is
     `torch.nn.functional.linear`. In the raised form not twice differentiable.
 
     Args:
