@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "transxssm"
 COMMAND_LINE = "transxssm_cli"
 LAYERS = {
     "_version": 0,
+    "whole_files": 0,
     "ops": 1,
     "models": 2,
     "data": 2,

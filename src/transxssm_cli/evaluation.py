@@ -40,9 +40,9 @@ from transxssm.evaluation import (
     recall_table,
     require_harness,
     select_documents,
-    write_whole,
 )
 from transxssm.models import load_tokenizer
+from transxssm.whole_files import write_text_whole
 from transxssm_cli.evaluation_options import (
     LONGEST_DEFAULT,
     default_lengths,
@@ -237,7 +237,7 @@ def _publish(results: Results, table: ResultTable, plot: Callable[[Path], None])
     picture, page = results.path.with_suffix(".png"), results.path.with_suffix(".md")
     plot(picture)
     settings = "".join(f"- {key}: {value}\n" for key, value in results.settings.items())
-    write_whole(
+    write_text_whole(
         page,
         f"# {results.evaluation}\n\n{table.to_markdown()}\n![{results.evaluation}]({picture.name})\n\n{settings}"
         f"\n`{results.context['command']}` on {results.context['device']}\n",

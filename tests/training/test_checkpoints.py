@@ -13,7 +13,6 @@ from transxssm.training.checkpoints import (
     save_error,
     step_of,
     why_incomplete,
-    write_text_whole,
 )
 
 
@@ -91,19 +90,6 @@ def test_published_files_replace_those_of_the_same_name_only(tmp_path):
         "config.json": "new",
         "metrics.jsonl": "kept",
     }
-
-
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    write_text_whole(path, "first")
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_text_whole(path, "second")
-    assert path.read_text() == "first"
 
 
 def test_a_save_error_is_one_line_with_reason_and_what_is_left(tmp_path):

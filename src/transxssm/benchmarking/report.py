@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transxssm.benchmarking.lengths import format_length
+from transxssm.whole_files import write_text_whole
 
 HEADERS = (
     "tokens",
@@ -25,22 +26,14 @@ PLOT_COLUMNS = 3
 def write_report(folder: Path, name: str, results: dict[str, Any]) -> None:
     """Writes `name`.json, `name`.md and, where anything was timed, `name`.png into the folder."""
     write_json(folder / f"{name}.json", results)
-    write_whole(folder / f"{name}.md", markdown(results).encode())
+    write_text_whole(folder / f"{name}.md", markdown(results))
     if any(cell["tokens_per_second"] for cell in results["cells"]):
         plot(folder / f"{name}.png", results)
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Writes results so that a kill leaves the old file or the new one."""
-    write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file at once, its folder made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_bytes(content)
-    aside.replace(path)
+    write_text_whole(path, json.dumps(results, indent=2) + "\n")
 
 
 def modes_of(results: dict[str, Any]) -> list[str]:

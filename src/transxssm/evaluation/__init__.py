@@ -5,7 +5,7 @@ from transxssm.evaluation.needle import Decoding, judge_for, needle_plans, needl
 from transxssm.evaluation.perplexity import longest_document, perplexity_plans, perplexity_table, select_documents
 from transxssm.evaluation.plots import plot_harness, plot_needle, plot_perplexity, plot_recall
 from transxssm.evaluation.recall import STANDARD_SIZES, recall_plans, recall_table
-from transxssm.evaluation.results import Cell, CellPlan, Results, ResultTable, write_whole
+from transxssm.evaluation.results import Cell, CellPlan, Results, ResultTable
 from transxssm.evaluation.scoring import TokenScorer, TokenScores
 
 __all__ = [
@@ -34,5 +34,4 @@ __all__ = [
     "recall_table",
     "require_harness",
     "select_documents",
-    "write_whole",
 ]

@@ -1,11 +1,12 @@
 """What an evaluation has measured so far: cells in a JSON file that grows with each of them, and tables out of it."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transxssm.whole_files import write_text_whole
 
 Cell = dict[str, Any]
 Advance = Callable[[int], object]
@@ -111,15 +112,4 @@ class Results:
             "context": self.context,
             "cells": self.cells,
         }
-        write_whole(self.path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that at its name there is the old content or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+        write_text_whole(self.path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

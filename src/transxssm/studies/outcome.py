@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from transxssm.training.checkpoints import write_text_whole
 from transxssm.training.report import read_summary
 from transxssm.training.run_folder import METRICS
+from transxssm.whole_files import write_text_whole
 
 DIVERGED = "diverged.json"
 # Losses that differ by this share of the first step's differ by more than noise.

@@ -18,8 +18,8 @@ from transxssm.studies.outcome import Outcome
 from transxssm.studies.plan import PlannedRun
 from transxssm.studies.plots import plot_curves, plot_lengths, plot_rates
 from transxssm.studies.tables import markdown
-from transxssm.training.checkpoints import write_text_whole
 from transxssm.training.recipe import TRAINING_DEFAULTS
+from transxssm.whole_files import write_text_whole
 
 RESULTS, PAGE = "results.json", "README.md"
 AVERAGED = ("eval_loss", "perplexity", "bits_per_byte", "train_seconds", "train_tokens")

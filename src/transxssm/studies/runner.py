@@ -16,7 +16,7 @@ from transxssm.studies.plan import PlannedRun, Schedule, plan_of
 from transxssm.studies.recall_data import recall_data
 from transxssm.studies.report import Evidence, best_rate, write_report
 from transxssm.training import BudgetSpentError, NonFiniteError, Recipe, TrainingData, text_data, train
-from transxssm.training.checkpoints import write_text_whole
+from transxssm.whole_files import write_text_whole
 
 STUDY = "study.json"
 # What is told as it goes: the words, and the share of the planned time that is done.

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from transxssm.training.checkpoints import write_text_whole
+from transxssm.whole_files import write_text_whole
 
 # What a row of metrics.jsonl takes over from Trainer's log.
 ROW_KEYS = (

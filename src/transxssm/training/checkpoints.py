@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from transxssm.whole_files import sync
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
@@ -29,7 +31,7 @@ def publish_folder(staged: Path, target: Path) -> None:
     if target.exists():  # left incomplete by an earlier process: complete ones are resumed from, not repeated
         shutil.rmtree(target)
     staged.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def publish_files(staged: Path, target: Path) -> None:
@@ -40,16 +42,7 @@ def publish_files(staged: Path, target: Path) -> None:
         destination.parent.mkdir(parents=True, exist_ok=True)
         path.replace(destination)
     shutil.rmtree(staged)
-    _sync(target)
-
-
-def write_text_whole(path: Path, text: str) -> None:
-    """Replaces a text file at once: a reader, or a power cut, sees the old text or the new, never a part."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    _sync(draft)
-    draft.replace(path)
-    _sync(path.parent)
+    sync(target)
 
 
 def why_incomplete(checkpoint: Path) -> str | None:
@@ -123,12 +116,4 @@ def _files(folder: Path) -> list[Path]:
 
 def _sync_tree(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

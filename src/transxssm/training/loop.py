@@ -32,13 +32,13 @@ from transxssm.training.checkpoints import (
     last_complete_checkpoint,
     save_error,
     step_of,
-    write_text_whole,
 )
 from transxssm.training.interrupt import BudgetSpentError, Interrupt
 from transxssm.training.recipe import Recipe
 from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
 from transxssm.training.source import Collate, TrainingData, text_data
 from transxssm.training.trainer import TransXSSMTrainer
+from transxssm.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
 

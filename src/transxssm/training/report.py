@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from transxssm._version import __version__
-from transxssm.training.checkpoints import write_text_whole
+from transxssm.whole_files import write_text_whole
 
 SUMMARY = "summary.json"
 LIBRARIES = ("transformers", "accelerate", "datasets", "tokenizers")
