@@ -64,6 +64,12 @@ def test_equals_the_loss_of_the_full_logits(num_tokens, dtype, reduction, device
     assert_equals_full_logits(*inputs(num_tokens, dtype, device), reduction=reduction)
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["products in hardware", "no products in hardware"])
+def test_half_operands_on_any_cpu(fast, device, monkeypatch):
+    monkeypatch.setattr(sys.modules["transxssm.ops.linear_cross_entropy"], "has_fast_products", lambda *_: fast)
+    assert_equals_full_logits(*inputs(97, torch.bfloat16, device))
+
+
 @REDUCTIONS
 @pytest.mark.parametrize("block", [1, 2, 96, 97, 98, 1000])
 def test_any_block(block, reduction, device, blocks_of):

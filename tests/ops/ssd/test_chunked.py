@@ -188,3 +188,11 @@ def test_chunks_in_several_blocks(scores_in_a_block, documents, device, monkeypa
     """States, their gradients and documents pass from block to block as from chunk to chunk."""
     monkeypatch.setattr("transxssm.ops.ssd.chunked.BLOCK_SCORES", scores_in_a_block)
     assert_equals_oracle(make_case(documents=documents, device=device), chunk_size=4)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["products in hardware", "no products in hardware"])
+@pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
+def test_half_operands_on_any_cpu(documents, fast, device, monkeypatch):
+    """Operands stay in bfloat16 where it is multiplied in hardware, and are raised to float32 where it is not."""
+    monkeypatch.setattr("transxssm.ops.ssd.chunked.has_fast_products", lambda *_: fast)
+    assert_equals_oracle(make_case(documents=documents, dtype=torch.bfloat16, device=device), chunk_size=8)
