@@ -159,15 +159,21 @@ def test_a_token_is_written_in_place_and_the_rest_stays_where_it_is():
     assert layer.keys.untyped_storage().nbytes() <= 1.5 * layer.keys.nbytes
 
 
+def drop_first_tokens(layer: DynamicLayer) -> None:
+    """Views of the same strides that no longer begin where the buffers do."""
+    layer.keys, layer.values = layer.keys[..., 2:, :], layer.values[..., 2:, :]
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        drop_first_tokens,
         lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
         lambda layer: layer.crop(-3),
         lambda layer: layer.batch_repeat_interleave(2),
         lambda layer: layer.batch_select_indices(torch.tensor([1])),
     ],
-    ids=["reorder", "crop", "repeat", "select"],
+    ids=["drop", "reorder", "crop", "repeat", "select"],
 )
 def test_grows_on_after_its_rows_were_changed(change):
     """The same as transformers' layer, which copies everything at every token."""
