@@ -72,13 +72,22 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(
             f"rotary tables of shape {tuple(cos.shape)} rotate (b, t, heads, {2 * cos.shape[-1]}): got x of shape {tuple(x.shape)}"
         )
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+    return rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2)).to(x.dtype)  # one angle for all heads
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation of `apply_rotary` for any layout, unchecked and not rounded: x (…, d) in the precision of cos and sin.
+
+    Args:
+        x: (…, d).
+        cos, sin: broadcastable to (…, d/2); −sin turns back.
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Writes the rotation of `apply_rotary` into `out`, for operators that lay out their operands as they load them. Not differentiable.
+    """`rotate` into memory that is there, which saves a CPU two passes. Not differentiable.
 
     Args:
         out: x's shape, any layout, in the dtype of cos and sin; no part of x.

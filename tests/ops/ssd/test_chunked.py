@@ -11,6 +11,7 @@ from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
 from transxssm.ops.ssd import ssd_chunk_scan
+from transxssm.ops.ssd.chunked import BLOCK_SCORES, _recurrence_at_once
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -186,7 +187,7 @@ def test_arguments_are_left_as_they_were(device):
 @pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
 def test_chunks_in_several_blocks(scores_in_a_block, documents, device, monkeypatch):
     """States, their gradients and documents pass from block to block as from chunk to chunk."""
-    monkeypatch.setattr("transxssm.ops.ssd.chunked.BLOCK_SCORES", scores_in_a_block)
+    monkeypatch.setitem(BLOCK_SCORES, device.type, scores_in_a_block)
     assert_equals_oracle(make_case(documents=documents, device=device), chunk_size=4)
 
 
@@ -196,3 +197,10 @@ def test_half_operands_on_any_cpu(documents, fast, device, monkeypatch):
     """Operands stay in bfloat16 where it is multiplied in hardware, and are raised to float32 where it is not."""
     monkeypatch.setattr("transxssm.ops.ssd.chunked.has_fast_products", lambda *_: fast)
     assert_equals_oracle(make_case(documents=documents, dtype=torch.bfloat16, device=device), chunk_size=8)
+
+
+@pytest.mark.parametrize("documents", [(37,), (9, 13, 15), (1,) * 20], ids=str)
+def test_states_of_all_chunks_at_once(documents, device, monkeypatch):
+    """What a GPU does instead of going from chunk to chunk."""
+    monkeypatch.setattr("transxssm.ops.ssd.chunked._recurrence", _recurrence_at_once)
+    assert_equals_oracle(make_case(documents=documents, device=device), chunk_size=4)

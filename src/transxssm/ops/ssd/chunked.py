@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.precision import has_fast_products
-from transxssm.ops.rotary import rotate_into
+from transxssm.ops.rotary import rotate, rotate_into
 
-BLOCK_SCORES = 2**19  # scores of a block over all heads and rows: 2 MiB of float32
+# Scores of a block over all heads and rows. On a CPU 2 MiB of float32 stay in the cache; on a GPU, which has to be kept busy, memory
+# is the bound: 256 MiB for each such tensor.
+BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**26}
 
 
 def ssd_chunked(
@@ -41,7 +43,10 @@ def ssd_chunked(
     cos, sin = (None, None) if rotary is None else rotary
     differentiable = (x, dt, A, B, C, D, initial_state)
     keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    y, final_state, _ = _scan(
+    # The compiler fuses on a GPU what it can look into; on a CPU the operator, which it leaves alone, is the faster one.
+    is_traced = torch.compiler.is_compiling() and x.device.type != "cpu"
+    scan = _TracedScan.apply if is_traced else _scan
+    y, final_state, _ = scan(
         x,
         dt.to(accumulate),
         A.to(accumulate),
@@ -87,11 +92,14 @@ _INPUTS_SCHEMA = (
 def _scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the state that each chunk began with, in x's dtype: (b, chunks, g, n, r p), or (0,)."""
     *tensors, chunk_size, keeps_states = arguments
-    inputs = _Inputs(*tensors)
+    return _forward_chunks(_Inputs(*tensors), chunk_size, keeps_states)
+
+
+def _forward_chunks(inputs: _Inputs, chunk_size: int, keeps_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, B, D = inputs.x, inputs.B, inputs.D
     batch, _, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
-    y, state, states = _empty_outputs(*arguments)
+    y, state, states = _empty_outputs(*inputs, chunk_size, keeps_states)
     if inputs.initial_state is None:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
@@ -107,8 +115,7 @@ def _scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         from_start = _by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
         outputs = _product(from_start, chunk.from_start[..., None], chunk.x.dtype)
         weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L, chunk.x.dtype)  # (a, g, r, q, k)
-        _add_products(outputs, weights, chunk.x)
-        outputs = outputs.unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
+        outputs = _add_products(outputs, weights, chunk.x).unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
         if D is not None:
             outputs += D.view(groups, -1, 1, 1) * _heads(x[:, block.tokens], block, groups)
         _heads(y[:, block.tokens], block, groups).copy_(outputs)
@@ -163,7 +170,7 @@ def _backward_chunks(
         chunk = _load(block, inputs)
         operand = chunk.x.dtype
         dy = _heads(grad_y[:, block.tokens], block, groups)  # (b, m, g, r, q, p)
-        dy = torch.empty(dy.shape, dtype=operand, device=dy.device).copy_(dy).flatten(0, 1)  # (a, g, r, q, p)
+        dy = dy.to(operand, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)  # (a, g, r, q, p)
         entering = states[:, block.chunks].flatten(0, 1).to(operand)  # (a, g, n, r p)
 
         # The states' gradients, from the last chunk to the first.
@@ -238,7 +245,12 @@ def _backward(
         grad_y = torch.zeros_like(inputs.x)
     if grad_state is None:
         grad_state = inputs.dt.new_zeros(inputs.x.shape[0], *inputs.x.shape[2:], inputs.B.shape[3])
-    *grads, grad_D, grad_initial = _scan_backward(*tensors, grad_y, grad_state, states, ctx.chunk_size)
+    return _of_arguments(inputs, _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size))
+
+
+def _of_arguments(inputs: _Inputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of `_scan`'s arguments: none of those that were not given, or cannot be differentiated."""
+    *grads, grad_D, grad_initial = gradients
     return (
         *grads,
         None if inputs.D is None else grad_D,
@@ -248,6 +260,24 @@ def _backward(
 
 
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _TracedScan(torch.autograd.Function):
+    """Both operators, as the compiler can look into them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, ctx.chunk_size, keeps_states = arguments
+        y, final_state, states = _forward_chunks(_Inputs(*tensors), ctx.chunk_size, keeps_states)
+        ctx.save_for_backward(*tensors, states)
+        ctx.mark_non_differentiable(states)
+        return y, final_state, states
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _grad_states: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, states = ctx.saved_tensors
+        inputs = _Inputs(*tensors)
+        return _of_arguments(inputs, _backward_chunks(inputs, grad_y, grad_state, states, ctx.chunk_size))
 
 
 class _Block(NamedTuple):
@@ -262,7 +292,8 @@ def _blocks(x: Tensor, chunk_size: int) -> list[_Block]:
     """All whole chunks in blocks of equal size, then the last chunk if it is shorter."""
     batch, length, heads, _ = x.shape
     num_whole = length // chunk_size
-    size = max(1, BLOCK_SCORES // (batch * heads * chunk_size * chunk_size))
+    scores = BLOCK_SCORES.get(x.device.type, BLOCK_SCORES["cuda"])
+    size = max(1, scores // (batch * heads * chunk_size * chunk_size))
     blocks = []
     for first in range(0, num_whole, size):
         stop = min(first + size, num_whole)
@@ -356,6 +387,8 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
 
     Backwards, S_c = across_c · S_{c+1} + update_c from S_m = state.
     """
+    if updates.device.type != "cpu":
+        return _recurrence_at_once(state, updates, across, backwards=backwards)
     num_chunks, num_heads = across.shape[1], across.shape[-1]
     states = updates.new_empty(updates.shape[0], num_chunks + 1, *updates.shape[2:])
     states[:, -1 if backwards else 0] = state
@@ -367,15 +400,38 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
     return states
 
 
+def _recurrence_at_once(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bool = False) -> Tensor:
+    """`_recurrence` as one product with the decays between all pairs of chunks: a few calls on a GPU instead of one a chunk."""
+    num_heads = across.shape[-1]
+    steps = across.movedim(1, -1)  # (b, g, r, m)
+    if backwards:
+        steps = steps.flip(-1)
+        sources = torch.cat((state[:, None], updates.flip(1)), dim=1)
+    else:
+        sources = torch.cat((state[:, None], updates), dim=1)  # (b, m + 1, g, n, r p)
+    steps = torch.cat((torch.ones_like(steps[..., :1]), steps), dim=-1)  # the step into state c, c = 0 … m
+    size = steps.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=steps.device).tril(-1)  # (c, j), c > j
+    decays = torch.where(later, steps[..., None], 1.0).cumprod(-2).tril()  # (b, g, r, c, j): from state j to state c
+    by_head = sources.unflatten(-1, (num_heads, -1)).permute(0, 2, 4, 1, 3, 5)  # (b, g, r, j, n, p)
+    states = (decays @ by_head.flatten(4)).unflatten(-1, by_head.shape[4:])  # (b, g, r, c, n, p)
+    states = states.permute(0, 3, 1, 4, 2, 5).flatten(4)  # (b, c, g, n, r p)
+    return states.flip(1) if backwards else states
+
+
 def _add_products(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out += left @ right in place, for each matrix."""
-    flat = out.flatten(0, -3)
-    torch.baddbmm(flat, left.flatten(0, -3), right.flatten(0, -3), out=flat)
+    """out + left @ right for each matrix; out's memory is used for it."""
+    flat, factors = out.flatten(0, -3), (left.flatten(0, -3), right.flatten(0, -3))
+    if torch.compiler.is_compiling():
+        return torch.baddbmm(flat, *factors).view(out.shape)
+    torch.baddbmm(flat, *factors, out=flat)
     return out
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left · right, contiguous whatever the layout of the factors: reading a view costs less than copying it first."""
+    if torch.compiler.is_compiling():
+        return (left * right).to(dtype).contiguous()
     shape = torch.broadcast_shapes(left.shape, right.shape)
     return torch.mul(left, right, out=torch.empty(shape, dtype=dtype, device=left.device))
 
@@ -398,11 +454,12 @@ def _angles(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor] | None:
 def _load_rotated(tensor: Tensor, inputs: _Inputs, block: _Block, dtype: torch.dtype) -> Tensor:
     """A block's B or C at its positions: (b, t, g, n) → (a, g, q, n) in `dtype`."""
     source, angles = _groups(tensor, block), _angles(inputs, block)
-    rotated = torch.empty(source.shape, dtype=inputs.dt.dtype, device=source.device)
     if angles is None:
-        rotated.copy_(source)
-    else:
-        rotate_into(rotated, source, *angles)
+        return source.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
+    if source.device.type != "cpu":
+        return rotate(source, *angles).to(dtype).flatten(0, 1)
+    rotated = torch.empty(source.shape, dtype=inputs.dt.dtype, device=source.device)
+    rotate_into(rotated, source, *angles)
     return rotated.to(dtype).flatten(0, 1)
 
 
@@ -412,6 +469,8 @@ def _store_unrotated(gradient: Tensor, inputs: _Inputs, block: _Block, out: Tens
     gradient = gradient.view(target.shape)
     if angles is None:
         target.copy_(gradient)
+    elif out.device.type != "cpu":
+        target.copy_(rotate(gradient, angles[0], -angles[1]))
     elif out.dtype == inputs.dt.dtype:
         rotate_into(target, gradient, angles[0], -angles[1])
     else:  # rounded once, at the end
