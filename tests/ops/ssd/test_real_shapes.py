@@ -13,23 +13,19 @@ import torch
 
 from tests.ops.ssd.cases import Case, Law, assert_equal_laws, make_case, results
 from tests.ops.ssd.ways import between_pads, by_steps, chunks_of, in_pieces, separately
+from tests.real_sizes import COMPILER, DTYPES, PRESETS, documents_of
 from tests.tolerances import assert_close
 from transxssm import TransXSSMConfig
 from transxssm.ops.ssd import ssd_chunk_scan, ssd_recurrence
 
-PRESETS = ("320m", "1.3b")
 CPU_GROUPS = {"320m": 1, "1.3b": 2}
-LENGTHS = {"cuda": (1024, 4096, 16384, 65536), "cpu": (17, 64, 130, 300)}
-LAW_LENGTHS = {"cuda": (4096, 16384), "cpu": (130,)}
+LENGTHS = {"cuda": (1024, 4096, 16384, 65536), "cpu": (33, 130, 520, 1030)}
+LAW_LENGTHS = {"cuda": (4096, 16384), "cpu": (260,)}
 ORACLE_CHUNK_SIZE = {"cuda": 127, "cpu": 31}  # prime: its boundaries are none of the default chunks'
-COMPILER = {"cuda": "inductor", "cpu": "aot_eager"}  # on a CPU, generating code would take longer than all the rest
 NUM_STEPS = 5
 NUM_PADS = 37
 
-pytestmark = [
-    pytest.mark.parametrize("preset", PRESETS),
-    pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str),
-]
+pytestmark = [PRESETS, DTYPES]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,12 +34,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, lengths in {"length": LENGTHS, "law_length": LAW_LENGTHS}.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, lengths[device_type])
-
-
-def documents_of(length: int) -> tuple[int, int, int]:
-    """Odd lengths, one of them a single token, so that boundaries lie inside chunks."""
-    first = length // 3 | 1
-    return first, 1, length - first - 1
 
 
 def layer_case(preset: str, dtype: torch.dtype, device: torch.device, **lengths) -> Case:
@@ -119,6 +109,7 @@ def test_pads_on_the_left_leave_no_trace(preset, dtype, law_length, device):
 
 
 def test_compiles_as_one_graph(preset, dtype, device):
+    """Equal to the bit: the graph calls the very operator that eager mode calls."""
     case = layer_case(preset, dtype, device, documents=documents_of(LAW_LENGTHS[device.type][0]))
     torch.compiler.reset()
     compiled = torch.compile(ssd_chunk_scan, fullgraph=True, backend=COMPILER[device.type])
