@@ -150,15 +150,21 @@ def test_packed_gradients_are_those_of_separate_documents(model, dtype):
 
 @DTYPES
 @PRESETS
-def test_padded_logits_are_those_of_each_row_alone(model, dtype):
+def test_a_padded_batch_is_each_row_alone(model, dtype):
+    """Prompts with pads on both sides, and what is decoded after them: pads on the right stand between a state and its next token."""
     ids = tokens(model, batch=2)
-    short = ids.shape[1] // 2 | 1
-    rows, left = [ids[0], ids[1, :short]], [0, ids.shape[1] - short]
-    padded, mask = (tensor.to(ids.device) for tensor in pad_rows(rows, left, ids.shape[1]))
-    logits = logits_of(model, padded, attention_mask=mask, use_cache=False)
-    for row, start, got in zip(rows, left, logits, strict=True):
-        alone = logits_of(model, row[None], use_cache=False)[0]
-        assert_close(got[start:], alone, dtype, f"logits after {start} pads", num_ops=FORWARD_OPS)
+    prompt = ids.shape[1] - NUM_STEPS
+    short, left = prompt // 2 | 1, prompt // 3
+    rows = [ids[0, :prompt], ids[1, :short]]
+    padded, mask = (tensor.to(ids.device) for tensor in pad_rows(rows, [0, left], prompt))
+    cache = TransXSSMCache(config=model.config)
+    logits = [logits_of(model, padded, attention_mask=mask, past_key_values=cache)]
+    for step in ids[:, prompt:].split(1, dim=1):
+        mask = F.pad(mask, (0, 1), value=1)
+        logits.append(logits_of(model, step, attention_mask=mask, past_key_values=cache))
+    for row, after, got, is_real in zip(rows, ids[:, prompt:], torch.cat(logits, dim=1), mask.bool(), strict=True):
+        alone = logits_of(model, torch.cat((row, after))[None], use_cache=False)[0]
+        assert_close(got[is_real], alone, dtype, f"{len(row)} tokens", num_ops=FORWARD_OPS)
 
 
 @DTYPES

@@ -3,6 +3,7 @@
 import torch
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot look into torch's checks, and no processor changes its answer
 def has_fast_products(device_type: str, dtype: torch.dtype) -> bool:
     """Whether matrix products of `dtype` run in hardware on such a device, CPUs included (AVX-512 BF16, AVX-512 FP16 or AMX).
 

@@ -18,7 +18,7 @@ from tests.tolerances import assert_close
 from transxssm import TransXSSMConfig
 from transxssm.ops.ssd import ssd_chunk_scan, ssd_recurrence
 
-CPU_GROUPS = {"320m": 1, "1.3b": 2}
+CPU_GROUPS = {"320m": 2, "1.3b": 4}
 LENGTHS = {"cuda": (1024, 4096, 16384, 65536), "cpu": (33, 130, 520, 1030)}
 LAW_LENGTHS = {"cuda": (4096, 16384), "cpu": (260,)}
 ORACLE_CHUNK_SIZE = {"cuda": 127, "cpu": 31}  # prime: its boundaries are none of the default chunks'
