@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import tempfile
 
 # The hub libraries read these once, when they are imported, so they are set before anything else is. Every process has a
@@ -38,17 +39,24 @@ def pytest_unconfigure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", default="cpu", help="where the tests of the ops compute: cpu (default), cuda, cuda:1, …"
+        "--device",
+        default="cpu",
+        help="where the tests of the ops and of real layers compute: cpu (default), cuda, cuda:1, …",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--device")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise pytest.UsageError(f"--device must be cpu, cuda or cuda:N: got {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {name}: this torch ({torch.__version__}) sees no CUDA device")
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device of `--device`; the tests of the ops make their tensors there."""
-    chosen = torch.device(request.config.getoption("--device"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device {chosen}: this torch ({torch.__version__}) sees no CUDA device")
-    return chosen
+    """The device of `--device`; the tests of the ops and of real layers make their tensors there."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)

@@ -22,13 +22,23 @@ def relative_error(actual: Tensor, expected: Tensor, scale: float = NEGLIGIBLE) 
     return ((actual - expected).norm() / expected.norm().clamp(min=scale)).item()
 
 
+def tolerance(dtype: torch.dtype, num_ops: int = 1) -> float:
+    """For a result of `num_ops` ops, one after the other: roundings that don't know of each other add up like their squares."""
+    return TOLERANCES[dtype] * num_ops**0.5
+
+
 def assert_close(
-    actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str = "result", scale: float = NEGLIGIBLE
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    name: str = "result",
+    scale: float = NEGLIGIBLE,
+    num_ops: int = 1,
 ) -> None:
     """Holds `actual` to `expected` at the tolerance of `dtype`, the dtype of the inputs; the shapes must be equal.
 
     `scale` is for a sum whose terms may cancel: the size of the terms, below which its own norm is no measure of an error.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error, most = relative_error(actual, expected, scale), TOLERANCES[dtype]
+    error, most = relative_error(actual, expected, scale), tolerance(dtype, num_ops)
     assert error <= most, f"{name}: relative error {error:.2e}, at most {most:.0e} for {dtype}"

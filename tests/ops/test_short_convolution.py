@@ -57,7 +57,10 @@ def test_equals_conv1d_of_torch(kernel, length, dtype, device):
         assert_close(y, wanted_y, dtype, "y")
         assert torch.equal(state.double(), wanted_state)
     else:
-        assert_equal_results(short_convolution, by_torch, (x, weight), dtype)
+        # In float64 on the other side: on a GPU, torch's own float32 convolutions may round to TF32.
+        assert_equal_results(
+            short_convolution, lambda x, weight: by_torch(x.double(), weight.double()), (x, weight), dtype
+        )
 
 
 @KERNELS

@@ -10,6 +10,11 @@ def has_fast_products(device_type: str, dtype: torch.dtype) -> bool:
     """
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
+    return _this_cpu_multiplies(dtype)
+
+
+@torch.compiler.assume_constant_result  # the compiler refuses to trace torch's checks, and a process stays on its processor
+def _this_cpu_multiplies(dtype: torch.dtype) -> bool:
     # torch 2.11 names no public check; `torch.cpu.get_capabilities()` came later.
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -74,20 +74,22 @@ def make_case(
 ) -> Case:
     """A random case with every option except those named in `without`, packed only where `documents` gives lengths.
 
-    dt and A are those of an initialised model: dt log-uniform in [1e-3, 0.1], A uniform in [−16, −1].
+    dt and A are those of an initialised model: dt log-uniform in [1e-3, 0.1], A uniform in [−16, −1]. Everything is drawn on the
+    device itself: a host would take longer to draw a real layer's inputs than a GPU to compute with them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     heads = groups * heads_per_group
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=device).to(dtype)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64, device=device)
 
     if documents is None:
-        positions = torch.randint(0, 1000, (batch, 1), generator=generator) + torch.arange(length)
+        start = torch.randint(0, 1000, (batch, 1), generator=generator, device=device)
+        positions = start + torch.arange(length, device=device)
         seq_idx = None
     else:
         length = sum(documents)
@@ -97,8 +99,8 @@ def make_case(
         seq_idx = numbers.repeat_interleave(torch.tensor(documents)).expand(batch, -1).to(device)
     case = Case(
         x=normal(batch, length, heads, head_dim),
-        dt=(10 ** uniform(-3, -1, batch, length, heads)).to(device, precise),
-        A=-uniform(1, 16, heads).to(device, precise),
+        dt=(10 ** uniform(-3, -1, batch, length, heads)).to(precise),
+        A=-uniform(1, 16, heads).to(precise),
         B=normal(batch, length, groups, state_size),
         C=normal(batch, length, groups, state_size),
         D=normal(heads, dtype=precise),
@@ -113,9 +115,9 @@ def rotary_tables(
     positions: Tensor, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of m·10000^(−2i/width), i = 0 … width/2 − 1 (Eq. 3): each (b, t, width/2)."""
-    frequencies = torch.tensor([10000.0 ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
-    angles = positions[..., None] * frequencies
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    frequencies = [10000.0 ** (-2 * i / width) for i in range(width // 2)]
+    angles = positions.to(device)[..., None] * torch.tensor(frequencies, dtype=torch.float64, device=device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def results(law: Law, case: Case) -> dict[str, Tensor]:
@@ -128,9 +130,10 @@ def results(law: Law, case: Case) -> dict[str, Tensor]:
         name: tensor.detach().requires_grad_() for name in DIFFERENTIABLE if (tensor := getattr(case, name)) is not None
     }
     outputs = law(replace(case, **leaves))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(case.x.device).manual_seed(1)
     incoming = [
-        torch.randn(*output.shape, generator=generator).bfloat16().to(output.device, output.dtype) for output in outputs
+        torch.randn(*output.shape, generator=generator, device=output.device).bfloat16().to(output.dtype)
+        for output in outputs
     ]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
     named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}

@@ -1,25 +1,20 @@
 """The laws that make one sequence mixer out of many ways to run it: each holds for y, the final state and all gradients."""
 
-import itertools
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results, rotary_tables
+from tests.ops.ssd.cases import assert_equal_laws, make_case, results, rotary_tables
+from tests.ops.ssd.ways import between_pads, by_steps, chunks_of, in_pieces, separately
 from tests.tolerances import assert_close
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_dual_form, ssd_recurrence, ssd_step
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-
-
-def chunks_of(size: int | None):
-    return lambda case: case.scan(ssd_chunk_scan, chunk_size=size)
 
 
 SCANS = {
@@ -30,30 +25,6 @@ SCANS = {
     "default chunks": chunks_of(None),
 }
 EVERY_SCAN = pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS.keys())
-
-
-def in_pieces(case: Case, lengths, scan, *, carry_state: bool = True) -> tuple[Tensor, Tensor]:
-    """One scan after the other over pieces of these lengths; without carrying, the state of each but the first is zero."""
-    outputs, state = [], case.initial_state
-    for start, stop in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-        y, state = scan(replace(case.tokens(start, stop), initial_state=state))
-        outputs.append(y)
-        state_after = state
-        state = state if carry_state else None
-    return torch.cat(outputs, dim=1), state_after
-
-
-def by_steps(case: Case, prompt: int) -> tuple[Tensor, Tensor]:
-    """A chunked scan over the first `prompt` tokens, then `ssd_step` for each of the others."""
-    y, state = chunks_of(8)(case.tokens(0, prompt))
-    outputs = [y]
-    for t in range(prompt, case.x.shape[1]):
-        token = case.tokens(t, t + 1)
-        rotary = None if token.rotary is None else tuple(table[:, 0] for table in token.rotary)
-        arguments = (token.x[:, 0], token.dt[:, 0], token.A, token.B[:, 0], token.C[:, 0])
-        y, state = ssd_step(state, *arguments, rotary=rotary, D=token.D)
-        outputs.append(y[:, None])
-    return torch.cat(outputs, dim=1), state
 
 
 # Groups
@@ -87,12 +58,12 @@ def test_two_prefills_are_one_at_every_split(scan, dtype, device):
 def test_prefill_and_steps_are_one_scan_at_every_split(without, dtype, device):
     case = make_case(length=18, batch=3, dtype=dtype, device=device, without=without)
     for prompt in range(1, 18):
-        assert_equal_laws(lambda case, at=prompt: by_steps(case, at), chunks_of(8), case)
+        assert_equal_laws(lambda case, at=prompt: by_steps(case, at, chunks_of(8)), chunks_of(8), case)
 
 
 def test_many_steps_keep_to_the_scan(device):
     case = make_case(length=251, batch=1, dtype=torch.float32, device=device)
-    assert_equal_laws(lambda case: by_steps(case, 1), chunks_of(64), case)
+    assert_equal_laws(lambda case: by_steps(case, 1, chunks_of(8)), chunks_of(64), case)
 
 
 def test_a_step_is_pure_and_keeps_the_state_in_float32(device):
@@ -125,21 +96,14 @@ def test_a_step_takes_a_strided_state(device):
 @pytest.mark.parametrize("documents", [(8, 8), (9, 10), (7, 1, 1, 12), (1, 17, 3)], ids=str)
 def test_packed_documents_are_separate_ones(scan, documents, dtype, device):
     """The initial state is the first document's alone, the final state the last one's, and no gradient crosses."""
-
-    def separate(case):
-        return in_pieces(replace(case, seq_idx=None), documents, scan, carry_state=False)
-
-    assert_equal_laws(scan, separate, make_case(documents=documents, dtype=dtype, device=device))
+    case = make_case(documents=documents, dtype=dtype, device=device)
+    assert_equal_laws(scan, separately(documents, scan), case)
 
 
 @given(documents=st.lists(st.integers(1, 12), min_size=1, max_size=6), chunk_size=st.integers(1, 20))
 def test_any_documents_in_any_chunks(documents, chunk_size, device):
     scan = chunks_of(chunk_size)
-
-    def separate(case):
-        return in_pieces(replace(case, seq_idx=None), documents, scan, carry_state=False)
-
-    assert_equal_laws(scan, separate, make_case(documents=documents, device=device))
+    assert_equal_laws(scan, separately(documents, scan), make_case(documents=documents, device=device))
 
 
 def test_rows_may_pack_differently(device):
@@ -170,20 +134,8 @@ def test_packing_and_splitting_commute(scan, device):
 @DTYPES
 @pytest.mark.parametrize(("left", "right"), [(1, 0), (8, 0), (13, 0), (0, 1), (0, 8), (5, 6)])
 def test_pads_leave_no_trace(scan, left, right, dtype, device):
-    """Pads have dt = 0 and x = 0; what B, C and the positions hold there does not matter."""
-
-    def padded(case):
-        def pad(tensor: Tensor, value: float) -> Tensor:
-            return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (left, right), value=value)
-
-        with_pads = replace(
-            case, x=pad(case.x, 0), dt=pad(case.dt, 0), B=pad(case.B, 7), C=pad(case.C, -7),
-            rotary=tuple(pad(table, 0.5) for table in case.rotary),
-        )  # fmt: skip
-        y, state = scan(with_pads)
-        return y[:, left : left + case.x.shape[1]], state
-
-    assert_equal_laws(padded, scan, make_case(length=17, dtype=dtype, device=device))
+    case = make_case(length=17, dtype=dtype, device=device)
+    assert_equal_laws(lambda case: between_pads(case, left, right, scan), scan, case)
 
 
 def test_a_padded_step_leaves_the_state_alone(device):
