@@ -68,7 +68,7 @@ class BatchCell:
     contender: str
     batch: int
     status: Status = "out of time"
-    detail: str = "the time budget ended before"
+    detail: str = ""
     runs: list[DecodeRun] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class BatchSearch:
                 self._announce(cells)
 
         status: Status = "out of time"
-        detail = "the time budget ended"
+        detail = "its share of the time budget was over"
         self._announce(cells)
         try:
             if deadline > time.monotonic():
