@@ -87,6 +87,46 @@ def throughput(
 
 
 @benchmark.command()
+def decode(
+    preset: Preset = "small",
+    contenders: Annotated[
+        str,
+        typer.Option(help="Of transxssm, transxssm-ssd, llama, llama-eager, llama-static, mamba2, jamba."),
+    ] = "transxssm,llama,llama-static,mamba2,jamba",
+    length: Annotated[str, typer.Option(help="Tokens of the prompt, such as 4096 or 4K.")] = "1K",
+    batches: Annotated[str, typer.Option(help="Sequences at once, such as 1,8,64; smallest first.")] = "1,2,4,8",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender at each batch.")] = 5,
+    budget_minutes: BudgetMinutes = 20.0,
+    memory_limit_gb: MemoryLimit = None,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """Decoding over the batch, up to the largest that fits: TransXSSM, Llama, Mamba-2 and Jamba with as many parameters.
+
+    Ctrl-C keeps what was measured; the same command goes on from there.
+
+    Example: [cyan]transxssm benchmark decode --preset 1.3b --device cuda --dtype bfloat16 --length 4K --batches 1,4,16,64,256,1024[/]
+    """
+    from transxssm_cli.benchmark_runs import names_in, run_decode_command
+
+    run_decode_command(
+        preset=preset,
+        contenders=names_in(contenders),
+        length=length,
+        batches=names_in(batches),
+        dtype=dtype,
+        device=device,
+        repeats=repeats,
+        budget_minutes=budget_minutes,
+        memory_limit_gb=memory_limit_gb,
+        threads=threads,
+        output=output,
+    )
+
+
+@benchmark.command()
 def ops(
     preset: Preset = "small",
     lengths: Annotated[str, typer.Option(help="Tokens of a sequence, such as 1K,4096,64K.")] = "1K,4K",

@@ -11,18 +11,30 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from transxssm.benchmarking import Budget, Notify, OpsSettings, Setup, ThroughputSettings, run_ops, run_throughput
+from transxssm.benchmarking import (
+    Budget,
+    DecodeSettings,
+    Notify,
+    OpsSettings,
+    Setup,
+    ThroughputSettings,
+    run_decode,
+    run_ops,
+    run_throughput,
+)
+from transxssm.benchmarking import decode as decode_benchmark
 from transxssm.benchmarking import ops as ops_benchmark
 from transxssm.benchmarking import throughput as throughput_benchmark
+from transxssm.benchmarking.decode_report import OVER_BATCH
 from transxssm.benchmarking.lengths import parse_length
-from transxssm.benchmarking.report import CONTENDER_HEADERS, contender_rows, modes_of, notes, rows
+from transxssm.benchmarking.report import CONTENDER_HEADERS, OVER_LENGTH, Report, contender_rows, notes
 from transxssm.models import read_device
 from transxssm_cli.dtypes import read_dtype
 
 DEFAULT_FOLDER = Path("runs/benchmarks")
 GIGABYTE = 1e9
-# What fits into the width of a terminal; the files have the rest.
-COLUMNS = ("tokens", "contender", "ms", "tokens/s", "× reference", "× floor", "peak MB")
+# What does not fit into the width of a terminal; the files have it.
+ONLY_IN_FILES = ("min–max", "GFLOP/s", "step MB")
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -61,6 +73,36 @@ def run_throughput_command(
     with _progress(throughput_benchmark.num_parts(settings), folder) as notify:
         results = run_throughput(settings, folder, setup=setup, budget=budget, notify=notify)
     _show(results, folder)
+
+
+def run_decode_command(
+    *,
+    preset: str,
+    contenders: tuple[str, ...],
+    length: str,
+    batches: tuple[str, ...],
+    dtype: str,
+    device: str,
+    repeats: int,
+    budget_minutes: float,
+    memory_limit_gb: float | None,
+    threads: int | None,
+    output: Path | None,
+) -> None:
+    """Whole models decoding, over the batch.
+
+    Raises:
+        ValueError: an option that is unknown or impossible.
+    """
+    read_dtype(dtype)
+    sizes = tuple(map(decode_benchmark.parse_batch, batches))
+    settings = DecodeSettings(preset, contenders, parse_length(length), sizes, dtype)
+    settings.model_config()
+    setup, budget = _setup(device, threads), _budget(repeats, budget_minutes, memory_limit_gb)
+    folder = output or _default_folder(decode_benchmark.NAME, preset, dtype, setup)
+    with _progress(decode_benchmark.num_parts(settings), folder) as notify:
+        results = run_decode(settings, folder, setup=setup, budget=budget, notify=notify)
+    _show(results, folder, OVER_BATCH)
 
 
 def run_ops_command(
@@ -119,14 +161,14 @@ def _progress(num_parts: int, folder: Path) -> Iterator[Notify]:
         raise KeyboardInterrupt(f"what was measured is in {folder}; the same command goes on from there") from None
 
 
-def _show(results: dict[str, Any], folder: Path) -> None:
+def _show(results: dict[str, Any], folder: Path, report: Report = OVER_LENGTH) -> None:
     console = Console(highlight=False)
     if results.get("contenders"):
         console.print(_table(CONTENDER_HEADERS, contender_rows(results), num_names=2))
-    for mode in modes_of(results):
-        console.print(f"[bold]{escape(mode)}[/]")
-        shown = ([row[name] for name in COLUMNS] for row in rows(results, mode))
-        console.print(_table(COLUMNS, shown, num_names=2))
+    for title, headers, rows in report.tables(results):
+        console.print(f"[bold]{escape(title)}[/]")
+        columns = [name for name in headers if name not in ONLY_IN_FILES]
+        console.print(_table(columns, ([row[name] for name in columns] for row in rows), num_names=2))
     for note in notes(results):
         console.print(escape(note))
     console.print(f"Written to {escape(str(folder))}", soft_wrap=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_config
-from transxssm.benchmarking.contenders import CONTENDERS, DECODE_TOKENS, DEFAULT_CONTENDERS, build_step
+from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, build_step
+from transxssm.benchmarking.decoding import DECODE_TOKENS
 from transxssm.benchmarking.steps import seconds_of
 
 CPU = torch.device("cpu")

@@ -30,6 +30,10 @@ def allocator_gives_up(send):
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8796093022208 bytes")
 
 
+def library_gives_up(send):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def die(send, number):
     os.kill(os.getpid(), number)
 
@@ -57,6 +61,7 @@ def test_a_result_and_a_message_come_back():
     [
         (raise_memory_error, (), OutOfMemory, "MemoryError"),
         (allocator_gives_up, (), OutOfMemory, "can't allocate memory"),
+        (library_gives_up, (), OutOfMemory, "CUBLAS_STATUS_ALLOC_FAILED"),
         (die, (signal.SIGKILL,), OutOfMemory, "killed by the system"),
         (die, (signal.SIGTERM,), ChildFailed, "exit code -15"),
         (fail, (), ChildFailed, "KeyError: 'no.+such key'"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from transxssm.benchmarking import CONTENDERS, DEFAULT_CONTENDERS, DEFAULT_MODES, MODES
+from transxssm.benchmarking.decode import DEFAULT_CONTENDERS as DECODE_CONTENDERS
 from transxssm.benchmarking.ops import REFERENCES
 
 
@@ -53,6 +54,52 @@ def test_refusals_of_throughput(error_of, arguments, words):
     assert words in error_of("benchmark", "throughput", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batches", "0"], "a batch is a number of sequences ≥ 1, such as 64: got '0'"),
+        (["--batches", "1,a"], "got 'a'"),
+        (["--batches", "1,-2"], "got '-2'"),
+        (["--batches", ","], "batches must be 1 sequence or more: got []"),
+        (["--length", "0"], "a length is a number of tokens ≥ 1, such as 4096 or 4K: got '0'"),
+        (["--contenders", "transxssm,gpt2"], "unknown contender 'gpt2': expected one of transxssm, "),
+        (
+            ["--contenders", "transxssm-compiled"],
+            "transxssm-compiled can be measured in train, prefill, train-autocast only: got modes decode",
+        ),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--repeats", "0"], "repeats must be at least 1: got 0"),
+        (["--budget-minutes", "0"], "budget-minutes must be more than 0: got 0"),
+        (["--memory-limit-gb", "-1"], "the memory limit must be more than 0 bytes"),
+        (["--threads", "0"], "threads must be at least 1: got 0"),
+    ],
+    ids=str,
+)
+def test_refusals_of_decode(error_of, tmp_path, arguments, words):
+    assert words in error_of("benchmark", "decode", *arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_decode(run, tmp_path):
+    options = ("--preset", "tiny", "--contenders", "llama-static,transxssm", "--length", "16", "--batches", "4,1,4")
+    options = ("benchmark", "decode", *options, "--repeats", "1", "--threads", "1", "--output", tmp_path / "out")
+    result = run(*options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    results = json.loads((tmp_path / "out" / "decode.json").read_text(encoding="utf-8"))
+    assert results["settings"]["batches"] == [1, 4]
+    got = [(cell["contender"], cell["batch"], cell["status"]) for cell in results["cells"]]
+    assert got == [(name, batch, "ok") for name in ("llama-static", "transxssm") for batch in (1, 4)]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"decode.json", "decode.md", "decode.png"}
+    for words in ("ms a step", "largest batch", "llama-static", f"{results['cells'][-1]['tokens_per_second']:,.0f}"):
+        assert words in result.stdout
+
+    again = run(*options)
+    assert "decode.json is complete: nothing is measured again" in again.stderr
+    assert json.loads((tmp_path / "out" / "decode.json").read_text(encoding="utf-8"))["cells"] == results["cells"]
+
+
 def test_help_names_what_there_is(run):
     """The help must not import torch, so that the names stand there a second time."""
     text = " ".join(run("benchmark", "throughput", "--help", env={"COLUMNS": "400"}).stdout.split())
@@ -60,6 +107,9 @@ def test_help_names_what_there_is(run):
     assert f"Of {', '.join(MODES)}." in text
     assert ",".join(DEFAULT_CONTENDERS) in text
     assert ",".join(DEFAULT_MODES) in text
+    text = " ".join(run("benchmark", "decode", "--help", env={"COLUMNS": "400"}).stdout.split())
+    assert f"Of {', '.join(name for name, each in CONTENDERS.items() if 'decode' in each.modes)}." in text
+    assert ",".join(DECODE_CONTENDERS) in text
 
 
 def test_ops(run, tmp_path):
@@ -83,11 +133,12 @@ def test_ops(run, tmp_path):
     assert json.loads((tmp_path / "out" / "ops.json").read_text(encoding="utf-8"))["cells"] == results["cells"]
 
 
-def test_what_does_not_fit_is_reported(run, tmp_path):
-    options = ("--preset", "tiny", "--modes", "prefill", "--contenders", "transxssm", "--lengths", "8")
-    result = run(
-        "benchmark", "throughput", *options, "--threads", "1", "--memory-limit-gb", "0.001", "--output", tmp_path
-    )
+@pytest.mark.parametrize(
+    "options", [("throughput", "--modes", "prefill", "--lengths", "8"), ("decode", "--length", "8")], ids=lambda o: o[0]
+)
+def test_what_does_not_fit_is_reported(run, tmp_path, options):
+    options = (*options, "--preset", "tiny", "--contenders", "transxssm", "--threads", "1", "--output", tmp_path)
+    result = run("benchmark", *options, "--memory-limit-gb", "0.001")
     assert result.exit_code == 0
     assert "out of memory" in result.stdout
     assert "Traceback" not in result.output

@@ -3,6 +3,7 @@
 from transxssm.benchmarking.benchmark_run import Budget
 from transxssm.benchmarking.comparison import Notify
 from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, DEFAULT_MODES, MODES
+from transxssm.benchmarking.decode import DecodeSettings, run_decode
 from transxssm.benchmarking.lengths import format_length, parse_length
 from transxssm.benchmarking.ops import OpsSettings, run_ops
 from transxssm.benchmarking.throughput import ThroughputSettings, run_throughput
@@ -14,12 +15,14 @@ __all__ = [
     "DEFAULT_MODES",
     "MODES",
     "Budget",
+    "DecodeSettings",
     "Notify",
     "OpsSettings",
     "Setup",
     "ThroughputSettings",
     "format_length",
     "parse_length",
+    "run_decode",
     "run_ops",
     "run_throughput",
 ]

@@ -15,7 +15,7 @@ from transxssm.benchmarking.comparison import SETTLED, Cell, Comparison, Group, 
 from transxssm.benchmarking.metadata import run_metadata
 from transxssm.benchmarking.peak import measure_peak, product_shapes
 from transxssm.benchmarking.processes import ChildFailed, OutOfMemory, OutOfTime, run_in_child
-from transxssm.benchmarking.report import write_json, write_report
+from transxssm.benchmarking.report import OVER_LENGTH, Report, write_json, write_report
 from transxssm.benchmarking.workers import Setup
 from transxssm.inspection import available_bytes
 
@@ -71,6 +71,7 @@ class BenchmarkRun:
         setup: of the children.
         budget: see there.
         notify: told of the progress.
+        report: how the results are shown.
 
     Raises:
         ValueError: the folder holds results of another command, machine or version of the code.
@@ -85,8 +86,9 @@ class BenchmarkRun:
         setup: Setup,
         budget: Budget,
         notify: Notify,
+        report: Report = OVER_LENGTH,
     ) -> None:
-        self.name, self.folder, self.setup = name, folder, setup
+        self.name, self.folder, self.setup, self.report = name, folder, setup, report
         metadata = run_metadata(setup.device, setup.num_threads)
         self.results: dict[str, Any] = {
             "benchmark": name,
@@ -147,7 +149,7 @@ class BenchmarkRun:
         """Writes all three files and returns the results."""
         unfinished = any(cell["status"] == "out of time" for cell in self.results["cells"])
         self.results["status"] = "out of time" if status == "complete" and unfinished else status
-        write_report(self.folder, self.name, self.results)
+        write_report(self.folder, self.name, self.results, self.report)
         return self.results
 
     @property

@@ -161,7 +161,7 @@ class Comparison:
                 )
                 cell.status = "ok"
             except (OutOfMemory, OutOfTime, ChildFailed) as error:
-                _mark(cell, error)
+                cell.status, cell.detail = status_of(error), str(error)
                 if cell.status == "out of memory":
                     self._too_much[cell.mode, cell.contender] = cell
         self.num_done += 1
@@ -200,8 +200,8 @@ class Comparison:
         for cell, _ in runners:
             if len(cell.repeat_seconds) >= least:
                 continue
-            _mark(cell, error or OutOfTime("the time budget ended"))
-            cell.detail = f"in turn with the others: {cell.detail}"
+            reason = error or OutOfTime("the time budget ended")
+            cell.status, cell.detail = status_of(reason), f"in turn with the others: {reason}"
 
     def _record(self, cells: list[Cell], seconds: dict[str, float]) -> None:
         for cell in cells:
@@ -210,6 +210,7 @@ class Comparison:
                 cell.repeat_ratios.append(seconds[cell.contender] / seconds[cell.reference])
 
 
-def _mark(cell: Cell, error: Exception) -> None:
+def status_of(error: Exception) -> Status:
+    """What a child's end makes of the cell that it was measuring."""
     statuses: dict[type[Exception], Status] = {OutOfMemory: "out of memory", OutOfTime: "out of time"}
-    cell.status, cell.detail = statuses.get(type(error), "failed"), str(error)
+    return statuses.get(type(error), "failed")

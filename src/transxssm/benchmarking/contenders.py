@@ -1,8 +1,8 @@
 """The models that a benchmark compares, and the steps it times them at. A new contender is a new entry in `CONTENDERS`."""
 
 import copy
-import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
 
+from transxssm.benchmarking.decoding import Prompt, read_prompt
 from transxssm.benchmarking.steps import Step
 from transxssm.models import TransXSSMConfig
-from transxssm.models.baselines import jamba_config, llama_config, mamba2_config, new_language_model
+from transxssm.models.baselines import (
+    count_baseline_parameters,
+    jamba_config,
+    llama_config,
+    mamba2_config,
+    new_language_model,
+)
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
 
 MODES = ("train", "prefill", "decode", "train-autocast", "optimizer")
 DEFAULT_MODES = ("train", "prefill", "decode")
 REFERENCE = "transxssm"  # whose time others are divided by
-DECODE_TOKENS = 16  # that one run of a decoding step goes through
 STATIC_CACHE_ROOM = 1024  # tokens that a static cache holds beyond the prompt
 SEED = 0
 
@@ -30,8 +36,8 @@ def _all_ssd(config: TransXSSMConfig) -> TransXSSMConfig:
     return changed
 
 
-def _static_cache(config: PreTrainedConfig, length: int) -> Cache:
-    return StaticCache(config=config, max_cache_len=length + STATIC_CACHE_ROOM)
+def _static_cache(config: PreTrainedConfig, num_tokens: int) -> Cache:
+    return StaticCache(config=config, max_cache_len=num_tokens)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Contender:
         config: its configuration, given the one that all are matched to.
         attention: transformers' name of the attention implementation.
         transform: what is called in place of the model.
-        new_cache: makes the cache for decoding from the configuration and the prompt's length; None: the one that the model makes.
+        new_cache: makes the cache for decoding from the configuration and the most tokens it will hold; None: the one that the model makes.
         modes: that it can be measured in.
     """
 
@@ -83,24 +89,104 @@ def build_step(
     autocast to `dtype`. optimizer: a step of AdamW.
     """
     contender = CONTENDERS[name]
-    torch.manual_seed(SEED)
-    weights_dtype = torch.float32 if mode == "train-autocast" else dtype
-    options = {"attn_implementation": contender.attention} if hasattr(config, "num_attention_heads") else {}
-    with torch.device(device):
-        model = new_language_model(config, dtype=weights_dtype, **options)
-    input_ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
-    input_ids = input_ids.to(device)
+    if mode == "decode":
+        return build_prompt(name, config, length, batch, dtype, STATIC_CACHE_ROOM, device=device).step()
+    model = _new_model(name, config, torch.float32 if mode == "train-autocast" else dtype, device)
+    input_ids = _new_tokens(config, batch, length, device)
     if mode == "optimizer":
         return _optimizer_step(model)
     if mode in ("train", "train-autocast"):
         autocast_dtype = dtype if mode == "train-autocast" else None
         return _training_step(model.train(), contender.transform(model), input_ids, autocast_dtype)
-    model.eval()
-    if mode == "prefill":
-        return _prefill_step(contender.transform(model), input_ids)
-    assert mode == "decode"
-    cache = None if contender.new_cache is None else contender.new_cache(config, length)
-    return _decoding_step(model, input_ids, cache)
+    assert mode == "prefill"
+    return _prefill_step(contender.transform(model.eval()), input_ids)
+
+
+def build_prompt(
+    name: str,
+    config: PreTrainedConfig,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    num_new_tokens: int,
+    *,
+    device: torch.device,
+) -> Prompt:
+    """A contender with new weights on a device that has read `batch` rows of `length` tokens.
+
+    A static cache is made with room for `num_new_tokens` more.
+    """
+    new_cache = CONTENDERS[name].new_cache
+    cache = None if new_cache is None else new_cache(config, length + num_new_tokens)
+    model = _new_model(name, config, dtype, device).eval()
+    return read_prompt(model, _new_tokens(config, batch, length, device), cache)
+
+
+def check_contenders(names: Sequence[str], modes: Sequence[str]) -> None:
+    """Whether each of the names is a contender that can be measured in one of the modes.
+
+    Raises:
+        ValueError: none, one that is unknown, named twice, or for other modes only.
+    """
+    check_names("contender", names, CONTENDERS)
+    for name in names:
+        if not set(modes) & set(CONTENDERS[name].modes):
+            raise ValueError(
+                f"{name} can be measured in {', '.join(CONTENDERS[name].modes)} only: got modes {', '.join(modes)}"
+            )
+
+
+def check_names(kind: str, got: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
+    """Whether names are known ones, each once.
+
+    Raises:
+        ValueError: none, one that is unknown or named twice.
+    """
+    if not got:
+        raise ValueError(f"expected at least one {kind} of {', '.join(known)}: got none")
+    for name in got:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}")
+    if len(set(got)) != len(got):
+        raise ValueError(f"each {kind} can be named once: got {', '.join(got)}")
+
+
+def describe_contenders(configs: dict[str, PreTrainedConfig], target: TransXSSMConfig) -> dict[str, Any]:
+    """Parameters and sizes by name; how many parameters, relative to the model that all are matched to."""
+    wanted = count_baseline_parameters(target)
+    return {
+        name: {
+            "label": CONTENDERS[name].label,
+            "parameters": (parameters := count_baseline_parameters(config)),
+            "parameters_relative": parameters / wanted,
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": None if config.model_type == "mamba2" else config.intermediate_size,
+            "config": json_config(config),
+        }
+        for name, config in configs.items()
+    }
+
+
+def json_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a configuration differs from its class's defaults, in numbers that JSON has."""
+    return {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if not (isinstance(value, (list, tuple)) and any(isinstance(v, float) and math.isinf(v) for v in value))
+    }
+
+
+def _new_model(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    options = {"attn_implementation": CONTENDERS[name].attention} if hasattr(config, "num_attention_heads") else {}
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        return new_language_model(config, dtype=dtype, **options)
+
+
+def _new_tokens(config: PreTrainedConfig, batch: int, length: int, device: torch.device) -> Tensor:
+    tokens = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
+    return tokens.to(device)
 
 
 def _training_step(
@@ -118,27 +204,6 @@ def _prefill_step(call: Callable[..., Any], input_ids: Tensor) -> Step:
     @torch.no_grad()
     def run() -> Any:
         return call(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-
-    return Step(run)
-
-
-@torch.no_grad()
-def _decoding_step(model: nn.Module, input_ids: Tensor, cache: Cache | None) -> Step:
-    parameters = inspect.signature(model.forward).parameters
-    cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
-    given = {} if cache is None else {cache_name: cache}
-    filled = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **given)[cache_name]
-    position = input_ids.shape[1]
-
-    @torch.no_grad()
-    def run() -> None:
-        nonlocal position
-        for index in range(DECODE_TOKENS):
-            arguments: dict[str, Any] = {cache_name: filled, "use_cache": True}
-            if "position_ids" in parameters:  # as generate passes them
-                arguments["position_ids"] = torch.tensor([[position]], device=input_ids.device)
-            model(input_ids=input_ids[:, index % input_ids.shape[1], None], **arguments)
-            position += 1
 
     return Step(run)
 

@@ -20,7 +20,13 @@ import torch
 POLL_SECONDS = 0.02
 _PRELOADED = ["transxssm.benchmarking"]
 # What torch's allocators and the system say where no class of its own tells that memory ran out.
-_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+_OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "status_alloc_failed",  # of cuBLAS and cuDNN, for their workspaces
+)
 
 Send = Callable[[Any], None]
 

@@ -1,12 +1,16 @@
 """A benchmark's results as JSON, as Markdown and as a picture in the manner of the paper's Figure 4."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transxssm.benchmarking.lengths import format_length
 from transxssm.whole_files import write_text_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HEADERS = (
     "tokens",
@@ -23,12 +27,33 @@ HEADERS = (
 PLOT_COLUMNS = 3
 
 
-def write_report(folder: Path, name: str, results: dict[str, Any]) -> None:
+class Table(NamedTuple):
+    """Lines under headers."""
+
+    title: str
+    headers: Sequence[str]
+    rows: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a benchmark's results are shown.
+
+    Args:
+        tables: of the results.
+        plot: writes a picture of them into a file.
+    """
+
+    tables: Callable[[dict[str, Any]], Iterable[Table]]
+    plot: Callable[[Path, dict[str, Any]], None]
+
+
+def write_report(folder: Path, name: str, results: dict[str, Any], report: Report) -> None:
     """Writes `name`.json, `name`.md and, where anything was timed, `name`.png into the folder."""
     write_json(folder / f"{name}.json", results)
-    write_text_whole(folder / f"{name}.md", markdown(results))
+    write_text_whole(folder / f"{name}.md", markdown(results, report.tables(results)))
     if any(cell["tokens_per_second"] for cell in results["cells"]):
-        plot(folder / f"{name}.png", results)
+        report.plot(folder / f"{name}.png", results)
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -36,9 +61,10 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     write_text_whole(path, json.dumps(results, indent=2) + "\n")
 
 
-def modes_of(results: dict[str, Any]) -> list[str]:
-    """Modes that have cells, in the order they were measured."""
-    return list(dict.fromkeys(cell["mode"] for cell in results["cells"]))
+def mode_tables(results: dict[str, Any]) -> list[Table]:
+    """A table for each mode that has cells, in the order they were measured."""
+    modes = dict.fromkeys(cell["mode"] for cell in results["cells"])
+    return [Table(mode, HEADERS, list(rows(results, mode))) for mode in modes]
 
 
 def rows(results: dict[str, Any], mode: str) -> Iterator[dict[str, str]]:
@@ -52,7 +78,7 @@ def rows(results: dict[str, Any], mode: str) -> Iterator[dict[str, str]]:
             continue
         row = dict.fromkeys(HEADERS, "–")
         row |= {"tokens": format_length(cell["length"]), "contender": cell["contender"]}
-        row |= {"peak MB": _megabytes(cell["peak_bytes"]), "step MB": _megabytes(cell["step_bytes"])}
+        row |= {"peak MB": megabytes(cell["peak_bytes"]), "step MB": megabytes(cell["step_bytes"])}
         if cell["status"] != "ok":
             row |= {"ms": cell["status"], "min–max": cell["detail"]}
         if cell["seconds"]:
@@ -113,7 +139,7 @@ def contender_rows(results: dict[str, Any]) -> Iterator[list[str]]:
 CONTENDER_HEADERS = ("contender", "model", "parameters", "difference", "layers", "FFN")
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], tables: Iterable[Table]) -> str:
     """The report as a page."""
     metadata, settings = results["metadata"], results["settings"]
     lines = [f"# transxssm benchmark {results['benchmark']}", ""]
@@ -122,8 +148,8 @@ def markdown(results: dict[str, Any]) -> str:
     if results.get("contenders"):
         lines += ["", *_table(CONTENDER_HEADERS, contender_rows(results))]
     lines += ["", *(f"- {note}" for note in notes(results))]
-    for mode in modes_of(results):
-        lines += ["", f"## {mode}", "", *_table(HEADERS, (list(row.values()) for row in rows(results, mode)))]
+    for title, headers, table_rows in tables:
+        lines += ["", f"## {title}", "", *_table(headers, ([row[name] for name in headers] for row in table_rows))]
     return "\n".join(lines) + "\n"
 
 
@@ -142,30 +168,44 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     for panel in panels[len(modes) :]:
         panel.set_visible(False)
     for mode, panel in zip(modes, panels, strict=False):
-        for index, name in enumerate(names):
-            points = [
-                (cell["length"], cell["num_tokens"], cell["seconds"])
-                for cell in timed
-                if cell["mode"] == mode and cell["contender"] == name
-            ]
-            if not points:
-                continue
-            lengths = [length for length, _, _ in points]
-            medians = [tokens / seconds["median"] for _, tokens, seconds in points]
-            slow, fast = ([tokens / seconds[end] for _, tokens, seconds in points] for end in ("max", "min"))
-            panel.plot(lengths, medians, "o-", label=name, color=f"C{index}", markersize=4)
-            panel.fill_between(lengths, slow, fast, color=f"C{index}", alpha=0.2, linewidth=0)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        ticks = sorted({cell["length"] for cell in timed if cell["mode"] == mode})
-        panel.set_xticks(ticks, [format_length(length) for length in ticks])
+        draw_rates(panel, [cell for cell in timed if cell["mode"] == mode], "length", names, format_length)
         panel.set_title(mode)
         panel.set_xlabel("sequence length (tokens)")
-        panel.set_ylabel("tokens per second")
-        panel.grid(alpha=0.3)
-        panel.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
+
+
+OVER_LENGTH = Report(mode_tables, plot)
+
+
+def draw_rates(
+    panel: "Axes", timed: Sequence[dict[str, Any]], x: str, names: Sequence[str], tick: Callable[[int], str] = str
+) -> None:
+    """Tokens per second of timed cells over their field `x`, both logarithmic, with the spread over the repeats.
+
+    Args:
+        panel: to draw on.
+        timed: cells.
+        x: a field that is a whole number.
+        names: of contenders, whose places decide the colours; those without cells are left out.
+        tick: writes a value of `x`.
+    """
+    for index, name in enumerate(names):
+        points = [(cell[x], cell["num_tokens"], cell["seconds"]) for cell in timed if cell["contender"] == name]
+        if not points:
+            continue
+        places = [place for place, _, _ in points]
+        medians = [tokens / seconds["median"] for _, tokens, seconds in points]
+        slow, fast = ([tokens / seconds[end] for _, tokens, seconds in points] for end in ("max", "min"))
+        panel.plot(places, medians, "o-", label=name, color=f"C{index}", markersize=4)
+        panel.fill_between(places, slow, fast, color=f"C{index}", alpha=0.2, linewidth=0)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    ticks = sorted({cell[x] for cell in timed})
+    panel.set_xticks(ticks, [tick(place) for place in ticks])
+    panel.set_ylabel("tokens per second")
+    panel.grid(alpha=0.3)
+    panel.legend()
 
 
 def _table(names: Sequence[str], table_rows: Iterable[list[str]]) -> list[str]:
@@ -173,7 +213,8 @@ def _table(names: Sequence[str], table_rows: Iterable[list[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def _megabytes(num_bytes: int | None) -> str:
+def megabytes(num_bytes: float | None) -> str:
+    """Such as "1,024", or a dash."""
     return "–" if num_bytes is None else f"{num_bytes / 1e6:,.0f}"
 
 

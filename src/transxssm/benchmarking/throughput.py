@@ -1,7 +1,6 @@
 """Whole models against each other over the length of the sequence: the paper's Figure 4, measured on this machine."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,19 +14,21 @@ from transxssm.benchmarking.benchmark_run import BenchmarkRun, Budget
 from transxssm.benchmarking.comparison import Cell, Group, Notify
 from transxssm.benchmarking.contenders import (
     CONTENDERS,
-    DECODE_TOKENS,
     DEFAULT_CONTENDERS,
     DEFAULT_MODES,
     MODES,
     REFERENCE,
     build_step,
+    check_contenders,
+    check_names,
+    describe_contenders,
 )
+from transxssm.benchmarking.decoding import DECODE_TOKENS
 from transxssm.benchmarking.flops import step_flops
 from transxssm.benchmarking.ssd_share import ssd_share
 from transxssm.benchmarking.steps import Entry
 from transxssm.benchmarking.workers import Setup
 from transxssm.models import TransXSSMConfig
-from transxssm.models.baselines import count_baseline_parameters
 from transxssm.ops.ssd import DEFAULT_CHUNK_SIZE
 
 NAME = "throughput"
@@ -61,8 +62,8 @@ class ThroughputSettings:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        _check_names("contender", self.contenders, CONTENDERS)
-        _check_names("mode", self.modes, MODES)
+        check_names("mode", self.modes, MODES)
+        check_contenders(self.contenders, self.modes)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1 sequence: got {self.batch}")
         if self.chunk_size is not None and self.chunk_size < 1:
@@ -76,11 +77,6 @@ class ThroughputSettings:
             raise ValueError(
                 f"train-autocast casts to a half precision: got dtype {self.dtype}, expected bfloat16 or float16"
             )
-        for contender in self.contenders:
-            if not set(self.modes) & set(CONTENDERS[contender].modes):
-                raise ValueError(
-                    f"{contender} can be measured in {', '.join(CONTENDERS[contender].modes)} only: got modes {', '.join(self.modes)}"
-                )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -185,32 +181,6 @@ def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrain
     return config
 
 
-def describe_contenders(configs: dict[str, PreTrainedConfig], target: TransXSSMConfig) -> dict[str, Any]:
-    """Parameters and sizes by name; how many parameters, relative to the model that all are matched to."""
-    wanted = count_baseline_parameters(target)
-    return {
-        name: {
-            "label": CONTENDERS[name].label,
-            "parameters": (parameters := count_baseline_parameters(config)),
-            "parameters_relative": parameters / wanted,
-            "num_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": None if config.model_type == "mamba2" else config.intermediate_size,
-            "config": json_config(config),
-        }
-        for name, config in configs.items()
-    }
-
-
-def json_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """What of a configuration differs from its class's defaults, in numbers that JSON has."""
-    return {
-        name: value
-        for name, value in config.to_diff_dict().items()
-        if not (isinstance(value, (list, tuple)) and any(isinstance(v, float) and math.isinf(v) for v in value))
-    }
-
-
 def prefill_exponents(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By contender with at least three lengths: the slope of log(median prefill time) over log(length), least squares."""
     fits = {}
@@ -225,13 +195,3 @@ def prefill_exponents(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
             slope = np.polyfit(np.log(lengths), np.log(seconds), 1)[0]
             fits[name] = {"exponent": float(slope), "lengths": list(lengths)}
     return fits
-
-
-def _check_names(kind: str, got: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
-    if not got:
-        raise ValueError(f"expected at least one {kind} of {', '.join(known)}: got none")
-    for name in got:
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}")
-    if len(set(got)) != len(got):
-        raise ValueError(f"each {kind} can be named once: got {', '.join(got)}")

@@ -1,14 +1,15 @@
-"""What happens inside a benchmark's child processes: a contender's first run, with its memory, and the race of several."""
+"""What happens inside a benchmark's child processes: a contender's first run, the race of several, decoding in growing batches."""
 
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from transxssm.benchmarking.decoding import Prompt
 from transxssm.benchmarking.processes import Send
 from transxssm.benchmarking.steps import Entry, seconds_of
 
@@ -83,6 +84,67 @@ def race(send: Send, setup: Setup, entries: Sequence[Entry], repeats: int, secon
         seconds = {name: seconds_of(steps[name], setup.device) for name in order}
         last_turn = sum(seconds.values())
         send(seconds)
+
+
+@dataclass(frozen=True)
+class DecodeRun:
+    """One timed run of decoding.
+
+    Args:
+        batch: rows.
+        seconds: of `DECODE_TOKENS` tokens in each row.
+        cache_bytes: of all rows.
+        peak_bytes: most memory above the empty process; on a CPU since the process began, on a GPU with this batch.
+    """
+
+    batch: int
+    seconds: float
+    cache_bytes: int
+    peak_bytes: int
+
+
+def decode_batches(
+    send: Send,
+    setup: Setup,
+    build: Callable[..., Prompt],
+    batches: Sequence[int],
+    least: int,
+    repeats: int,
+    seconds_left: float,
+) -> None:
+    """Reads a prompt of one row once, then decodes it in each batch, one warm-up and `repeats` times; sends a `DecodeRun` for each.
+
+    Args:
+        send: to the parent.
+        setup: of this process.
+        build: called as `build(device=…)`.
+        batches: rows, growing. One for which even `least` runs as long as the last batch's would not fit is not begun, nor is
+            a run that would not fit.
+        least: runs.
+        repeats: runs.
+        seconds_left: for everything.
+    """
+    setup.apply()
+    device = setup.device
+    ends = time.monotonic() + seconds_left
+    empty = _bytes_now(device)
+    prompt = build(device=device)
+    seconds = 0.0
+    for batch in batches:
+        if time.monotonic() + (1 + least) * seconds > ends:
+            return
+        _bytes_now(device)  # a GPU's peak is each batch's own
+        repeated = prompt.repeated(batch)
+        step = repeated.step()
+        seconds = seconds_of(step, device)
+        for _ in range(repeats):
+            if time.monotonic() + seconds > ends:
+                return
+            seconds = seconds_of(step, device)
+            send(DecodeRun(batch, seconds, repeated.cache_bytes(), _peak_bytes(device) - empty))
+        del repeated, step
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # else blocks of this batch's sizes are in the next one's way
 
 
 def _bytes_now(device: torch.device) -> int:
