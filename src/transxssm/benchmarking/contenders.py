@@ -71,6 +71,9 @@ CONTENDERS = {
     ),
     "transxssm-ssd": Contender("TransXSSM, SSD layers only", _all_ssd),
     "llama": Contender("Llama, SDPA", llama_config),
+    "llama-compiled": Contender(
+        "Llama, torch.compile", llama_config, transform=torch.compile, modes=("train", "prefill", "train-autocast")
+    ),
     "llama-eager": Contender("Llama, eager attention", llama_config, attention="eager"),
     "llama-static": Contender("Llama, SDPA, static cache", llama_config, new_cache=_static_cache, modes=("decode",)),
     "mamba2": Contender("Mamba-2", mamba2_config),
