@@ -51,7 +51,7 @@ def blocks_of(monkeypatch):
     def set_block(num_tokens: int) -> None:
         # By its path: the attribute `linear_cross_entropy` of `transxssm.ops` is the function.
         module = sys.modules["transxssm.ops.linear_cross_entropy"]
-        monkeypatch.setattr(module, "_LOGITS_PER_BLOCK", num_tokens * VOCABULARY)
+        monkeypatch.setitem(module._LOGITS_PER_BLOCK, device.type, num_tokens * VOCABULARY)
 
     return set_block
 
@@ -78,7 +78,7 @@ def test_any_block(block, reduction, device, blocks_of):
 
 
 def test_a_vocabulary_larger_than_a_block(device, monkeypatch):
-    monkeypatch.setattr(sys.modules["transxssm.ops.linear_cross_entropy"], "_LOGITS_PER_BLOCK", 1)
+    monkeypatch.setitem(sys.modules["transxssm.ops.linear_cross_entropy"]._LOGITS_PER_BLOCK, device.type, 1)
     assert_equals_full_logits(*inputs(5, device=device))
 
 
