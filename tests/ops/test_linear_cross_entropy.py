@@ -45,7 +45,7 @@ def assert_equals_full_logits(hidden, weight, labels, **options):
 
 
 @pytest.fixture
-def blocks_of(monkeypatch):
+def blocks_of(monkeypatch, device):
     """Makes the loss work on blocks of this many tokens, so that a few tokens are many blocks."""
 
     def set_block(num_tokens: int) -> None:
