@@ -44,8 +44,11 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
 
 
 def code_version(source: Path) -> dict[str, Any]:
-    """The package's version and, where `source` belongs to a git repository, its commit and whether tracked files differ from it."""
-    version: dict[str, Any] = {"version": __version__, "commit": None, "dirty": None}
+    """The package's version and, where `source` belongs to a git repository, its commit and whether tracked files differ from it.
+
+    A copy without one is what `TRANSXSSM_COMMIT` says.
+    """
+    version: dict[str, Any] = {"version": __version__, "commit": os.environ.get("TRANSXSSM_COMMIT"), "dirty": None}
     if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
         return version
     version["commit"] = _git(source.parent, "rev-parse", "HEAD")

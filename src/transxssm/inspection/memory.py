@@ -102,7 +102,7 @@ def _scan_workspace(config: TransXSSMConfig, num_tokens: int) -> int:
     h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
     q = config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"]
     operands, scores, states = 3 * h * p + 2 * g * n, 2 * h * q, 2 * h * p * n // q  # a token
-    return FLOAT32 * min(num_tokens, max(q, BLOCK_SCORES // (h * q))) * (operands + scores + states)
+    return FLOAT32 * min(num_tokens, max(q, BLOCK_SCORES["cpu"] // (h * q))) * (operands + scores + states)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -205,7 +205,7 @@ def _backward_chunks(
         dC = _add_products(weighted_dy @ entering.mT, to_scores, chunk.B)  # (a, g, q, n)
 
         # The cumulative log decay at q sums dt_k A over k ≤ q.
-        to_rate = to_log_decay.flip(-1).cumsum(-1).flip(-1)
+        to_rate = _cumulative_sum(to_log_decay.flip(-1)).flip(-1)
         grad_A += (to_rate * chunk.dt).sum((0, -1)).view(-1)
         to_dt_x = to_dt_x.unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
         block_x = _heads(x[:, block.tokens], block, groups)
@@ -321,7 +321,7 @@ def _load(block: _Block, inputs: _Inputs) -> _Chunk:
     x, A, seq_idx, tokens = inputs.x, inputs.A, inputs.seq_idx, block.tokens
     batch, groups = inputs.B.shape[0], inputs.B.shape[2]
     dt = _heads(inputs.dt[:, tokens], block, groups).contiguous().flatten(0, 1)  # (a, g, r, q)
-    exact = (dt * A.view(groups, -1, 1)).double().cumsum(-1)
+    exact = _cumulative_sum((dt * A.view(groups, -1, 1)).double())
     log_decay = exact.to(dt.dtype)
     length = block.chunk_length
     visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()  # (q, k)
@@ -355,6 +355,15 @@ def _load(block: _Block, inputs: _Inputs) -> _Chunk:
         to_end=to_end,
         across=across.unflatten(0, (batch, -1)),
     )
+
+
+def _cumulative_sum(tensor: Tensor) -> Tensor:
+    """Over the last axis. On a GPU a product, since torch's `cumsum` there is refused in deterministic mode and breaks the compiler."""
+    if tensor.device.type == "cpu":
+        return tensor.cumsum(-1)
+    length = tensor.shape[-1]
+    sums = torch.ones(length, length, dtype=torch.float64, device=tensor.device).triu()  # float64: never TF32
+    return (tensor.double() @ sums).to(tensor.dtype)
 
 
 def _heads(tensor: Tensor, block: _Block, groups: int) -> Tensor:

@@ -12,10 +12,8 @@ from transxssm.ops.rotary import apply_rotary
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.reference import ssd_recurrence
 
-DEFAULT_CHUNK_SIZE = {
-    "cpu": 64,
-    "cuda": 256,
-}  # cuda: the paper's Table 4; cpu: the Q×Q scores of a head stay in the L2 cache
+# By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
+DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
 
 
 class SSDBackend(StrEnum):
@@ -81,7 +79,7 @@ def ssd_chunk_scan(
         if backend is SSDBackend.RECURRENCE:
             return ssd_recurrence(x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx)
         if chunk_size is None:
-            chunk_size = DEFAULT_CHUNK_SIZE.get(x.device.type, 256)
+            chunk_size = DEFAULT_CHUNK_SIZE.get(x.device.type, DEFAULT_CHUNK_SIZE["cuda"])
         return ssd_chunked(
             x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size
         )
