@@ -82,7 +82,7 @@ def test_what_does_not_fit_or_work_is_recorded_and_the_rest_is_measured():
 
 
 def test_what_fits_alone_but_not_with_the_others_is_out_of_memory():
-    first = FirstRun(build_seconds=0.0, seconds=0.0, peak_bytes=1, step_bytes=1)
+    first = FirstRun(build_seconds=0.0, seconds=0.0, steady_seconds=0.0, peak_bytes=1, step_bytes=1)
     outcomes = iter([first, first, OutOfMemory("was killed by the system")])
 
     def run(*arguments, **options):

@@ -174,7 +174,7 @@ class Comparison:
         repeats = self.limits.repeats
         least = min(MIN_REPEATS, repeats)
         firsts = [cell.first for cell, _ in runners if cell.first is not None]
-        estimate = sum(first.build_seconds + (1 + least) * first.seconds for first in firsts)
+        estimate = sum(first.build_seconds + first.seconds + least * first.steady_seconds for first in firsts)
         if estimate > self.limits.seconds_left:
             for cell, _ in runners:
                 cell.status = "out of time"

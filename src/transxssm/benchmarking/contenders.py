@@ -61,9 +61,12 @@ class Contender:
     modes: tuple[str, ...] = MODES
 
 
-def _compile_layers(model: nn.Module) -> nn.Module:
+def compile_layers(model: nn.Module) -> nn.Module:
     """Compiles the decoder layers one by one: layers of a kind share their code, so that it takes seconds and not minutes."""
-    for layer in model.get_submodule("model.layers").children():
+    layers = list(model.get_submodule("model.layers").children())
+    # Where there is a cache, each reads its own number, and is compiled for it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(layers) + 1)
+    for layer in layers:
         layer.compile()
     return model
 
@@ -74,12 +77,12 @@ CONTENDERS = {
     "transxssm-compiled": Contender(
         "TransXSSM, torch.compile",
         lambda config: config,
-        transform=_compile_layers,
+        transform=compile_layers,
         modes=COMPILED_MODES,
     ),
     "transxssm-ssd": Contender("TransXSSM, SSD layers only", _all_ssd),
     "llama": Contender("Llama, SDPA", llama_config),
-    "llama-compiled": Contender("Llama, torch.compile", llama_config, transform=_compile_layers, modes=COMPILED_MODES),
+    "llama-compiled": Contender("Llama, torch.compile", llama_config, transform=compile_layers, modes=COMPILED_MODES),
     "llama-eager": Contender("Llama, eager attention", llama_config, attention="eager"),
     "llama-static": Contender("Llama, SDPA, static cache", llama_config, new_cache=_static_cache, modes=("decode",)),
     "mamba2": Contender("Mamba-2", mamba2_config),

@@ -31,6 +31,7 @@ class Entry:
         arguments: picklable.
         num_tokens: that one run goes through; None: it goes through none.
         flops: of one run, counted as `transxssm.benchmarking.flops` does; None: it is not made of matrix products.
+        compiles: in its first run, which says nothing about the next.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Entry:
     arguments: tuple[Any, ...]
     num_tokens: int | None
     flops: float | None
+    compiles: bool = False
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from transxssm.benchmarking.contenders import (
     build_step,
     check_contenders,
     check_names,
+    compile_layers,
     describe_contenders,
 )
 from transxssm.benchmarking.decoding import DECODE_TOKENS
@@ -169,7 +170,8 @@ def _entry(
     if mode == "decode":
         num_tokens = settings.batch * DECODE_TOKENS
         return Entry(name, build_step, arguments, num_tokens, DECODE_TOKENS * flops)
-    return Entry(name, build_step, arguments, settings.batch * length, flops)
+    compiles = CONTENDERS[name].transform is compile_layers
+    return Entry(name, build_step, arguments, settings.batch * length, flops, compiles)
 
 
 def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrainedConfig:

@@ -39,12 +39,14 @@ class FirstRun:
     Args:
         build_seconds: what it took to build the model (and, for decoding, to read the prompt).
         seconds: of the run itself, with whatever only a first run does.
+        steady_seconds: of a second run, where the first one compiles; else `seconds`.
         peak_bytes: most memory that weights, the prompt's cache and the run took at once, above the empty process.
         step_bytes: what the run took at its peak above what was there just before it.
     """
 
     build_seconds: float
     seconds: float
+    steady_seconds: float
     peak_bytes: int
     step_bytes: int
 
@@ -60,8 +62,9 @@ def first_run(send: Send, setup: Setup, entry: Entry) -> FirstRun:
     before = _bytes_now(device)
     seconds = seconds_of(step, device)
     peak = _peak_bytes(device)
+    steady_seconds = seconds_of(step, device) if entry.compiles else seconds
     # A run may fit into pages that building has left behind.
-    return FirstRun(build_seconds, seconds, peak - empty, max(0, peak - before))
+    return FirstRun(build_seconds, seconds, steady_seconds, peak - empty, max(0, peak - before))
 
 
 def race(send: Send, setup: Setup, entries: Sequence[Entry], repeats: int, seconds_left: float) -> None:

@@ -46,7 +46,7 @@ def ssd_chunked(
     # The compiler fuses on a GPU what it can look into; on a CPU the operator, which it leaves alone, is the faster one.
     is_traced = torch.compiler.is_compiling() and x.device.type != "cpu"
     scan = _TracedScan.apply if is_traced else _scan
-    y, final_state, _ = scan(
+    y, final_state, *_ = scan(
         x,
         dt.to(accumulate),
         A.to(accumulate),
@@ -263,18 +263,20 @@ _scan.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _TracedScan(torch.autograd.Function):
-    """Both operators, as the compiler can look into them."""
+    """Both operators, as the compiler can look into them.
+
+    The states are no output: of a function with one that has no gradient, torch 2.11's compiler loses the others' gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.chunk_size, keeps_states = arguments
         y, final_state, states = _forward_chunks(_Inputs(*tensors), ctx.chunk_size, keeps_states)
         ctx.save_for_backward(*tensors, states)
-        ctx.mark_non_differentiable(states)
-        return y, final_state, states
+        return y, final_state
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _grad_states: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, states = ctx.saved_tensors
         inputs = _Inputs(*tensors)
         return _of_arguments(inputs, _backward_chunks(inputs, grad_y, grad_state, states, ctx.chunk_size))
