@@ -11,7 +11,7 @@ from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
 from transxssm.ops.ssd import ssd_chunk_scan
-from transxssm.ops.ssd.chunked import BLOCK_SCORES, _recurrence_at_once
+from transxssm.ops.ssd.chunked import BLOCK_SCORES
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -199,8 +199,21 @@ def test_half_operands_on_any_cpu(documents, fast, device, monkeypatch):
     assert_equals_oracle(make_case(documents=documents, dtype=torch.bfloat16, device=device), chunk_size=8)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("transxssm.ops.ssd.chunked._is_on_cpu", lambda _: False)
+
+
+@DTYPES
 @pytest.mark.parametrize("documents", [(37,), (9, 13, 15), (1,) * 20], ids=str)
-def test_states_of_all_chunks_at_once(documents, device, monkeypatch):
-    """What a GPU does instead of going from chunk to chunk."""
-    monkeypatch.setattr("transxssm.ops.ssd.chunked._recurrence", _recurrence_at_once)
-    assert_equals_oracle(make_case(documents=documents, device=device), chunk_size=4)
+def test_the_way_of_gpus(documents, dtype, device, as_on_a_gpu):
+    assert_equals_oracle(make_case(documents=documents, dtype=dtype, device=device), chunk_size=4)
+
+
+@pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
+def test_the_way_of_gpus_compiled(documents, device, as_on_a_gpu):
+    """There the compiler looks into the scan, and into its backward pass."""
+    torch.compiler.reset()
+    compiled = torch.compile(ssd_chunk_scan, fullgraph=True, backend="aot_eager")
+    case = make_case(documents=documents, device=device)
+    assert_equal_laws(lambda case: case.scan(compiled, chunk_size=8), ssd_oracle, case)

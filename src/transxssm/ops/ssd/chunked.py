@@ -44,7 +44,7 @@ def ssd_chunked(
     differentiable = (x, dt, A, B, C, D, initial_state)
     keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     # The compiler fuses on a GPU what it can look into; on a CPU the operator, which it leaves alone, is the faster one.
-    is_traced = torch.compiler.is_compiling() and x.device.type != "cpu"
+    is_traced = torch.compiler.is_compiling() and not _is_on_cpu(x)
     scan = _TracedScan.apply if is_traced else _scan
     y, final_state, *_ = scan(
         x,
@@ -359,9 +359,14 @@ def _load(block: _Block, inputs: _Inputs) -> _Chunk:
     )
 
 
+def _is_on_cpu(tensor: Tensor) -> bool:
+    """Where writing into memory that is there saves time; a GPU gains more from few calls that the compiler can fuse."""
+    return tensor.device.type == "cpu"
+
+
 def _cumulative_sum(tensor: Tensor) -> Tensor:
     """Over the last axis. On a GPU a product, since torch's `cumsum` there is refused in deterministic mode and breaks the compiler."""
-    if tensor.device.type == "cpu":
+    if _is_on_cpu(tensor):
         return tensor.cumsum(-1)
     length = tensor.shape[-1]
     sums = torch.ones(length, length, dtype=torch.float64, device=tensor.device).triu()  # float64: never TF32
@@ -398,7 +403,7 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
 
     Backwards, S_c = across_c · S_{c+1} + update_c from S_m = state.
     """
-    if updates.device.type != "cpu":
+    if not _is_on_cpu(updates):
         return _recurrence_at_once(state, updates, across, backwards=backwards)
     num_chunks, num_heads = across.shape[1], across.shape[-1]
     states = updates.new_empty(updates.shape[0], num_chunks + 1, *updates.shape[2:])
@@ -467,7 +472,7 @@ def _load_rotated(tensor: Tensor, inputs: _Inputs, block: _Block, dtype: torch.d
     source, angles = _groups(tensor, block), _angles(inputs, block)
     if angles is None:
         return source.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
-    if source.device.type != "cpu":
+    if not _is_on_cpu(source):
         return rotate(source, *angles).to(dtype).flatten(0, 1)
     rotated = torch.empty(source.shape, dtype=inputs.dt.dtype, device=source.device)
     rotate_into(rotated, source, *angles)
@@ -480,7 +485,7 @@ def _store_unrotated(gradient: Tensor, inputs: _Inputs, block: _Block, out: Tens
     gradient = gradient.view(target.shape)
     if angles is None:
         target.copy_(gradient)
-    elif out.device.type != "cpu":
+    elif not _is_on_cpu(out):
         target.copy_(rotate(gradient, angles[0], -angles[1]))
     elif out.dtype == inputs.dt.dtype:
         rotate_into(target, gradient, angles[0], -angles[1])
