@@ -1,49 +1,88 @@
-"""The scripts for a GPU do what they say where there is none: they reach the commands they are made of, with arguments that these take."""
+"""The scripts for a GPU, where there is none: the commands that they are made of exist and take what they are given."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-SCRIPTS = Path(__file__).parent.parent / "scripts" / "gpu"
+from transxssm.benchmarking import parse_length
+from transxssm.benchmarking.decode import DecodeSettings
+from transxssm.benchmarking.throughput import ThroughputSettings
+from transxssm.studies import contenders_of, load_study
+from transxssm_cli.app import app
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts" / "gpu"
 
 
-def run(script: str, *arguments: str, **variables: str) -> str:
-    """What a script prints, with this interpreter as its python3."""
-    environment = (
-        os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "200"}
+@pytest.fixture
+def commands_of(tmp_path):
+    """Runs a script with a python3 that notes its arguments and does nothing."""
+
+    def run(script: str, *arguments: str) -> list[list[str]]:
+        noted, python3 = tmp_path / "noted.jsonl", tmp_path / "bin" / "python3"
+        python3.parent.mkdir()
+        note = "import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], 'a'))"
+        python3.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", note, str(noted)])} "$@"\n')
+        python3.chmod(0o755)
+        environment = os.environ | {"PATH": f"{python3.parent}:{os.environ['PATH']}"}
+        subprocess.run([SCRIPTS / script, *arguments], env=environment, check=True)
+        return [json.loads(line) for line in noted.read_text().splitlines()]
+
+    return run
+
+
+def parse(command: list[str]) -> dict:
+    """The options of `python3 -m transxssm …`, read and checked as the command itself would, which is not run."""
+    assert command[:2] == ["-m", "transxssm"]
+    found, rest = typer.main.get_command(app), command[2:]
+    while hasattr(found, "commands"):
+        name, *rest = rest
+        found = found.commands[name]
+    return found.make_context(found.name, rest).params
+
+
+def test_laws(commands_of, tmp_path):
+    [[module, pytest_, *rest]] = commands_of("laws.sh", str(tmp_path / "out"), "-x")
+    assert (module, pytest_, rest[-1]) == ("-m", "pytest", "-x")
+    assert all((ROOT / path).exists() for path in rest if path.startswith("tests"))
+    assert rest[rest.index("--device") + 1] == "cuda"
+
+
+def test_figure_4(commands_of, tmp_path):
+    batches, edges, middle = (parse(command) for command in sorted(commands_of("figure4.sh", str(tmp_path))))
+    for options in (edges, middle):
+        ThroughputSettings(
+            preset=options["preset"],
+            contenders=tuple(options["contenders"].split(",")),
+            modes=tuple(options["modes"].split(",")),
+            lengths=tuple(map(parse_length, options["lengths"].split(","))),
+            dtype=options["dtype"],
+        )
+    DecodeSettings(
+        preset=batches["preset"],
+        contenders=tuple(batches["contenders"].split(",")),
+        length=parse_length(batches["length"]),
+        batches=tuple(map(int, batches["batches"].split(","))),
+        dtype=batches["dtype"],
     )
-    done = subprocess.run(
-        [SCRIPTS / script, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_laws(tmp_path):
-    assert "test_equals_the_oracle" in run(
-        "laws.sh", str(tmp_path), "--device", "cpu", "--collect-only", "-k", "oracle"
-    )
-    assert (tmp_path / "laws.txt").is_file()
-
-
-def test_figure_4(tmp_path):
-    sizes = {"PRESET": "tiny", "DEVICE": "cpu", "DTYPE": "float32", "LENGTHS": "16", "EDGES": "16", "PROMPT": "16"}
-    run("figure4.sh", str(tmp_path), **sizes, BATCHES="1", MINUTES="0.001")
-    for folder, name in (("figure4", "throughput"), ("decode", "decode"), ("figure4-edges", "throughput")):
-        results = json.loads((tmp_path / folder / f"{name}.json").read_text())
-        assert results["settings"]["preset"] == "tiny"
+    assert {options["device"] for options in (edges, batches, middle)} == {"cuda"}
+    assert len({options["output"] for options in (edges, batches, middle)}) == 3
 
 
 @pytest.mark.parametrize(("script", "cell"), [("table2.sh", "hybrid-rope"), ("table3.sh", "llama")])
-def test_tables(script, cell, tmp_path):
-    plan = run(script, str(tmp_path), cell, "data.corpus=python-stdlib", "--list")
-    assert cell in plan
-    assert "jamba" not in plan
-    assert not any(tmp_path.iterdir())
+def test_tables(script, cell, commands_of, tmp_path):
+    [command] = commands_of(script, str(tmp_path), cell, "training.max_steps=8")
+    options = parse(command)
+    recipe, *overrides = options["arguments"]
+    study = load_study(recipe, overrides)
+    assert study.training["max_steps"] == 8
+    assert {contender.cell for contender in contenders_of(study, options["only"])} == {cell}
 
 
 def test_an_archive_has_no_weights(tmp_path):
@@ -52,7 +91,7 @@ def test_an_archive_has_no_weights(tmp_path):
     for name in ("summary.json", "model.safetensors", "checkpoint-8/optimizer.pt"):
         (run_folder / name).write_text("x")
     archive = tmp_path / "archive.tar.gz"
-    run("pack.sh", str(tmp_path / "table2"), str(archive))
+    subprocess.run([SCRIPTS / "pack.sh", tmp_path / "table2", archive], check=True)
     listed = subprocess.run(["tar", "-tzf", archive], capture_output=True, text=True, check=True).stdout
     assert "summary.json" in listed
     assert "safetensors" not in listed
