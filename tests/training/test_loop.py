@@ -375,3 +375,11 @@ def test_bfloat16_autocast_trains_close_to_float32(recipe, finished_run):
     exact = json.loads((finished_run / "summary.json").read_text())["eval_loss"]
     assert summary["eval_loss"] == pytest.approx(exact, rel=2e-2)
     assert summary["eval_loss"] != exact
+
+
+def test_a_compiled_model_trains_to_the_same_end(recipe, finished_run):
+    """Captured only: generating code would take longer than all other tests of this file."""
+    torch.compiler.reset()
+    summary = train(recipe("training.torch_compile=true", "training.torch_compile_backend=aot_eager"))
+    exact = json.loads((finished_run / "summary.json").read_text())["eval_loss"]
+    assert summary["eval_loss"] == pytest.approx(exact, rel=1e-5)
