@@ -85,6 +85,14 @@ def test_tables(script, cell, commands_of, tmp_path):
     assert {contender.cell for contender in contenders_of(study, options["only"])} == {cell}
 
 
+@pytest.mark.parametrize("script", ["table2.sh", "table3.sh"])
+def test_no_folder(script):
+    done = subprocess.run([SCRIPTS / script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no folder for the results was given")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_an_archive_has_no_weights(tmp_path):
     run_folder = tmp_path / "table2" / "cell" / "seed-0"
     (run_folder / "checkpoint-8").mkdir(parents=True)

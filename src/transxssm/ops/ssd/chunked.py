@@ -265,7 +265,7 @@ _scan.register_autograd(_backward, setup_context=_save_for_backward)
 class _TracedScan(torch.autograd.Function):
     """Both operators, as the compiler can look into them.
 
-    The states are no output: of a function with one that has no gradient, torch 2.11's compiler loses the others' gradients.
+    The states are no output here: with them as one that has no gradient, the final state's gradient was lost under torch 2.11's compiler.
     """
 
     @staticmethod
