@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LOSS = "the loss"
 
@@ -54,6 +55,14 @@ def find_origin(model: nn.Module, loss_of_batch: Callable[[], Tensor]) -> Origin
     return watch.origin
 
 
+@dataclass
+class _Passage:
+    """A tensor between modules: the modules that read it, and the one whose own code made it or read it otherwise."""
+
+    readers: list[nn.Module] = field(default_factory=list)
+    enclosing: nn.Module | None = None
+
+
 class _Watch:
     """Hooks on every module: outputs on the way forward, gradients of outputs and of parameters on the way back."""
 
@@ -63,10 +72,8 @@ class _Watch:
         self.origin: Origin | None = None
         self.forward_done = False
         self.running: list[nn.Module] = []
-        # Of each tensor between modules: the modules that read it, and the one whose own code made or read it otherwise.
-        self.tensors: list[Tensor] = []  # held, so that no other tensor takes over an id
-        self.readers: dict[int, list[nn.Module]] = {}
-        self.enclosing: dict[int, nn.Module] = {}
+        # Weak keys: activation checkpointing frees these tensors on the way, and another may take over the id of one.
+        self.passages = WeakTensorKeyDictionary()
 
     def hooks(self) -> ExitStack:
         stack = ExitStack()
@@ -83,7 +90,7 @@ class _Watch:
         if self.forward_done:  # activation checkpointing runs layers again on the way back
             return
         for tensor in _tensors((args, kwargs)):
-            self.readers.setdefault(id(tensor), []).append(module)
+            self._passage_of(tensor).readers.append(module)
             if self.running and not _finite(tensor):
                 self._found_in(self.running[-1])
         self.running.append(module)
@@ -95,10 +102,14 @@ class _Watch:
         for tensor in _tensors(output):
             if not _finite(tensor):
                 self._found_in(module)
-            if id(tensor) not in self.enclosing:
-                tensor.register_hook(partial(self._on_gradient, id(tensor)))
-                self.tensors.append(tensor)
-            self.enclosing[id(tensor)] = self.running[-1] if self.running else module
+            passage = self._passage_of(tensor)
+            if passage.enclosing is None:
+                tensor.register_hook(partial(self._on_gradient, passage))
+            passage.enclosing = self.running[-1] if self.running else module
+
+    def _passage_of(self, tensor: Tensor) -> _Passage:
+        passage: _Passage = self.passages.setdefault(tensor, _Passage())
+        return passage
 
     def _found_in(self, module: nn.Module) -> None:
         if self.origin is not None:
@@ -109,13 +120,14 @@ class _Watch:
         note = f" (its {', '.join(bad)} was not finite before the step)" if bad else ""
         self.origin = Origin(quantity, self.names[module] or LOSS, note)
 
-    def _on_gradient(self, tensor_id: int, gradient: Tensor) -> None:
+    def _on_gradient(self, passage: _Passage, gradient: Tensor) -> None:
         if self.origin is not None or _finite(gradient):
             return
         # The gradient of a tensor comes from what read it: the innermost reading module, or else the code around its maker.
-        readers = self.readers.get(tensor_id, [])
+        readers = passage.readers
         innermost = [m for m in readers if not any(other is not m and other in set(m.modules()) for other in readers)]
-        names = [self.names[module] for module in innermost] or [self.names[self.enclosing[tensor_id]]]
+        named = innermost or ([passage.enclosing] if passage.enclosing is not None else [])
+        names = [self.names[module] for module in named]
         self.origin = Origin("gradient", _common_module(names) or LOSS)
 
     def _on_parameter_gradient(self, name: str, parameter: Tensor) -> None:
@@ -143,8 +155,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         for item in value:
             yield from _tensors(item)
     elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
 
 
 def _finite(tensor: Tensor) -> bool:
