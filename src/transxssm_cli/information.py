@@ -36,6 +36,7 @@ OPTIONS = (
     "ssd_output_gate",
     "attention_position_embedding",
     "qk_norm",
+    "attention_output_gate",
     "sliding_window",
     "length_scaling_base",
 )

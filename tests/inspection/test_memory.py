@@ -81,6 +81,7 @@ class PeakBytes(TorchDispatchMode):
         {"layer_types": ["linear_attention"] * 2, "ssd_conv_kernel_size": 4, "intermediate_size": 64},
         {"layer_types": ["full_attention"] * 2, "intermediate_size": 64},
         {"layer_types": ["full_attention"] * 2, "qk_norm": True, "intermediate_size": 64},
+        {"layer_types": ["full_attention"] * 2, "attention_output_gate": True, "intermediate_size": 64},
         {
             "layer_types": ["full_attention"] * 2,
             "attention_position_embedding": "none",

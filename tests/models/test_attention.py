@@ -14,10 +14,12 @@ LENGTH = 9
 
 
 @pytest.mark.parametrize("rotates", [True, False], ids=["rope", "nope"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_equals_its_formula(qk_norm, rotates):
+def test_equals_its_formula(qk_norm, gated, rotates):
     torch.manual_seed(0)
-    config = tiny_config("all_attention", qk_norm=qk_norm, attn_implementation="sdpa")  # eager's softmax is float32
+    # SDPA: the softmax of eager attention is float32
+    config = tiny_config("all_attention", qk_norm=qk_norm, attention_output_gate=gated, attn_implementation="sdpa")
     layer = TransXSSMAttention(config, layer_idx=0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -43,7 +45,10 @@ def test_equals_its_formula(qk_norm, rotates):
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * config.head_dim**-0.5
     mask = torch.full((LENGTH, LENGTH), -torch.inf, dtype=torch.float64).triu(1)
-    expected = torch.einsum("bhij,bjhd->bihd", (scores + mask).softmax(-1), v).flatten(2) @ layer.o_proj.weight.T
+    heads = torch.einsum("bhij,bjhd->bihd", (scores + mask).softmax(-1), v).flatten(2)
+    if gated:
+        heads = heads * torch.sigmoid(u @ layer.g_proj.weight.T)
+    expected = heads @ layer.o_proj.weight.T
 
     output, _ = layer(u, positions, mask[None, None])
     assert_close(output, expected, torch.float64)

@@ -33,6 +33,7 @@ OFF = {
         "length_scaling_base": None,
     },
     **dict.fromkeys(("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm"), False),
+    "attention_output_gate": False,
 }
 
 
@@ -111,10 +112,11 @@ def test_json_round_trip(variant, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transxssm"
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_the_tensor_parallel_plan_has_a_rule_for_what_is_there(qk_norm):
+def test_the_tensor_parallel_plan_has_a_rule_for_what_is_there(qk_norm, gated):
     """Each attention rule names a module of the model, and each module of attention has a rule."""
-    config = tiny_config("all_attention", qk_norm=qk_norm)
+    config = tiny_config("all_attention", qk_norm=qk_norm, attention_output_gate=gated)
     with torch.device("meta"):
         modules = dict(TransXSSMForCausalLM(config).model.layers[0].named_modules())
     rules = {rule.removeprefix("layers.*.") for rule in config.base_model_tp_plan if rule.startswith("layers.*.")}

@@ -247,7 +247,7 @@ def test_a_missing_key_is_initialised_and_the_others_stay(variant, missing, tmp_
 def test_an_option_can_be_added_to_a_checkpoint(tmp_path):
     """What is given to a model that was trained without it starts as in a new model."""
     TransXSSMForCausalLM(tiny_config(**INITIALISED)).save_pretrained(tmp_path)
-    options = ("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm")
+    options = ("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm", "attention_output_gate")
     config = tiny_config(**INITIALISED, ssd_conv_kernel_size=4, **dict.fromkeys(options, True))
     assert_initialised(AutoModelForCausalLM.from_pretrained(tmp_path, config=config), config)
 

@@ -40,7 +40,7 @@ VARIANTS = {
     "skip": {"ssd_skip": True},
     "length_scaling": {"length_scaling_base": 3},
     "normed": {"ssd_norm_BC": True, "ssd_bias_BC": True, "qk_norm": True},
-    "gated": {"ssd_output_gate": True},
+    "gated": {"ssd_output_gate": True, "attention_output_gate": True},
     "partly_rotated": {"ssd_partial_rotary_factor": 0.5, "attention_position_embedding": "none"},
     "mamba2": MAMBA2,
     "all_ssd_mamba2": {"layer_types": ["linear_attention"] * 3, **MAMBA2},
@@ -56,6 +56,7 @@ VARIANTS = {
         "ssd_bias_BC": True,
         "ssd_output_gate": True,
         "qk_norm": True,
+        "attention_output_gate": True,
     },
 }
 ALL_VARIANTS = list(VARIANTS)

@@ -30,7 +30,7 @@ def build_trainer(recipe):
 
 
 def test_vectors_do_not_decay_and_matrices_do(build_trainer):
-    options = ("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm")
+    options = ("ssd_skip", "ssd_norm_BC", "ssd_bias_BC", "ssd_output_gate", "qk_norm", "attention_output_gate")
     switches = (f"model.{option}=true" for option in options)
     trainer = build_trainer(*switches, "model.ssd_conv_kernel_size=4", "training.weight_decay=0.3")
     optimizer = trainer.create_optimizer()

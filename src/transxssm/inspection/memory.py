@@ -74,6 +74,8 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     maps = num_copies * (2 * config.ssd_num_groups * n * item + _block_bytes(n, num_tokens))
     gated = 3 * h * p * item + _block_bytes(h * p, num_tokens) if config.ssd_output_gate else 0  # z, and two results
     attention = 2 * (query_width + 2 * kv_width) * item + query_width * FLOAT32
+    if config.attention_output_gate:  # g, its sigmoid and the product, beside the heads' output
+        attention = max(attention, 4 * query_width * item)
     mask = num_tokens * (item + 1)  # a window's, and the booleans it is made from: a row for each token
     raised = 0  # a weight and a block of tokens in float32
     if not has_fast_products("cpu", dtype):

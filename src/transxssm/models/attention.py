@@ -6,6 +6,7 @@ Letters: b batch, t time, h heads, d head_dim.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +22,8 @@ from transxssm.ops import apply_rotary
 class TransXSSMAttention(nn.Module):
     """Causal self-attention on the same rotary embedding (Eq. 4 and 6), with Llama's parameter names.
 
-    Options: an RMSNorm of every query's and key's head before the rotation (QK-norm), with Qwen3's names; no rotation (NoPE).
+    Options: an RMSNorm of every query's and key's head before the rotation (QK-norm), with Qwen3's names; no rotation (NoPE); the heads'
+    output times sigmoid(g), g = W_g u, before the output projection ("Gated Attention", arXiv 2505.06708).
     """
 
     def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
@@ -39,6 +41,7 @@ class TransXSSMAttention(nn.Module):
         self.k_proj = TransXSSMLinear(config.hidden_size, key_size)
         self.v_proj = TransXSSMLinear(config.hidden_size, key_size)
         self.o_proj = TransXSSMLinear(query_size, config.hidden_size)
+        self.g_proj = TransXSSMLinear(config.hidden_size, query_size) if config.attention_output_gate else None
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = TransXSSMRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -79,4 +82,7 @@ class TransXSSMAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
+        output = output.reshape(*hidden_states.shape[:2], -1)
+        if self.g_proj is not None:
+            output = output * torch.sigmoid(self.g_proj(hidden_states))
+        return self.o_proj(output), weights

@@ -85,6 +85,7 @@ class TransXSSMConfig(PreTrainedConfig):
         ssd_output_gate: multiplies an SSD layer's output with silu(z), a projection more, and normalises it, as in Mamba-2.
         attention_position_embedding: "rope" rotates Q and K (Unified RoPE); "none" leaves positions to the SSD layers (NoPE).
         qk_norm: an RMSNorm on every head of Q and K before their rotation, as in Qwen3.
+        attention_output_gate: multiplies every channel of the heads' output with sigmoid(g), a projection more, as in Qwen3-Next.
         ssd_A_min, ssd_A_max: A starts uniform in −[min, max].
         ssd_dt_min, ssd_dt_max, ssd_dt_floor: time steps start log-uniform in [min, max], at least floor.
         length_scaling_base: base of the factor max(1, log_base n) on C and Q at position n − 1 (Appendix A, end); the mean length
@@ -137,6 +138,7 @@ class TransXSSMConfig(PreTrainedConfig):
     ssd_output_gate: bool = False
     attention_position_embedding: Literal["rope", "none"] = "rope"
     qk_norm: bool = False
+    attention_output_gate: bool = False
     ssd_A_min: float = 1.0
     ssd_A_max: float = 16.0
     ssd_dt_min: float = 1e-3
@@ -173,6 +175,8 @@ class TransXSSMConfig(PreTrainedConfig):
         if self.qk_norm:  # one weight for the heads of every shard; transformers warns of a rule without a layer
             norms = (f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm"))
             self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
+        if self.attention_output_gate:
+            self.base_model_tp_plan = self.base_model_tp_plan | {"layers.*.self_attn.g_proj": "colwise"}
         super().__post_init__(**kwargs)
         self._check_rope()
 
