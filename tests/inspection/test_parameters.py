@@ -28,8 +28,8 @@ def test_kinds_are_told_apart():
     )  # A_log, dt_bias and D; norms and biases of B and C; the gate's norm
     matrices = (hidden + 2 * 2 * state) * 3 + hidden * hidden  # a convolution of 3 and z
     assert counts["ssd"] == projections + vectors + matrices
-    # One key-value head; norms of queries and keys.
-    assert counts["attention"] == 2 * (2 * hidden * hidden + 2 * hidden * head_dim + 2 * head_dim)
+    # Q, the output and its gate; one key-value head; norms of queries and keys.
+    assert counts["attention"] == 2 * (3 * hidden * hidden + 2 * hidden * head_dim + 2 * head_dim)
     assert counts["ffn"] == 3 * 3 * hidden * ffn
     assert counts["norms"] == 7 * hidden
 

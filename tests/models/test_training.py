@@ -12,7 +12,7 @@ from tests.tolerances import assert_close
 from transxssm import TransXSSMForCausalLM, TransXSSMForSequenceClassification
 
 PROJECTIONS = [
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_proj", "up_proj", "down_proj"),
     *("x_proj", "B_proj", "C_proj", "dt_proj", "z_proj", "out_proj"),
 ]
 
