@@ -122,6 +122,11 @@ def test_layers_that_run_again_on_the_way_back_change_nothing(model):
     # transformers 5.17 has only the older of the two names
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.config.use_cache = False
-    assert origin_of(model) is None
-    model.model.layers[1].mlp.act_fn = PoisonedActivation()
-    assert str(origin_of(model)) == "gradient of model.layers.1.mlp.act_fn"
+    healthy, poisoned = model.model.layers[1].mlp.act_fn, PoisonedActivation()
+    for attempt in range(60):  # tensors freed on the way may be taken for later ones, now and then
+        model.model.layers[1].mlp.act_fn = healthy
+        kept = [torch.zeros(size + 1) for size in range(attempt)]  # moves what is allocated next
+        assert origin_of(model) is None
+        model.model.layers[1].mlp.act_fn = poisoned
+        assert str(origin_of(model)) == "gradient of model.layers.1.mlp.act_fn"
+        del kept[::2]
