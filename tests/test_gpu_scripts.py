@@ -104,3 +104,16 @@ def test_an_archive_has_no_weights(tmp_path):
     assert "summary.json" in listed
     assert "safetensors" not in listed
     assert "checkpoint" not in listed
+
+
+def test_cells_at_once(commands_of, tmp_path):
+    commands = commands_of("at-once.sh", "table2.sh", str(tmp_path / "out"), "hybrid-rope", "ssd-rope", "training.max_steps=8")
+    assert sorted(parse(command)["only"] for command in commands) == [["hybrid-rope"], ["ssd-rope"]]
+    assert all("training.max_steps=8" in command for command in commands)
+    assert (tmp_path / "out/logs/ssd-rope.txt").exists()
+
+
+def test_cells_at_once_without_cells():
+    done = subprocess.run([SCRIPTS / "at-once.sh", "table2.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: got 1 arguments")
