@@ -107,7 +107,9 @@ def test_an_archive_has_no_weights(tmp_path):
 
 
 def test_cells_at_once(commands_of, tmp_path):
-    commands = commands_of("at-once.sh", "table2.sh", str(tmp_path / "out"), "hybrid-rope", "ssd-rope", "training.max_steps=8")
+    commands = commands_of(
+        "at-once.sh", "table2.sh", str(tmp_path / "out"), "hybrid-rope", "ssd-rope", "training.max_steps=8"
+    )
     assert sorted(parse(command)["only"] for command in commands) == [["hybrid-rope"], ["ssd-rope"]]
     assert all("training.max_steps=8" in command for command in commands)
     assert (tmp_path / "out/logs/ssd-rope.txt").exists()

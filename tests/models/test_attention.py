@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from tests.models.tiny import tiny_config
 from tests.tolerances import assert_close
+from transxssm import TransXSSMForCausalLM
 from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.positions import Positions
-from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies
+from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies, single_query_attention
 
 LENGTH = 9
 
@@ -52,3 +53,39 @@ def test_equals_its_formula(qk_norm, gated, rotates):
 
     output, _ = layer(u, positions, mask[None, None])
     assert_close(output, expected, torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "grouped_queries", "sliding"])
+def test_a_token_decoded_in_half_precision_on_a_cpu(variant, monkeypatch):
+    """It takes the attention of its own, which agrees with SDPA to the rounding, pads included; eager and float32 do not."""
+    attended = []
+
+    def spy(q, k, v, mask, *, scaling):
+        expected = F.scaled_dot_product_attention(
+            *(t.double() for t in (q, k, v)), mask, scale=scaling, enable_gqa=True
+        )
+        output = single_query_attention(q, k, v, mask, scaling=scaling)
+        assert_close(output, expected, torch.bfloat16)
+        attended.append(k.shape[2])
+        return output
+
+    monkeypatch.setattr("transxssm.models.attention.single_query_attention", spy)
+    tokens = torch.randint(1, 90, (2, 7))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+
+    def decode(attention, dtype):
+        torch.manual_seed(0)
+        model = TransXSSMForCausalLM(tiny_config(variant, attn_implementation=attention)).to(dtype).eval()
+        with torch.no_grad():
+            cache = model(tokens[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+            return model(tokens[:, -1:], attention_mask=mask, past_key_values=cache).logits
+
+    decode("sdpa", torch.bfloat16)
+    assert len(attended) == sum(
+        "attention" in kind and "linear" not in kind for kind in tiny_config(variant).layer_types
+    )
+    attended.clear()
+    decode("sdpa", torch.float32)
+    decode("eager", torch.bfloat16)
+    assert not attended

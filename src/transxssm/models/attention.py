@@ -16,7 +16,7 @@ from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
-from transxssm.ops import apply_rotary
+from transxssm.ops import apply_rotary, single_query_attention
 
 
 class TransXSSMAttention(nn.Module):
@@ -68,21 +68,37 @@ class TransXSSMAttention(nn.Module):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        weights = None
+        if self._is_slow_in_torch(q, k, v, attention_mask):
+            output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
+        else:
+            attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attend(
+                self,
+                q,
+                k,
+                v,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )
         output = output.reshape(*hidden_states.shape[:2], -1)
         if self.g_proj is not None:
             output = output * torch.sigmoid(self.g_proj(hidden_states))
         return self.o_proj(output), weights
+
+    def _is_slow_in_torch(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether this is a token that is decoded in half precision on a CPU by SDPA, and nothing but its output is asked for."""
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+        return (
+            q.device.type == "cpu"
+            and q.shape[2] == 1
+            and q.dtype in (torch.bfloat16, torch.float16)
+            and self.config._attn_implementation == "sdpa"
+            and (attention_mask is None or attention_mask.dtype == torch.bool)
+            and not (needs_grad or self.training or torch.compiler.is_compiling())
+        )

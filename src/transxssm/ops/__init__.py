@@ -5,6 +5,7 @@ from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
 from transxssm.ops.rotary import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.short_convolution import short_convolution
+from transxssm.ops.single_query_attention import single_query_attention
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step
 from transxssm.ops.swiglu import swiglu
 
@@ -18,6 +19,7 @@ __all__ = [
     "rotary_cos_sin",
     "rotary_frequencies",
     "short_convolution",
+    "single_query_attention",
     "ssd_chunk_scan",
     "ssd_step",
     "subsample_rotary",
