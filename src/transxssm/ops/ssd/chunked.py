@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.rotary import rotate, rotate_into
+from transxssm.ops.ssd.decays import cumulative_sum, decays_of
 
 # Scores of a block over all heads and rows. On a CPU 2 MiB of float32 stay in the cache; on a GPU, which has to be kept busy, memory
 # is the bound: 256 MiB for each such tensor.
@@ -106,15 +107,15 @@ def _forward_chunks(inputs: _Inputs, chunk_size: int, keeps_states: bool) -> tup
         state = _fold(inputs.initial_state, groups)
     for block in _blocks(x, chunk_size):
         chunk = _load(block, inputs)
-        weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None]), chunk.x.dtype)
+        weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None]))
         updates = (chunk.B.mT @ weighted_x.flatten(3)).unflatten(0, (batch, -1))  # (b, m, g, n, r p)
         entering = _recurrence(state, updates.to(state.dtype), chunk.across)
         state, entering = entering[:, -1], entering[:, :-1].to(chunk.x.dtype)
         if keeps_states:
             states[:, block.chunks] = entering
         from_start = _by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
-        outputs = _product(from_start, chunk.from_start[..., None], chunk.x.dtype)
-        weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L, chunk.x.dtype)  # (a, g, r, q, k)
+        outputs = _product(from_start, chunk.from_start[..., None])
+        weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
         outputs = _add_products(outputs, weights, chunk.x).unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
         if D is not None:
             outputs += D.view(groups, -1, 1, 1) * _heads(x[:, block.tokens], block, groups)
@@ -174,29 +175,28 @@ def _backward_chunks(
         entering = states[:, block.chunks].flatten(0, 1).to(operand)  # (a, g, n, r p)
 
         # The states' gradients, from the last chunk to the first.
-        weighted_dy = _product(_rows(dy), _rows(chunk.from_start[..., None]), operand).flatten(3)
+        weighted_dy = _product(_rows(dy), _rows(chunk.from_start[..., None])).flatten(3)
         updates = (chunk.C.mT @ weighted_dy).to(acc).unflatten(0, (batch, -1))  # (b, m, g, n, r p)
         leaving = _recurrence(grad_state, updates, chunk.across, backwards=True)
         grad_state, leaving = leaving[:, 0], leaving[:, 1:].flatten(0, 1)  # (a, g, n, r p)
 
         # y_q = Σ_k s_qk L_qk dt_k x_k: to the scores, to dt x, and to the decays between q and k.
-        scores = (chunk.C @ chunk.B.mT)[:, :, None]  # (a, g, 1, q, k)
-        to_scores = (dy @ chunk.x.mT) * chunk.L  # by head: (a, g, r, q, k)
-        to_dt_x = _product(scores, chunk.L, operand).mT @ dy  # (a, g, r, k, p)
-        between = to_scores * scores  # one matrix for rows and columns, so that its rounding cancels below
+        weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
+        to_weights = dy @ chunk.x.mT
+        between = (to_weights * weights).to(acc)  # one matrix for rows and columns, so that its rounding cancels below
         to_log_decay = between.sum(-1) - between.sum(-2)  # (a, g, r, q)
-        to_scores = to_scores.sum(2).to(operand)  # (a, g, q, k)
+        to_scores = _sum_of_heads(to_weights * chunk.L)  # (a, g, q, k)
 
         # S' = across · S + Σ_k to_end_k dt_k x_k B_k^T
         kept = (leaving * entering).sum(-2).unflatten(-1, (-1, head_dim)).sum(-1)  # (a, g, r)
         kept *= chunk.across.flatten(0, 1)
         leaving = leaving.to(operand)
-        through_state = _by_head(chunk.B @ leaving, head_dim)  # (a, g, r, k, p)
-        to_dt_x = to_dt_x.to(acc).addcmul_(through_state.to(acc), chunk.to_end[..., None])
-        to_end = (chunk.x * through_state).sum(-1, dtype=acc) * chunk.to_end  # (a, g, r, k)
+        through_state = _product(_by_head(chunk.B @ leaving, head_dim), chunk.to_end[..., None])  # (a, g, r, k, p)
+        to_end = (chunk.x * through_state).sum(-1, dtype=acc)  # (a, g, r, k)
         to_log_decay -= to_end
         to_log_decay[..., -1] += to_end.sum(-1) + kept
-        weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None]), operand).flatten(3)
+        to_dt_x = _add_products(through_state, weights.mT, dy)
+        weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None])).flatten(3)
         dB = _add_products(weighted_x @ leaving.mT, to_scores.mT, chunk.C)  # (a, g, k, n)
 
         # y_q += from_start_q · S C_q
@@ -205,16 +205,16 @@ def _backward_chunks(
         dC = _add_products(weighted_dy @ entering.mT, to_scores, chunk.B)  # (a, g, q, n)
 
         # The cumulative log decay at q sums dt_k A over k ≤ q.
-        to_rate = _cumulative_sum(to_log_decay.flip(-1)).flip(-1)
+        to_rate = cumulative_sum(to_log_decay.flip(-1)).flip(-1)
         grad_A += (to_rate * chunk.dt).sum((0, -1)).view(-1)
         to_dt_x = to_dt_x.unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
         block_x = _heads(x[:, block.tokens], block, groups)
-        to_dt = (block_x * to_dt_x).sum(-1) + (rates * to_rate).view(to_dt_x.shape[:-1])
+        to_dt = (block_x * to_dt_x).sum(-1, dtype=acc) + (rates * to_rate).view(to_dt_x.shape[:-1])
         _heads(grad_dt[:, block.tokens], block, groups).copy_(to_dt)
-        dx = to_dt_x.mul_(chunk.dt.view(to_dt.shape)[..., None])
+        dx = to_dt_x.mul_(chunk.dt.to(operand).view(to_dt.shape)[..., None])
         if D is not None:
             dy = dy.view_as(dx)
-            dx.addcmul_(dy.to(acc), D.view(groups, -1, 1, 1))
+            dx = dx.to(acc).addcmul_(dy.to(acc), D.view(groups, -1, 1, 1))
             grad_D += (dy * block_x).sum((0, 1, -1, -2), dtype=acc).view(-1)
         _heads(grad_x[:, block.tokens], block, groups).copy_(dx)
         _store_unrotated(dB, inputs, block, grad_B)
@@ -307,7 +307,10 @@ def _blocks(x: Tensor, chunk_size: int) -> list[_Block]:
 
 
 class _Chunk(NamedTuple):
-    """The operands of a block's chunks; B and C are rotated, decays are zero across document boundaries."""
+    """The operands of a block's chunks; B and C are rotated, decays are zero across document boundaries.
+
+    All but dt and the decays from chunk to chunk have the dtype of the products' operands: a CPU copies what it has to convert.
+    """
 
     x: Tensor  # (a, g, r, q, p): dt x
     B: Tensor  # (a, g, q, n)
@@ -320,57 +323,33 @@ class _Chunk(NamedTuple):
 
 
 def _load(block: _Block, inputs: _Inputs) -> _Chunk:
-    x, A, seq_idx, tokens = inputs.x, inputs.A, inputs.seq_idx, block.tokens
+    x, A, tokens = inputs.x, inputs.A, block.tokens
     batch, groups = inputs.B.shape[0], inputs.B.shape[2]
     dt = _heads(inputs.dt[:, tokens], block, groups).contiguous().flatten(0, 1)  # (a, g, r, q)
-    exact = _cumulative_sum((dt * A.view(groups, -1, 1)).double())
-    log_decay = exact.to(dt.dtype)
-    length = block.chunk_length
-    visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()  # (q, k)
-    from_start = log_decay.exp()
-    to_end = (exact[..., -1:] - exact).to(dt.dtype).exp_()
-    across = from_start[..., -1]  # (a, g, r)
-    if seq_idx is not None:
-        documents = seq_idx[:, tokens].unflatten(1, (-1, length)).flatten(0, 1)  # (a, q)
-        before = seq_idx[:, max(tokens.start - 1, 0), None]  # (b, 1)
-        leaving = documents[:, -1]  # (a,)
-        entering = torch.cat((before, leaving.view(batch, -1)[:, :-1]), dim=1).flatten()  # (a,)
-        visible = visible & (documents[:, :, None] == documents[:, None, :])[:, None, None]  # (a, 1, 1, q, k)
-        from_start = from_start * (documents == entering[:, None])[:, None, None]
-        to_end = to_end * (documents == leaving[:, None])[:, None, None]
-        across = across * (entering == leaving)[:, None, None]
-    exponents = log_decay[..., :, None] - log_decay[..., None, :]  # only those ≤ 0 are exponentiated
-    if x.dtype == torch.float32:  # small decays after large ones keep the digits that rounding the sums left out
-        remainder = (exact - log_decay).to(dt.dtype)
-        exponents.add_(remainder[..., :, None]).sub_(remainder[..., None, :])
-    # Adding −∞ is ten times as fast on a CPU as masked_fill_ with a mask that broadcasts.
-    exponents += torch.zeros_like(visible, dtype=dt.dtype).masked_fill_(~visible, -torch.inf)
+    documents = before = None
+    if inputs.seq_idx is not None:
+        documents = inputs.seq_idx[:, tokens].unflatten(1, (-1, block.chunk_length))  # (b, m, q)
+        first = inputs.seq_idx[:, max(tokens.start - 1, 0), None]  # (b, 1)
+        before = torch.cat((first, documents[:, :-1, -1]), dim=1).flatten()  # (a,)
+        documents = documents.flatten(0, 1)
+    decays = decays_of(dt * A.view(groups, -1, 1), documents, before, exact=x.dtype == torch.float32)
     operand = x.dtype if has_fast_products(x.device.type, x.dtype) else torch.float32
     block_x = _heads(x[:, tokens], block, groups)  # (b, m, g, r, q, p)
     return _Chunk(
-        x=_product(block_x, dt.view(block_x.shape[:-1])[..., None], operand).flatten(0, 1),
+        x=_product(block_x, dt.to(operand).view(block_x.shape[:-1])[..., None]).flatten(0, 1),
         B=_load_rotated(inputs.B, inputs, block, operand),
         C=_load_rotated(inputs.C, inputs, block, operand),
         dt=dt,
-        L=exponents.exp_(),
-        from_start=from_start,
-        to_end=to_end,
-        across=across.unflatten(0, (batch, -1)),
+        L=decays.between.to(operand),
+        from_start=decays.from_start.to(operand),
+        to_end=decays.to_end.to(operand),
+        across=decays.across.unflatten(0, (batch, -1)),
     )
 
 
 def _is_on_cpu(tensor: Tensor) -> bool:
     """Where writing into memory that is there saves time; a GPU gains more from few calls that the compiler can fuse."""
     return tensor.device.type == "cpu"
-
-
-def _cumulative_sum(tensor: Tensor) -> Tensor:
-    """Over the last axis. On a GPU a product, since torch's `cumsum` there is refused in deterministic mode and breaks the compiler."""
-    if _is_on_cpu(tensor):
-        return tensor.cumsum(-1)
-    length = tensor.shape[-1]
-    sums = torch.ones(length, length, dtype=torch.float64, device=tensor.device).triu()  # float64: never TF32
-    return (tensor.double() @ sums).to(tensor.dtype)
 
 
 def _heads(tensor: Tensor, block: _Block, groups: int) -> Tensor:
@@ -405,14 +384,15 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
     """
     if not _is_on_cpu(updates):
         return _recurrence_at_once(state, updates, across, backwards=backwards)
-    num_chunks, num_heads = across.shape[1], across.shape[-1]
+    num_chunks, head_dim = across.shape[1], updates.shape[-1] // across.shape[-1]
     states = updates.new_empty(updates.shape[0], num_chunks + 1, *updates.shape[2:])
+    known, wanted = (states[:, 1:], states[:, :-1]) if backwards else (states[:, :-1], states[:, 1:])
     states[:, -1 if backwards else 0] = state
-    by_head = states.unflatten(-1, (num_heads, -1))
-    updates, factors = updates.unflatten(-1, (num_heads, -1)), across[:, :, :, None, :, None]
-    for c in reversed(range(num_chunks)) if backwards else range(num_chunks):
-        known, wanted = (c + 1, c) if backwards else (c, c + 1)
-        torch.addcmul(updates[:, c], by_head[:, known], factors[:, c], out=by_head[:, wanted])
+    # A factor for each column, side by side: the inner loop runs over whole rows.
+    factors = across.repeat_interleave(head_dim, dim=-1)[:, :, :, None].expand_as(updates)
+    steps = list(zip(updates.unbind(1), known.unbind(1), factors.unbind(1), wanted.unbind(1), strict=True))
+    for update, before, factor, after in reversed(steps) if backwards else steps:
+        torch.addcmul(update, before, factor, out=after)
     return states
 
 
@@ -444,12 +424,23 @@ def _add_products(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left · right, contiguous whatever the layout of the factors: reading a view costs less than copying it first."""
+def _sum_of_heads(tensor: Tensor) -> Tensor:
+    """(a, g, r, q, k) → (a, g, q, k), summed in float32 or more, in the tensor's dtype."""
+    if tensor.shape[2] == 1:
+        return tensor.squeeze(2)
+    if (
+        tensor.shape[2] == 2
+    ):  # rounded once either way, and a CPU adds two half-precision matrices ten times as fast as it sums an axis
+        return tensor[:, :, 0] + tensor[:, :, 1]
+    return tensor.sum(2, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right in right's dtype, contiguous whatever the layout of the factors: reading a view costs less than copying it first."""
     if torch.compiler.is_compiling():
-        return (left * right).to(dtype).contiguous()
+        return (left * right).to(right.dtype).contiguous()
     shape = torch.broadcast_shapes(left.shape, right.shape)
-    return torch.mul(left, right, out=torch.empty(shape, dtype=dtype, device=left.device))
+    return torch.mul(left, right, out=torch.empty(shape, dtype=right.dtype, device=left.device))
 
 
 def _groups(tensor: Tensor, block: _Block) -> Tensor:

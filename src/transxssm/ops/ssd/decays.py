@@ -1,0 +1,64 @@
+"""The decays of a block of chunks: between its tokens, from the state that enters, to the state that leaves.
+
+Letters: a chunks of all rows, q and k positions in a chunk, g groups, r heads of a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Decays(NamedTuple):
+    """All are between 0 and 1, and 0 across document boundaries."""
+
+    between: Tensor  # (a, g, r, q, k): from token k to token q ≥ k
+    from_start: Tensor  # (a, g, r, q): from the state that enters to token q
+    to_end: Tensor  # (a, g, r, q): from token q to the state that leaves
+    across: Tensor  # (a, g, r): from the state that enters to the state that leaves
+
+
+def decays_of(log_decay: Tensor, seq_idx: Tensor | None, before: Tensor | None, *, exact: bool) -> Decays:
+    """The decays of chunks whose tokens multiply the state by exp(log_decay).
+
+    Args:
+        log_decay: (a, g, r, q) ≤ 0, float32 or float64.
+        seq_idx: (a, q) the documents of the tokens. before: (a,) the document of the token before each chunk. None: one for all.
+        exact: small decays after large ones keep the digits that rounding the cumulative sum leaves out.
+    """
+    dtype = log_decay.dtype
+    sums = cumulative_sum(log_decay.double())  # (a, g, r, q)
+    from_start = sums.to(dtype).exp()
+    to_end = (sums[..., -1:] - sums).to(dtype).exp_()
+    across = from_start[..., -1]
+    if seq_idx is not None and before is not None:
+        last = seq_idx[:, -1]
+        from_start = from_start * (seq_idx == before[:, None])[:, None, None]
+        to_end = to_end * (seq_idx == last[:, None])[:, None, None]
+        across = across * (before == last)[:, None, None]
+    return Decays(_between(sums, seq_idx, dtype, exact=exact), from_start, to_end, across)
+
+
+def cumulative_sum(tensor: Tensor) -> Tensor:
+    """Over the last axis. On a GPU a product, since torch's `cumsum` there is refused in deterministic mode and breaks the compiler."""
+    if tensor.device.type == "cpu":
+        return tensor.cumsum(-1)
+    length = tensor.shape[-1]
+    sums = torch.ones(length, length, dtype=torch.float64, device=tensor.device).triu()  # float64: never TF32
+    return (tensor.double() @ sums).to(tensor.dtype)
+
+
+def _between(sums: Tensor, seq_idx: Tensor | None, dtype: torch.dtype, *, exact: bool) -> Tensor:
+    """exp(l_q − l_k) for k ≤ q of one document: sums (a, g, r, q) → (a, g, r, q, k)."""
+    length = sums.shape[-1]
+    rounded = sums.to(dtype)
+    exponents = rounded[..., :, None] - rounded[..., None, :]  # only those ≤ 0 are exponentiated
+    if exact:
+        remainder = (sums - rounded).to(dtype)
+        exponents.add_(remainder[..., :, None]).sub_(remainder[..., None, :])
+    visible = torch.ones(length, length, dtype=torch.bool, device=sums.device).tril()
+    if seq_idx is not None:
+        visible = visible & (seq_idx[:, :, None] == seq_idx[:, None, :])[:, None, None]
+    # Adding −∞ is ten times as fast on a CPU as masked_fill_ with a mask that broadcasts.
+    exponents += torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return exponents.exp_()
