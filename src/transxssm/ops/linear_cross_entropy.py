@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.precision import has_fast_products
+from transxssm.ops.row_blocks import row_blocks
 
 # On a CPU 16 MiB of float32 stay in the last-level cache; on a GPU 512 MiB keep it busy. Each block adds once to the whole
 # weight gradient.
@@ -75,19 +76,27 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
             inputs = hidden[rows].to(operand)
-            log_probs = (inputs @ factor.T).to(accumulate).log_softmax(-1)  # (block, v)
-            ignored = labels[rows] == ignore_index
-            targets = labels[rows].masked_fill(ignored, 0)[:, None]
-            total = total - log_probs.gather(1, targets)[:, 0].masked_fill(ignored, 0.0).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad_logits = log_probs.exp_()  # softmax − one-hot, in place: the block is the largest tensor here
-            grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
-            grad_logits = grad_logits.to(operand).masked_fill_(ignored[:, None], 0.0)
+            logits = inputs @ factor.T  # (block, v)
+            is_raised = logits.dtype != accumulate
+            for part in _parts(logits) if is_raised else [slice(None)]:
+                log_probs = logits[part].to(accumulate).log_softmax(-1)
+                ignored = labels[rows][part] == ignore_index
+                targets = labels[rows][part].masked_fill(ignored, 0)[:, None]
+                total = total - log_probs.gather(1, targets)[:, 0].masked_fill(ignored, 0.0).sum()
+                if needs_hidden or needs_weight:
+                    grad = log_probs.exp_()  # softmax − one-hot
+                    grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
+                    grad.masked_fill_(ignored[:, None], 0.0)
+                    if is_raised:
+                        logits[part] = grad
+                    else:
+                        logits = grad
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ factor
+                grad_hidden[rows] = logits @ factor
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ inputs
+                product = logits.T @ inputs
+                for part in _parts(product) if is_raised else [slice(None)]:
+                    grad_weight[part] += product[part]
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
@@ -101,3 +110,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    """Blocks of rows that fit the cache, in which a CPU raises them to float32; the compiler, which fuses, takes them at once."""
+    return [slice(None)] if torch.compiler.is_compiling() else list(row_blocks(rows))
