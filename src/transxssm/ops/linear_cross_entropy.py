@@ -69,16 +69,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
-        logits = _LOGITS_PER_BLOCK.get(hidden.device.type, _LOGITS_PER_BLOCK["cuda"])
-        block = max(_MIN_TOKENS_PER_BLOCK, logits // weight.shape[0])
+        most_logits = _LOGITS_PER_BLOCK.get(hidden.device.type, _LOGITS_PER_BLOCK["cuda"])
+        block = max(_MIN_TOKENS_PER_BLOCK, most_logits // weight.shape[0])
         operand = hidden.dtype if has_fast_products(hidden.device.type, hidden.dtype) else torch.float32
         factor = weight.to(operand)
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
             inputs = hidden[rows].to(operand)
             logits = inputs @ factor.T  # (block, v)
-            is_raised = logits.dtype != accumulate
-            for part in _parts(logits) if is_raised else [slice(None)]:
+            for part in _parts(logits, accumulate):
                 log_probs = logits[part].to(accumulate).log_softmax(-1)
                 ignored = labels[rows][part] == ignore_index
                 targets = labels[rows][part].masked_fill(ignored, 0)[:, None]
@@ -87,15 +86,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                     grad = log_probs.exp_()  # softmax − one-hot
                     grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
                     grad.masked_fill_(ignored[:, None], 0.0)
-                    if is_raised:
-                        logits[part] = grad
-                    else:
+                    if logits.dtype == accumulate:
                         logits = grad
+                    else:
+                        logits[part] = grad
             if grad_hidden is not None:
                 grad_hidden[rows] = logits @ factor
             if grad_weight is not None:
                 product = logits.T @ inputs
-                for part in _parts(product) if is_raised else [slice(None)]:
+                for part in _parts(product, accumulate):
                     grad_weight[part] += product[part]
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
@@ -112,6 +111,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         )
 
 
-def _parts(rows: Tensor) -> list[slice]:
-    """Blocks of rows that fit the cache, in which a CPU raises them to float32; the compiler, which fuses, takes them at once."""
-    return [slice(None)] if torch.compiler.is_compiling() else list(row_blocks(rows))
+def _parts(rows: Tensor, accumulate: torch.dtype) -> list[slice]:
+    """Blocks of rows that fit the cache when a CPU raises them to `accumulate`; all at once where nothing is raised, or the compiler fuses."""
+    if rows.dtype == accumulate or torch.compiler.is_compiling():
+        return [slice(None)]
+    return list(row_blocks(rows))
