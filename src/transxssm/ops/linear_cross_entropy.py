@@ -112,7 +112,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 def _parts(rows: Tensor, accumulate: torch.dtype) -> list[slice]:
-    """Blocks of rows that fit the cache when a CPU raises them to `accumulate`; all at once where nothing is raised, or the compiler fuses."""
+    """Blocks of rows that fit the cache when a CPU raises them to `accumulate`; one, if nothing is raised or the compiler fuses."""
     if rows.dtype == accumulate or torch.compiler.is_compiling():
         return [slice(None)]
     return list(row_blocks(rows))
