@@ -70,6 +70,15 @@ def test_half_operands_on_any_cpu(fast, device, monkeypatch):
     assert_equals_full_logits(*inputs(97, torch.bfloat16, device))
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["products in hardware", "no products in hardware"])
+@pytest.mark.parametrize("elements", [1, 2 * VOCABULARY, 5 * VOCABULARY + 3])
+def test_half_logits_raised_in_any_parts(elements, fast, device, blocks_of, monkeypatch):
+    blocks_of(8)
+    monkeypatch.setattr(sys.modules["transxssm.ops.linear_cross_entropy"], "has_fast_products", lambda *_: fast)
+    monkeypatch.setattr("transxssm.ops.row_blocks.ELEMENTS_PER_BLOCK", elements)
+    assert_equals_full_logits(*inputs(97, torch.bfloat16, device))
+
+
 @REDUCTIONS
 @pytest.mark.parametrize("block", [1, 2, 96, 97, 98, 1000])
 def test_any_block(block, reduction, device, blocks_of):
