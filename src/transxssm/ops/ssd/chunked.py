@@ -265,7 +265,8 @@ _scan.register_autograd(_backward, setup_context=_save_for_backward)
 class _TracedScan(torch.autograd.Function):
     """Both operators, as the compiler can look into them.
 
-    The states are no output here: with them as one that has no gradient, the final state's gradient was lost under torch 2.11's compiler.
+    The states are no output here. On a GPU torch 2.11's compiler still gives wrong gradients where a loss hangs on the final state
+    (test_real_shapes.py shows it); where it hangs on y alone, as in training, they are right.
     """
 
     @staticmethod
