@@ -115,7 +115,21 @@ def test_cells_at_once(commands_of, tmp_path):
     assert (tmp_path / "out/logs/ssd-rope.txt").exists()
 
 
-def test_cells_at_once_without_cells():
-    done = subprocess.run([SCRIPTS / "at-once.sh", "table2.sh"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["table2.sh", "{folder}"], "error: got 2 arguments"),
+        (["table9.sh", "{folder}", "hybrid-rope"], "expected table2.sh or table3.sh"),
+        (["table2.sh", "{folder}", "hybrid-rop"], "error: hybrid-rop: "),
+    ],
+    ids=["no cells", "no such study", "no such cell"],
+)
+def test_mistakes_with_cells_at_once(arguments, words, tmp_path):
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [SCRIPTS / "at-once.sh", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: got 1 arguments")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1

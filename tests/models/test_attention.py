@@ -74,18 +74,30 @@ def test_a_token_decoded_in_half_precision_on_a_cpu(variant, monkeypatch):
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
 
-    def decode(attention, dtype):
+    def decode(attention, dtype, mask):
         torch.manual_seed(0)
         model = TransXSSMForCausalLM(tiny_config(variant, attn_implementation=attention)).to(dtype).eval()
         with torch.no_grad():
-            cache = model(tokens[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-            return model(tokens[:, -1:], attention_mask=mask, past_key_values=cache).logits
+            seen = None if mask is None else mask[:, :-1]
+            cache = model(tokens[:, :-1], attention_mask=seen, use_cache=True).past_key_values
+            model(tokens[:, -1:], attention_mask=mask, past_key_values=cache)
 
-    decode("sdpa", torch.bfloat16)
-    assert len(attended) == sum(
-        "attention" in kind and "linear" not in kind for kind in tiny_config(variant).layer_types
+    num_layers = sum(kind != "linear_attention" for kind in tiny_config(variant).layer_types)
+    for pads in (mask, None):
+        decode("sdpa", torch.bfloat16, pads)
+        assert len(attended) == num_layers
+        attended.clear()
+        decode("sdpa", torch.float32, pads)
+        decode("eager", torch.bfloat16, pads)
+        assert not attended
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_eager_attention_gives_its_weights_for_one_token_too(attention):
+    layer = (
+        TransXSSMAttention(tiny_config("all_attention", attn_implementation=attention), layer_idx=0).bfloat16().eval()
     )
-    attended.clear()
-    decode("sdpa", torch.float32)
-    decode("eager", torch.bfloat16)
-    assert not attended
+    positions = Positions(ssd_rotary=None, attention_rotary=None, length_scale=None, padding_mask=None, seq_idx=None)
+    with torch.no_grad():
+        _, weights = layer(torch.randn(1, 1, layer.config.hidden_size, dtype=torch.bfloat16), positions, None)
+    assert (weights is not None) == (attention == "eager")
