@@ -40,7 +40,7 @@ def test_table_3_is_matched_at_both_sizes():
     }
     for size in ("small", "large"):
         own = parameters[f"transxssm-{size}"]
-        for name in ("llama", "mamba2", "jamba"):
+        for name in ("transxssm-conv", "llama", "mamba2", "jamba"):
             assert parameters[f"{name}-{size}"] == pytest.approx(own, rel=0.02)
     assert 3.5 < parameters["transxssm-large"] / parameters["transxssm-small"] < 4.5
 

@@ -148,18 +148,12 @@ def bundled_studies() -> list[str]:
 def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Reads a study and applies overrides `section.key=value`.
 
+    A study may stand on another: `base: NAME` takes all that the other says, under what the study itself says; null takes a key away.
+
     Raises:
         ValueError: no such study, an unknown key (with the nearest known one), a value that does not fit. Always one line.
     """
-    name, text = _read(str(name_or_path))
-    try:
-        sections = load_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{name_or_path}: {error}") from None
-    if not isinstance(sections, dict):
-        raise ValueError(
-            f"{name_or_path}: got {type(sections).__name__}, expected the sections of a study, {_sections_in_words()}"
-        )
+    name, sections = _sections_of(str(name_or_path))
     for override in overrides:
         apply_override(override, sections)
     if "name" in sections:
@@ -175,6 +169,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"{meant}Expected one of {', '.join(known)}"
+
+
+def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """A study's name, and its sections over those of the study that it names as its `base`; `heirs` are those that led here."""
+    name, text = _read(name_or_path)
+    try:
+        sections = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}: {error}") from None
+    if not isinstance(sections, dict):
+        raise ValueError(
+            f"{name_or_path}: got {type(sections).__name__}, expected the sections of a study, {_sections_in_words()}"
+        )
+    base = sections.pop("base", None)
+    if base is None:
+        return name, sections
+    if not isinstance(base, str):
+        raise ValueError(f"{name_or_path}: base: got {base!r}, expected the name or the file of a study")
+    if base in (name_or_path, *heirs):
+        raise ValueError(f"{name_or_path}: base: {base} stands on this study itself")
+    return name, _over(_sections_of(base, (name_or_path, *heirs))[1], sections)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Keys of `above` in place of those of `below`, in mappings inside mappings too; null takes a key away."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    merged = below | {key: _over(below.get(key), value) for key, value in above.items()}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _read(name_or_path: str) -> tuple[str, str]:

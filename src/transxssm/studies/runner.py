@@ -198,7 +198,7 @@ def _measured(path: Path) -> dict[str, Any]:
 
 
 def _check_same_study(study: Study) -> None:
-    """Notes what the study is in its folder, or checks that what is noted there is the same.
+    """Notes what the study is in its folder, or checks that what is noted there is the same; seeds and cells may have been added.
 
     Raises:
         ValueError: it is another study: names the keys.
@@ -207,15 +207,27 @@ def _check_same_study(study: Study) -> None:
     path = folder / STUDY
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
         raise ValueError(f"{folder} holds something other than a study (no {STUDY}): choose another grid.output_dir")
+    noted = None
     if not path.is_file() or not any(entry.is_dir() for entry in folder.iterdir()):  # no run has begun
         folder.mkdir(parents=True, exist_ok=True)
+    else:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        differing = list(_differences("", noted, _without_additions(settings, noted)))
+        if differing:
+            raise ValueError(
+                f"{folder} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
+            )
+    if noted != settings:
         write_text_whole(path, json.dumps(settings, indent=2) + "\n")
-        return
-    differing = list(_differences("", json.loads(path.read_text(encoding="utf-8")), settings))
-    if differing:
-        raise ValueError(
-            f"{folder} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
-        )
+
+
+def _without_additions(settings: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:
+    """The settings less the seeds and cells that only they have, if those that were noted come first."""
+    seeds, cells = noted["grid"]["seeds"], noted["cells"]
+    kept = dict(settings, cells={name: cell for name, cell in settings["cells"].items() if name in cells})
+    if settings["grid"]["seeds"][: len(seeds)] == seeds:
+        kept["grid"] = dict(settings["grid"], seeds=seeds)
+    return kept
 
 
 def _differences(where: str, before: Any, now: Any) -> Any:

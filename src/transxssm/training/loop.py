@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from transxssm.models.baseline_scan import use_our_scan
 from transxssm.models.baselines import new_language_model
 from transxssm.training import run_folder
 from transxssm.training.callbacks import LastStep, MetricsFile, ProgressDisplay, rows_of
@@ -128,6 +129,7 @@ def _build_trainer(
 ) -> TransXSSMTrainer:
     set_seed(arguments.seed)
     model = new_language_model(_config_for(recipe, data.tokenizer))
+    use_our_scan(model)
     arguments.remove_unused_columns = False  # the collator reads columns that not every model's forward names
     callbacks: list[TrainerCallback] = [
         LastStep(),
