@@ -2,9 +2,12 @@
 
 import json
 import os
+import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,18 +24,25 @@ SCRIPTS = ROOT / "scripts" / "gpu"
 
 
 @pytest.fixture
-def commands_of(tmp_path):
-    """Runs a script with a python3 that notes its arguments and does nothing."""
+def noting_python(tmp_path):
+    """A python3 that notes its arguments and does nothing, and what gives the lists that it noted."""
+    noted, python3 = tmp_path / "noted.jsonl", tmp_path / "bin" / "python3"
+    python3.parent.mkdir()
+    note = "import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], 'a'))"
+    python3.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", note, str(noted)])} "$@"\n')
+    python3.chmod(0o755)
+    return python3, lambda: [json.loads(line) for line in noted.read_text().splitlines()]
+
+
+@pytest.fixture
+def commands_of(noting_python):
+    """Runs a shell script with that python3."""
+    python3, commands = noting_python
 
     def run(script: str, *arguments: str) -> list[list[str]]:
-        noted, python3 = tmp_path / "noted.jsonl", tmp_path / "bin" / "python3"
-        python3.parent.mkdir()
-        note = "import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], 'a'))"
-        python3.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", note, str(noted)])} "$@"\n')
-        python3.chmod(0o755)
         environment = os.environ | {"PATH": f"{python3.parent}:{os.environ['PATH']}"}
         subprocess.run([SCRIPTS / script, *arguments], env=environment, check=True)
-        return [json.loads(line) for line in noted.read_text().splitlines()]
+        return commands()
 
     return run
 
@@ -75,24 +85,6 @@ def test_figure_4(commands_of, tmp_path):
     assert len({options["output"] for options in (edges, batches, middle)}) == 3
 
 
-@pytest.mark.parametrize(("script", "cell"), [("table2.sh", "hybrid-rope"), ("table3.sh", "llama")])
-def test_tables(script, cell, commands_of, tmp_path):
-    [command] = commands_of(script, str(tmp_path), cell, "training.max_steps=8")
-    options = parse(command)
-    recipe, *overrides = options["arguments"]
-    study = load_study(recipe, overrides)
-    assert study.training["max_steps"] == 8
-    assert {contender.cell for contender in contenders_of(study, options["only"])} == {cell}
-
-
-@pytest.mark.parametrize("script", ["table2.sh", "table3.sh"])
-def test_no_folder(script):
-    done = subprocess.run([SCRIPTS / script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no folder for the results was given")
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_an_archive_has_no_weights(tmp_path):
     run_folder = tmp_path / "table2" / "cell" / "seed-0"
     (run_folder / "checkpoint-8").mkdir(parents=True)
@@ -106,30 +98,64 @@ def test_an_archive_has_no_weights(tmp_path):
     assert "checkpoint" not in listed
 
 
-def test_cells_at_once(commands_of, tmp_path):
-    commands = commands_of(
-        "at-once.sh", "table2.sh", str(tmp_path / "out"), "hybrid-rope", "ssd-rope", "training.max_steps=8"
+def test_studies_at_once(noting_python, tmp_path, monkeypatch):
+    python3, commands = noting_python
+    monkeypatch.setattr(sys, "executable", str(python3))
+    script = runpy.run_path(str(SCRIPTS / "studies.py"))
+    cells = ("table2-gpu:hybrid-rope", "table2-gpu:ssd-rope", "length-gpu:rope,yarn")
+    assert script["main"]([str(tmp_path / "out"), *cells, "training.max_steps=8"]) == 0
+    parsed = [parse(command) for command in commands()]
+    assert sorted(options["only"] for options in parsed) == [["hybrid-rope"], ["rope", "yarn"], ["ssd-rope"]]
+    for options in parsed:
+        recipe, *overrides = options["arguments"]
+        study = load_study(recipe, overrides)
+        assert study.training["max_steps"] == 8
+        assert study.output_dir == tmp_path / "out" / recipe
+        assert {contender.cell for contender in contenders_of(study, options["only"])} == set(options["only"])
+    assert (tmp_path / "out/logs/table2-gpu-ssd-rope.txt").exists()
+
+
+def run_studies(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPTS / "studies.py", *arguments], capture_output=True, text=True, check=False
     )
-    assert sorted(parse(command)["only"] for command in commands) == [["hybrid-rope"], ["ssd-rope"]]
-    assert all("training.max_steps=8" in command for command in commands)
-    assert (tmp_path / "out/logs/ssd-rope.txt").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["table2.sh", "{folder}"], "error: got 2 arguments"),
-        (["table9.sh", "{folder}", "hybrid-rope"], "expected table2.sh or table3.sh"),
-        (["table2.sh", "{folder}", "hybrid-rop"], "error: hybrid-rop: "),
+        (["{folder}", "training.max_steps=8"], "got 0 cells"),
+        (["{folder}", "table2-gpu"], "expected STUDY:CELL"),
+        (["{folder}", "table2-gpu:hybrid-rop"], "error: table2-gpu:hybrid-rop: "),
+        (["{folder}", "table9:hybrid-rope"], "error: table9:hybrid-rope: "),
     ],
-    ids=["no cells", "no such study", "no such cell"],
+    ids=["no cells", "no cell of a study", "no such cell", "no such study"],
 )
-def test_mistakes_with_cells_at_once(arguments, words, tmp_path):
-    arguments = [argument.format(folder=tmp_path) for argument in arguments]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [SCRIPTS / "at-once.sh", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+def test_mistakes_with_studies_at_once(arguments, words, tmp_path):
+    done = run_studies(*(argument.format(folder=tmp_path) for argument in arguments))
     assert done.returncode == 2
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_reaches_every_process(tmp_path):
+    """The second waits for the first one's data; both are gone, and the run that had begun can be resumed."""
+    study = tmp_path / "mini.yaml"
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for index in range(8):
+        (corpus / f"{index}.py").write_text(f"value = {index}\n" * 200)
+    study.write_text(
+        "cells: {one: {}, two: {}}\n"
+        "model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2}\n"
+        f"data: {{corpus: {corpus}, tokenizer: bytes, sequence_length: 32, held_out_fraction: 0.25, cache_dir: {tmp_path / 'cache'}}}\n"
+        "training: {max_steps: 100000, per_device_train_batch_size: 1, logging_steps: 1, use_cpu: true, bf16: false, eval_steps: 100000}\n"
+    )
+    folder = tmp_path / "out"
+    command = [sys.executable, SCRIPTS / "studies.py", folder, f"{study}:one", f"{study}:two"]
+    with subprocess.Popen(command) as running:
+        deadline = time.monotonic() + 120
+        while len(list(folder.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=60) == 130
+    assert len(list(folder.rglob("checkpoint-*"))) == 2

@@ -34,6 +34,7 @@ OPTIONS = (
     "ssd_norm_BC",
     "ssd_bias_BC",
     "ssd_output_gate",
+    "ssd_scan_in_fp32",
     "attention_position_embedding",
     "qk_norm",
     "attention_output_gate",

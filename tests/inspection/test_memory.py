@@ -105,6 +105,7 @@ def test_activations_within_a_factor_of_two(options, dtype):
         {"ssd_norm_BC": True},
         {"ssd_bias_BC": True},
         {"ssd_output_gate": True},
+        {"ssd_scan_in_fp32": True},
         {"ssd_norm_BC": True, "ssd_bias_BC": True, "ssd_output_gate": True},
     ],
     ids=str,

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.models.tiny import tiny_config
+from tests.models.tiny import tiny_config, tokens
 from tests.tolerances import assert_close
+from transxssm.models import TransXSSMForCausalLM, ssd_mixer
 from transxssm.models.positions import Positions
 from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import rotary_cos_sin, rotary_frequencies
-from transxssm.ops.ssd import ssd_recurrence
+from transxssm.ops.ssd import ssd_chunk_scan, ssd_recurrence
 
 OPTIONS = [
     {},
@@ -59,6 +60,21 @@ def test_equals_its_formula(options):
         y = rms_normed(y * F.silu(u @ mixer.z_proj.weight.T), mixer.norm)
 
     assert_close(mixer(u, positions), y @ mixer.out_proj.weight.T, torch.float64)
+
+
+def test_the_scan_of_a_model_in_half_precision_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    operands = []
+
+    def scan(x, dt, A, B, C, **options):
+        operands.append({x.dtype, B.dtype, C.dtype})
+        return ssd_chunk_scan(x, dt, A, B, C, **options)
+
+    monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", scan)
+    model = TransXSSMForCausalLM(tiny_config("hybrid", ssd_scan_in_fp32=True)).bfloat16()
+    model(tokens(1, 9)).logits.sum().backward()
+    assert operands and all(dtypes == {torch.float32} for dtypes in operands)
+    assert model(tokens(1, 9)).logits.dtype == torch.bfloat16
 
 
 def test_precision_is_raised_and_never_lowered():

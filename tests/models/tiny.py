@@ -55,6 +55,7 @@ VARIANTS = {
         "ssd_norm_BC": True,
         "ssd_bias_BC": True,
         "ssd_output_gate": True,
+        "ssd_scan_in_fp32": True,
         "qk_norm": True,
         "attention_output_gate": True,
     },

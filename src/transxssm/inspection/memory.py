@@ -73,6 +73,7 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     num_copies = config.ssd_norm_BC + config.ssd_bias_BC  # of B and C
     maps = num_copies * (2 * config.ssd_num_groups * n * item + _block_bytes(n, num_tokens))
     gated = 3 * h * p * item + _block_bytes(h * p, num_tokens) if config.ssd_output_gate else 0  # z, and two results
+    exact = (x_B_C + h * p) * FLOAT32 if config.ssd_scan_in_fp32 and item < FLOAT32 else 0
     attention = 2 * (query_width + 2 * kv_width) * item + query_width * FLOAT32
     if config.attention_output_gate:  # g, its sigmoid and the product, beside the heads' output
         attention = max(attention, 4 * query_width * item)
@@ -85,7 +86,7 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
         "ffn": 3 * config.intermediate_size * item + _block_bytes(config.intermediate_size, num_tokens) + raised,
         "full_attention": attention,
         "sliding_attention": attention + 2 * mask,
-        "linear_attention": (x_B_C + h * p) * item + max(convolved, maps, scan, gated),
+        "linear_attention": (x_B_C + h * p) * item + exact + max(convolved, maps, scan, gated),
     }
     present = {"norm", "ffn", *config.layer_types}
     stream = 6 * config.hidden_size * item + 2 * config.rotary_width * FLOAT32

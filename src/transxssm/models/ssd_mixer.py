@@ -28,7 +28,7 @@ class TransXSSMSSDMixer(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.ssd_num_heads, config.ssd_head_dim
         self.num_groups, self.state_size = config.ssd_num_groups, config.ssd_state_size
-        self.chunk_size = config.ssd_chunk_size
+        self.chunk_size, self.scan_in_fp32 = config.ssd_chunk_size, config.ssd_scan_in_fp32
         x_size, state_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
         self.split_sizes = (x_size, state_size, state_size)
 
@@ -80,6 +80,8 @@ class TransXSSMSSDMixer(nn.Module):
         B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
+        if self.scan_in_fp32:
+            x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
 
         rotary = positions.ssd_rotary
         if state is not None and length == 1:
@@ -100,7 +102,7 @@ class TransXSSMSSDMixer(nn.Module):
             )
         if past_key_values is not None:
             write_ssd_layer(past_key_values, self.layer_idx, state, new_conv_state)
-        y = y.reshape(batch, length, -1)
+        y = y.reshape(batch, length, -1).to(hidden_states.dtype)
         if self.z_proj is not None and self.norm is not None:
             y = self.norm(swiglu(self.z_proj(hidden_states), y))
         return self.out_proj(y)
