@@ -73,7 +73,8 @@ def test_the_scan_of_a_model_in_half_precision_in_float32(monkeypatch):
     monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", scan)
     model = TransXSSMForCausalLM(tiny_config("hybrid", ssd_scan_in_fp32=True)).bfloat16()
     model(tokens(1, 9)).logits.sum().backward()
-    assert operands and all(dtypes == {torch.float32} for dtypes in operands)
+    assert operands
+    assert all(dtypes == {torch.float32} for dtypes in operands)
     assert model(tokens(1, 9)).logits.dtype == torch.bfloat16
 
 

@@ -77,6 +77,42 @@ def test_where_and_how_fast_is_not_what_a_study_is(study):
     assert study("training.max_steps=5").settings() != study().settings()
 
 
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_study_on_another(tmp_path):
+    base = write(
+        tmp_path / "base.yaml",
+        "cells: {a: {model: {qk_norm: true}}, b: {}}\ntuning: {learning_rates: [0.1], max_steps: 2}\ntraining: {max_steps: 4, seed: 1}\n",
+    )
+    middle = write(tmp_path / "middle.yaml", f"base: {base}\ncells: {{b: null, c: {{}}}}\ntuning: null\n")
+    study = load_study(
+        write(tmp_path / "top.yaml", f"base: {middle}\ntraining: {{seed: null, max_steps: 8}}\n"),
+        ["training.weight_decay=0.1"],
+    )
+    assert (study.name, list(study.cells), study.tuning) == ("top", ["a", "c"], None)
+    assert study.cells["a"].model == {"qk_norm": True}
+    assert study.training == {"max_steps": 8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("table2-cpuu", "did you mean table2-cpu?"),
+        ("[table2-cpu]", "expected the name or the file of a study"),
+        ("{path}", "stands on this study itself"),
+    ],
+)
+def test_bad_bases(tmp_path, base, words):
+    path = tmp_path / "top.yaml"
+    write(path, f"base: {base.format(path=path)}\ncells: {{a: {{}}}}\n")
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        load_study(path)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

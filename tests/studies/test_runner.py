@@ -177,6 +177,16 @@ def test_other_settings_need_another_folder(study):
         run_study(study("training.max_steps=5", "grid.seeds=[0]", tuning=None))
 
 
+def test_seeds_and_cells_can_be_added(study, sections, batches):
+    run_study(study("grid.seeds=[0]", cells={"hybrid": sections["cells"]["hybrid"]}))
+    batches.clear()
+    report = run_study(study())
+    assert [len(report["contenders"][name]["runs"]) for name in ("hybrid", "ssd")] == [2, 2]
+    assert not any("hybrid/seed-0" in folder or "hybrid/tuning" in folder for folder in batches)
+    with pytest.raises(ValueError, match=r"grid\.seeds was \[0, 1\] and is \[0\]"):
+        run_study(study("grid.seeds=[0]"))
+
+
 def test_borrowed_weights_are_read_under_other_settings(study):
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     cells = {

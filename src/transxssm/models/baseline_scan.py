@@ -25,7 +25,7 @@ def use_our_scan(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if isinstance(module, Mamba2Mixer | BambaMixer):
-            module.forward = MethodType(_mix, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_mix, module)
 
 
 def _mix(

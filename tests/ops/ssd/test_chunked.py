@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
@@ -210,10 +212,45 @@ def test_the_way_of_gpus(documents, dtype, device, as_on_a_gpu):
     assert_equals_oracle(make_case(documents=documents, dtype=dtype, device=device), chunk_size=4)
 
 
-@pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
-def test_the_way_of_gpus_compiled(documents, device, as_on_a_gpu):
-    """There the compiler looks into the scan, and into its backward pass."""
+@pytest.fixture
+def compiled_scan():
+    """The scan under the compiler, and the operators that a backend is given to compile, forward and backward."""
+    targets = []
+
+    def keep(graph, example_inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
     torch.compiler.reset()
-    compiled = torch.compile(ssd_chunk_scan, fullgraph=True, backend="aot_eager")
+    return torch.compile(ssd_chunk_scan, fullgraph=True, backend=aot_autograd(fw_compiler=keep)), targets
+
+
+@pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
+def test_the_way_of_gpus_compiled(documents, device, as_on_a_gpu, compiled_scan):
+    """There the compiler looks into the scan, and into its backward pass."""
+    compiled, targets = compiled_scan
     case = make_case(documents=documents, device=device)
     assert_equal_laws(lambda case: case.scan(compiled, chunk_size=8), ssd_oracle, case)
+    assert sum(target.startswith("aten.baddbmm") for target in targets) >= 4
+    assert not any(target.startswith("transxssm") for target in targets)
+
+
+def test_a_cpu_compiles_around_the_operators(compiled_scan):
+    compiled, targets = compiled_scan
+    results(lambda case: case.scan(compiled, chunk_size=8), make_case())
+    assert [target for target in targets if target.startswith("transxssm")] == [
+        "transxssm.ssd_chunked.default",
+        "transxssm.ssd_chunked_backward.default",
+    ]
+
+
+def test_compiled_gradients_of_the_final_state_alone(device, as_on_a_gpu, compiled_scan):
+    """Which torch 2.11 lost, as it traced an `autograd.Function` in Python."""
+    compiled, _ = compiled_scan
+    case = make_case(device=device)
+    gradients = {}
+    for name, scan in {"compiled": compiled, "plain": ssd_chunk_scan}.items():
+        x = case.x.detach().requires_grad_()
+        _, state = replace(case, x=x).scan(scan, chunk_size=8)
+        (gradients[name],) = torch.autograd.grad(state.square().sum(), x)
+    assert_close(gradients["compiled"], gradients["plain"], torch.float64)

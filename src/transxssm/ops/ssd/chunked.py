@@ -8,10 +8,12 @@ Letters: b batch, t time, m chunks of a block, a = b m their joint batch axis, q
 r = h/g heads of a group, p head_dim, n state size. States are (b, g, n, r p) inside: the heads of a group side by side.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.rotary import rotate, rotate_into
@@ -44,10 +46,7 @@ def ssd_chunked(
     cos, sin = (None, None) if rotary is None else rotary
     differentiable = (x, dt, A, B, C, D, initial_state)
     keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    # The compiler fuses on a GPU what it can look into; on a CPU the operator, which it leaves alone, is the faster one.
-    is_traced = torch.compiler.is_compiling() and not _is_on_cpu(x)
-    scan = _TracedScan.apply if is_traced else _scan
-    y, final_state, *_ = scan(
+    y, final_state, _ = _scan(
         x,
         dt.to(accumulate),
         A.to(accumulate),
@@ -65,7 +64,7 @@ def ssd_chunked(
 
 
 class _Inputs(NamedTuple):
-    """The tensors that both operators take, in the order of `_INPUTS_SCHEMA`."""
+    """The tensors that both operators take, in the order of `_INPUTS`."""
 
     x: Tensor  # (b, t, h, p)
     dt: Tensor  # (b, t, h)
@@ -79,24 +78,10 @@ class _Inputs(NamedTuple):
     seq_idx: Tensor | None  # (b, t)
 
 
-_INPUTS_SCHEMA = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
-    "Tensor? cos, Tensor? sin, Tensor? seq_idx"
-)
-
-
-@torch.library.custom_op(
-    "transxssm::ssd_chunked",
-    mutates_args=(),
-    schema=f"({_INPUTS_SCHEMA}, int chunk_size, bool keeps_states) -> (Tensor, Tensor, Tensor)",
-)
-def _scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the state that each chunk began with, in x's dtype: (b, chunks, g, n, r p), or (0,)."""
     *tensors, chunk_size, keeps_states = arguments
-    return _forward_chunks(_Inputs(*tensors), chunk_size, keeps_states)
-
-
-def _forward_chunks(inputs: _Inputs, chunk_size: int, keeps_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _Inputs(*tensors)
     x, B, D = inputs.x, inputs.B, inputs.D
     batch, _, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
@@ -123,7 +108,6 @@ def _forward_chunks(inputs: _Inputs, chunk_size: int, keeps_states: bool) -> tup
     return y, _unfold(state, head_dim), states
 
 
-@_scan.register_fake
 def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, chunk_size, keeps_states = arguments
     x, dt, B = tensors[0], tensors[1], tensors[3]
@@ -137,25 +121,15 @@ def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op(
-    "transxssm::ssd_chunked_backward",
-    mutates_args=(),
-    schema=(
-        f"({_INPUTS_SCHEMA}, Tensor grad_y, Tensor grad_state, Tensor states, int chunk_size) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_chunks(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D (empty without D) and the initial state; chunk by chunk from the end."""
+    with torch.autocast(arguments[0].device.type, enabled=False):  # backward may run where autocast is on again
+        return _backward_in_given_precision(*arguments)
+
+
+def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, grad_y, grad_state, states, chunk_size = arguments
     inputs = _Inputs(*tensors)
-    with torch.autocast(grad_y.device.type, enabled=False):  # backward may run where autocast is on again
-        return _backward_chunks(inputs, grad_y, grad_state, states, chunk_size)
-
-
-def _backward_chunks(
-    inputs: _Inputs, grad_y: Tensor, grad_state: Tensor, states: Tensor, chunk_size: int
-) -> tuple[Tensor, ...]:
     x, dt, A, B, D = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.D
     batch, _, _, head_dim = x.shape
     groups = B.shape[2]
@@ -222,7 +196,6 @@ def _backward_chunks(
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _unfold(grad_state, head_dim)
 
 
-@_scan_backward.register_fake
 def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     x, dt, A, B, C, D = arguments[:6]
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C)]
@@ -259,28 +232,42 @@ def _of_arguments(inputs: _Inputs, gradients: tuple[Tensor, ...]) -> tuple[Tenso
     )
 
 
-_scan.register_autograd(_backward, setup_context=_save_for_backward)
+def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operator that `torch.compile` looks into on a GPU, where it fuses what it sees; on a CPU the whole operator is faster.
 
-
-class _TracedScan(torch.autograd.Function):
-    """Both operators, as the compiler can look into them.
-
-    The states are no output here. On a GPU torch 2.11's compiler still gives wrong gradients where a loss hangs on the final state
-    (test_real_shapes.py shows it); where it hangs on y alone, as in training, they are right.
+    It looks when autograd is done with (as into a `torch.library.triton_op`), so that the operator's own backward stands.
     """
+    operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.chunk_size, keeps_states = arguments
-        y, final_state, states = _forward_chunks(_Inputs(*tensors), ctx.chunk_size, keeps_states)
-        ctx.save_for_backward(*tensors, states)
-        return y, final_state
+    def traced(mode: Any, op: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if _is_on_cpu(arguments[0]):
+            return mode.__torch_dispatch__(op, types, arguments, options)
+        with mode:
+            return function(*arguments, **options)
 
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, states = ctx.saved_tensors
-        inputs = _Inputs(*tensors)
-        return _of_arguments(inputs, _backward_chunks(inputs, grad_y, grad_state, states, ctx.chunk_size))
+    operator.register_torch_dispatch(FunctionalTensorMode, traced)
+    return operator
+
+
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? cos, Tensor? sin, Tensor? seq_idx"
+)
+_scan = _operator(
+    "transxssm::ssd_chunked",
+    f"({_INPUTS}, int chunk_size, bool keeps_states) -> (Tensor, Tensor, Tensor)",
+    _forward_chunks,
+    _empty_outputs,
+)
+_scan_backward = _operator(
+    "transxssm::ssd_chunked_backward",
+    f"({_INPUTS}, Tensor grad_y, Tensor grad_state, Tensor states, int chunk_size) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_chunks,
+    _empty_gradients,
+)
+_scan.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Block(NamedTuple):
@@ -353,6 +340,11 @@ def _is_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether the compiler is looking: it forms no result in memory that is given, which would leave its strides open."""
+    return isinstance(tensor, FunctionalTensor)
+
+
 def _heads(tensor: Tensor, block: _Block, groups: int) -> Tensor:
     """(b, m q, h, …) → (b, m, g, r, q, …), a view."""
     return tensor.unflatten(1, (-1, block.chunk_length)).unflatten(3, (groups, -1)).movedim(2, 4)
@@ -419,7 +411,7 @@ def _recurrence_at_once(state: Tensor, updates: Tensor, across: Tensor, *, backw
 def _add_products(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """out + left @ right for each matrix; out's memory is used for it."""
     flat, factors = out.flatten(0, -3), (left.flatten(0, -3), right.flatten(0, -3))
-    if torch.compiler.is_compiling():
+    if _is_traced(out):
         return torch.baddbmm(flat, *factors).view(out.shape)
     torch.baddbmm(flat, *factors, out=flat)
     return out
@@ -436,7 +428,7 @@ def _sum_of_heads(tensor: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left · right in right's dtype, contiguous whatever the layout of the factors: reading a view costs less than copying it first."""
-    if torch.compiler.is_compiling():
+    if _is_traced(left):
         return (left * right).to(right.dtype).contiguous()
     shape = torch.broadcast_shapes(left.shape, right.shape)
     return torch.mul(left, right, out=torch.empty(shape, dtype=right.dtype, device=left.device))
