@@ -1,6 +1,7 @@
-"""The short convolution equals torch's on one document, and keeps the laws of documents, pads and splits."""
+"""The short convolution, with its SiLU, equals torch's on one document, and keeps the laws of documents, pads and splits."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,16 @@ from tests.tolerances import assert_close
 from transxssm.ops import short_convolution
 
 CHANNELS = 3
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 10**9], ids=["operator", "taps"])
+def way(request):
+    """Every law in either way to compute it, whatever the length."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["transxssm.ops.short_convolution"], "SHORTEST_FOR_OPERATOR", request.param)
+        yield
+
+
 KERNELS = pytest.mark.parametrize("kernel", [1, 2, 4])
 
 
@@ -47,7 +58,7 @@ def test_equals_conv1d_of_torch(kernel, length, dtype, device):
     def by_torch(x, weight):
         left_padded = F.pad(x.transpose(1, 2), (kernel - 1, 0))
         y = F.conv1d(left_padded, weight[:, None], groups=CHANNELS).transpose(1, 2)
-        return y, left_padded.transpose(1, 2)[:, length:]
+        return F.silu(y), left_padded.transpose(1, 2)[:, length:]
 
     x, weight, _ = inputs(length, kernel, dtype, device)
     if dtype == torch.bfloat16:  # the same numbers, summed in float64
@@ -163,7 +174,7 @@ def test_left_pads_do_not_part_a_state_from_its_tokens(kernel, device):
 def test_a_single_tap_needs_no_memory(device):
     x, weight, _ = inputs(5, 1, device=device)
     y, state = short_convolution(x, weight)
-    assert_close(y, x * weight[:, 0], torch.float64)
+    assert_close(y, F.silu(x * weight[:, 0]), torch.float64)
     assert state.shape == (2, 0, CHANNELS)
 
 

@@ -24,7 +24,7 @@ def use_our_scan(model: PreTrainedModel) -> None:
     Weights, configuration and what is saved stay transformers' own; so does a forward pass with a cache.
     """
     for module in model.modules():
-        if isinstance(module, Mamba2Mixer | BambaMixer):
+        if isinstance(module, Mamba2Mixer | BambaMixer) and module.activation == "silu":
             module.forward = MethodType(_mix, module)
 
 
@@ -37,10 +37,7 @@ def _mix(
     mask = None if attention_mask is None else attention_mask[..., None].to(hidden_states.dtype)  # (b, t, 1)
     projected = mixer.in_proj(hidden_states if mask is None else hidden_states * mask)
     gate, xBC, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-    xBC, _ = short_convolution(xBC, mixer.conv1d.weight.squeeze(1))
-    if mixer.conv1d.bias is not None:
-        xBC = xBC + mixer.conv1d.bias
-    xBC = mixer.act(xBC)
+    xBC, _ = short_convolution(xBC, mixer.conv1d.weight.squeeze(1), bias=mixer.conv1d.bias)
     if mask is not None:
         xBC = xBC * mask
     states = mixer.n_groups * mixer.ssm_state_size

@@ -64,14 +64,14 @@ class TransXSSMSSDMixer(nn.Module):
         x, B, C = self.x_proj(hidden_states), self.B_proj(hidden_states), self.C_proj(hidden_states)
         new_conv_state = None
         if self.conv_weight is not None:
-            convolved, new_conv_state = short_convolution(
+            mixed, new_conv_state = short_convolution(
                 torch.cat((x, B, C), dim=-1),
                 self.conv_weight,
                 initial_state=conv_state,
                 seq_idx=positions.seq_idx,
                 mask=positions.padding_mask,
             )
-            x, B, C = F.silu(convolved).split(self.split_sizes, dim=-1)
+            x, B, C = mixed.split(self.split_sizes, dim=-1)
         dt = F.softplus(at_least_float32(self.dt_proj(hidden_states)) + at_least_float32(self.dt_bias))  # (b, t, h)
         A = -torch.exp(at_least_float32(self.A_log))
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone

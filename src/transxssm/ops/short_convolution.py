@@ -1,25 +1,38 @@
-"""The short causal convolution of Mamba-2's positional scheme (paper, Table 2, column "Conv1d + D").
+"""The short causal convolution of Mamba-2's positional scheme, with its SiLU (paper, Table 2, column "Conv1d + D").
+
+On a CPU one operator with its own backward, around oneDNN's depthwise convolution: it reads and writes each number once, where a
+product for every tap passes over the whole sequence each time. Where documents meet, a few rows are computed apart.
 
 Letters: b batch, t time, e channels, k kernel size.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from transxssm.ops.precision import has_fast_products
+from transxssm.ops.row_blocks import row_blocks
+
+SHORTEST_FOR_OPERATOR = 16  # tokens; a decoded one is a handful of numbers
 
 
 def short_convolution(
     x: Tensor,
     weight: Tensor,
     *,
+    bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution y_t = Σ_j w_j x_{t−(k−1)+j}, which neither pads nor other documents enter.
+    """Depthwise causal convolution, y_t = silu(Σ_j w_j x_{t−(k−1)+j} + bias), which neither pads nor other documents enter.
 
     Args:
         x: (b, t, e) inputs.
         weight: (e, k); w_{k−1} multiplies the token itself.
+        bias: (e,); None: none.
         initial_state: (b, k−1, e), the inputs before the first token, of the first token's document; None: zeros.
         seq_idx: (b, t) integers, non-decreasing: documents of a packed row.
         mask: (b, t), 0 or False at pads (left or right of the row's tokens); None: no pads.
@@ -46,18 +59,163 @@ def short_convolution(
         rows = num_left_pads + torch.arange(memory, device=x.device)  # (b, k−1)
         history = torch.cat((torch.zeros_like(initial_state, dtype=x.dtype), x), dim=1)
         history = history.scatter(1, rows[..., None].expand(-1, -1, channels), initial_state.to(x.dtype))
-    weight = weight.to(x.dtype)
-
     documents = None
     if seq_idx is not None:
         documents = torch.cat((seq_idx[:, :1].expand(-1, memory), seq_idx), dim=1)  # (b, k−1+t)
-    y = x * weight[:, memory]
-    for j in range(memory):
-        term = history[:, j : j + length]
-        if documents is not None and seq_idx is not None:
-            term = term * (documents[:, j : j + length] == seq_idx)[..., None].to(x.dtype)
-        y = y + term * weight[:, j]
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.device.type == "cpu" and length >= SHORTEST_FOR_OPERATOR:
+        y = _convolution(history, weight, bias, documents)
+    else:
+        y = _by_taps(history, weight, bias, documents)
     return y, _last_inputs(history, documents, mask, memory)
+
+
+def _by_taps(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    """A product for every tap: (b, k−1+t, e) → (b, t, e)."""
+    memory = weight.shape[1] - 1
+    length = history.shape[1] - memory
+    if length == 1:
+        y = (history * weight.T).sum(1, keepdim=True)  # what stands before a row's first token is of its document
+    else:
+        y = history[:, memory:] * weight[:, memory]
+        for j in range(memory):
+            term = history[:, j : j + length]
+            if documents is not None:
+                term = term * (documents[:, j : j + length] == documents[:, memory:])[..., None].to(term.dtype)
+            y = y + term * weight[:, j]
+    return F.silu(y if bias is None else y + bias)
+
+
+@torch.library.custom_op("transxssm::short_convolution", mutates_args=())
+def _convolution(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    """`_by_taps` in one."""
+    return F.silu(_before_silu(*_operands(history, weight, bias), documents)).to(history.dtype)
+
+
+@_convolution.register_fake
+def _empty_output(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    batch, total, channels = history.shape
+    return history.new_empty(batch, total - weight.shape[1] + 1, channels)
+
+
+@torch.library.custom_op("transxssm::short_convolution_backward", mutates_args=())
+def _convolution_backward(
+    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of history, weight and bias (empty without one)."""
+    dtype = history.dtype
+    history, weight, bias = _operands(history, weight, bias)
+    grad = torch.ops.aten.silu_backward(grad.to(history.dtype), _before_silu(history, weight, bias, documents))
+    apart = None if documents is None else _where_documents_meet(documents, weight.shape[1])
+    grad_bias = grad.new_empty(0) if bias is None else grad.sum((0, 1))
+    if apart is None:
+        grad_history, grad_weight = _gradients(grad, history, weight)
+        return grad_history.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
+    rows, columns, own = apart
+    alone = grad[rows, columns]  # (n, e)
+    grad[rows, columns] = 0.0
+    grad_history, grad_weight = _gradients(grad, history, weight)
+    taps = columns[:, None] + torch.arange(weight.shape[1])  # (n, k)
+    for piece in row_blocks(alone):
+        through = alone[piece, None] * own[piece, :, None].to(alone.dtype)  # (n, k, e)
+        where = (rows[piece, None], taps[piece])
+        grad_history.index_put_(where, through * weight.T, accumulate=True)
+        grad_weight += (through * history[where]).sum(0, dtype=grad_weight.dtype).T
+    return grad_history.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
+
+
+@_convolution_backward.register_fake
+def _empty_gradients(
+    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(history), torch.empty_like(weight), weight.new_empty(0 if bias is None else weight.shape[0])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    history, weight, bias, documents = ctx.saved_tensors
+    grads = _convolution_backward(grad, history, weight, bias, documents)
+    return grads[0], grads[1], None if bias is None else grads[2], None
+
+
+_convolution.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _operands(history: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In float32 for a half type that this CPU does not multiply in hardware."""
+    if has_fast_products("cpu", history.dtype):
+        return history, weight, bias
+    return history.float(), weight.float(), None if bias is None else bias.float()
+
+
+def _as_image(tensor: Tensor) -> Tensor:
+    """(b, t, e) → (b, e, 1, t), a view, channels last."""
+    return tensor[:, None].permute(0, 3, 1, 2)
+
+
+def _as_sequence(image: Tensor) -> Tensor:
+    """(b, e, 1, t) → (b, t, e)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def _before_silu(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    """The convolution: (b, k−1+t, e) → (b, t, e)."""
+    y = _as_sequence(F.conv2d(_as_image(history), weight[:, None, None], bias, groups=weight.shape[0]))
+    apart = None if documents is None else _where_documents_meet(documents, weight.shape[1])
+    if apart is not None:
+        rows, columns, own = apart
+        taps = columns[:, None] + torch.arange(weight.shape[1])  # (n, k)
+        precise = torch.promote_types(y.dtype, torch.float32)
+        for piece in row_blocks(y.new_empty(len(rows), y.shape[-1])):
+            terms = history[rows[piece, None], taps[piece]].to(precise) * own[piece, :, None] * weight.T
+            total = terms.sum(1) if bias is None else terms.sum(1) + bias
+            y[rows[piece], columns[piece]] = total.to(y.dtype)
+    return y
+
+
+def _where_documents_meet(documents: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The outputs (row, column), n of them, that have inputs of another document, and which inputs are their own: (n, k)."""
+    rows, columns = torch.nonzero(
+        documents[:, : documents.shape[1] - kernel_size + 1] != documents[:, kernel_size - 1 :]
+    ).T
+    if not len(rows):
+        return None
+    seen = documents[rows[:, None], columns[:, None] + torch.arange(kernel_size)]  # (n, k)
+    return rows, columns, seen == seen[:, -1:]
+
+
+def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of history, in its dtype, and of weight, in float32 or more."""
+    kernel_size = weight.shape[1]
+    image_grad, *_ = torch.ops.aten.convolution_backward(
+        _as_image(grad),
+        _as_image(history),
+        weight[:, None, None],
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        weight.shape[0],
+        [
+            True,
+            False,
+            False,
+        ],  # oneDNN's own gradient of a depthwise weight takes thirty times as long as the sums below
+    )
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    grad_weight = torch.zeros(kernel_size, weight.shape[0], dtype=precise)
+    for one_grad, one_history in zip(grad, history, strict=True):
+        for block in row_blocks(one_grad):
+            dy = one_grad[block].to(precise)
+            inputs = one_history[block.start : block.stop + kernel_size - 1].to(precise)
+            for j in range(kernel_size):
+                grad_weight[j] += (dy * inputs[j : j + len(dy)]).sum(0)
+    return _as_sequence(image_grad), grad_weight.T
 
 
 def _last_inputs(history: Tensor, documents: Tensor | None, mask: Tensor | None, memory: int) -> Tensor:
