@@ -121,6 +121,26 @@ def test_packed_documents_are_separate_ones(documents, kernel, device):
     assert_equal_results(packed, separate, inputs(sum(documents), kernel, device=device), torch.float64)
 
 
+@pytest.mark.parametrize("documents", [(9,), (4, 1, 4)], ids=str)
+def test_a_bias_is_added_before_the_silu(documents, device):
+    x, weight, _ = inputs(9, 3, device=device)
+    bias = torch.randn(CHANNELS, dtype=torch.float64, device=device)
+    numbers = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents)).expand(2, -1).to(device)
+
+    def by_torch(x, weight, bias):
+        pieces = []
+        for piece in x.split(documents, dim=1):
+            left_padded = F.pad(piece.transpose(1, 2), (2, 0))
+            pieces.append(F.conv1d(left_padded, weight[:, None], bias, groups=CHANNELS).transpose(1, 2))
+        return F.silu(torch.cat(pieces, dim=1)), x[:, 7:]
+
+    def ours(x, weight, bias):
+        y, _ = short_convolution(x, weight, bias=bias, seq_idx=numbers)
+        return y, x[:, 7:]
+
+    assert_equal_results(ours, by_torch, (x, weight, bias), torch.float64)
+
+
 @given(left=st.integers(0, 6), right=st.integers(0, 6), kernel=st.integers(1, 5), length=st.integers(1, 7))
 def test_pads_leave_no_trace(left, right, kernel, length, device):
     """Whatever stands at the pads: the tokens see zeros before them, and the state is the tokens' own."""
