@@ -61,15 +61,20 @@ class TestPresets:
         assert config.head_dim == 64
         assert config.ssd_state_size == 128
         assert config.ssd_num_groups == config.num_attention_heads // 2
-        for option, off in OFF.items():
-            assert getattr(config, option) == off, option
+        recommended = {"ssd_conv_kernel_size": 4, "ssd_skip": True} if name.endswith("-conv") else {}
+        for option, value in (OFF | recommended).items():
+            assert getattr(config, option) == value, option
+
+    def test_what_is_recommended_has_the_same_sizes(self):
+        for name in ("tiny", "small", "320m", "1.3b"):
+            assert PRESETS[name].items() <= PRESETS[f"{name}-conv"].items()
 
     def test_fields_can_be_replaced(self):
         assert TransXSSMConfig.from_preset("tiny", vocab_size=300).vocab_size == 300
         assert PRESETS["tiny"]["vocab_size"] == 4096
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"unknown preset 'huge': expected one of tiny, small, 320m, 1\.3b"):
+        with pytest.raises(ValueError, match=r"unknown preset 'huge': expected one of tiny, small, 320m, 1\.3b, tiny-conv"):
             TransXSSMConfig.from_preset("huge")
 
 

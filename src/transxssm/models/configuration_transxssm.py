@@ -25,7 +25,7 @@ SSD_LAYER_TYPE = "linear_attention"  # the name under which transformers caches 
 LAYERS_PER_MODULE = 8  # 7 SSD layers, then 1 attention layer (Section 3)
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-PRESETS: dict[str, dict[str, Any]] = {
+_PAPERS_PRESETS: dict[str, dict[str, Any]] = {
     # For five minutes on a laptop's CPU; the vocabulary is the tokenizer's.
     "tiny": {
         "vocab_size": 4096,
@@ -55,6 +55,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "num_attention_heads": 32,
     },
+}
+# What the experiments recommend from some ten million tokens on (docs/results.md): Mamba-2's convolution and skip beside the rotation.
+_CONVOLUTION = {"ssd_conv_kernel_size": 4, "ssd_skip": True}
+PRESETS: dict[str, dict[str, Any]] = _PAPERS_PRESETS | {
+    f"{name}-conv": sizes | _CONVOLUTION for name, sizes in _PAPERS_PRESETS.items()
 }
 
 
@@ -185,6 +190,9 @@ class TransXSSMConfig(PreTrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TransXSSMConfig":
         """The configuration of a preset (`PRESETS`), with fields replaced by `overrides`.
+
+        "tiny", "small", "320m" and "1.3b" are the paper's model at four sizes; "-conv" behind the name adds a short convolution and
+        the D skip to the SSD layers, which is what we recommend for all but the shortest runs.
 
         Raises:
             ValueError: no such preset, or the result is no valid configuration.
