@@ -183,6 +183,9 @@ def study(
         typer.Option(metavar="CELL", help="Run this cell; may be given several times.", show_default=False),
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Show the plan, run nothing.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Write the tables of what has been run, run nothing.")
+    ] = False,
 ) -> None:
     """Train and evaluate a grid of models alike: same data in the same order, tuned learning rates, one table.
 
@@ -190,11 +193,13 @@ def study(
 
     Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/]
     """
-    from transxssm_cli.study import list_studies, run_study_command, show_plan
+    from transxssm_cli.study import list_studies, report_command, run_study_command, show_plan
 
     if not arguments:
         list_studies()
     elif list_only:
         show_plan(arguments[0], arguments[1:], only or [])
+    elif report_only:
+        report_command(arguments[0], arguments[1:])
     else:
         run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich import box
@@ -12,7 +13,16 @@ from rich.table import Table
 from transformers.utils import logging
 
 from transxssm.evaluation import ResultTable
-from transxssm.studies import Study, bundled_studies, contenders_of, load_study, plan_of, run_study, tables_of
+from transxssm.studies import (
+    Study,
+    bundled_studies,
+    contenders_of,
+    load_study,
+    plan_of,
+    report_study,
+    run_study,
+    tables_of,
+)
 from transxssm.studies.outcome import read_outcome
 from transxssm.studies.runner import Notify
 from transxssm.studies.tables import notes_of
@@ -53,6 +63,20 @@ def run_study_command(
     logging.disable_progress_bar()  # a bar over the loading of weights
     with _progress(study) as notify:
         report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify)
+    _print_report(study, report)
+
+
+def report_command(recipe: str, overrides: Sequence[str]) -> None:
+    """Writes and shows the tables of what is in a study's folder.
+
+    Raises:
+        ValueError: see `load_study`, `report_study`.
+    """
+    study = load_study(recipe, overrides)
+    _print_report(study, report_study(study))
+
+
+def _print_report(study: Study, report: dict[str, Any]) -> None:
     for title, table in tables_of(report).items():
         typer.echo(f"\n{title}")
         _print(table)

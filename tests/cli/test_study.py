@@ -52,6 +52,21 @@ def test_plan_progress_and_tables(run, study_file, tmp_path):
     assert "1 runs, 1 done, about < 1 min left" in result.stderr
 
 
+def test_the_report_alone_is_of_what_is_there(run, error_of, study_file, tmp_path):
+    assert "holds no study" in error_of("study", study_file, "--report")
+    run("study", study_file, "--only", "hybrid")
+    written = (tmp_path / "out" / "README.md").read_text()
+    for name in ("README.md", "results.json"):
+        (tmp_path / "out" / name).unlink()
+    result = run("study", study_file, "--report")
+    assert result.exit_code == 0
+    assert "llama missing" in result.stdout
+    again = (tmp_path / "out" / "README.md").read_text()
+    assert again.partition("## Where")[0] == written.partition("## Where")[0]
+    assert "| trained_on | " in again
+    assert list((tmp_path / "out").rglob("seed-*/summary.json")) == [tmp_path / "out/hybrid/seed-0/summary.json"]
+
+
 def test_an_interruption_says_how_to_go_on(run, study_file, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt

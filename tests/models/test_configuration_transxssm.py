@@ -74,7 +74,9 @@ class TestPresets:
         assert PRESETS["tiny"]["vocab_size"] == 4096
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"unknown preset 'huge': expected one of tiny, small, 320m, 1\.3b, tiny-conv"):
+        with pytest.raises(
+            ValueError, match=r"unknown preset 'huge': expected one of tiny, small, 320m, 1\.3b, tiny-conv"
+        ):
             TransXSSMConfig.from_preset("huge")
 
 

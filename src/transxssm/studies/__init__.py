@@ -3,7 +3,7 @@
 from transxssm.studies.contenders import Contender, contenders_of
 from transxssm.studies.definition import Study, bundled_studies, load_study
 from transxssm.studies.plan import PlannedRun, Schedule, plan_of
-from transxssm.studies.runner import run_study
+from transxssm.studies.runner import report_study, run_study
 from transxssm.studies.tables import tables_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "contenders_of",
     "load_study",
     "plan_of",
+    "report_study",
     "run_study",
     "tables_of",
 ]

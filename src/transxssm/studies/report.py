@@ -67,7 +67,7 @@ def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dic
         "study": study.name,
         "title": study.grid.title,
         "status": status,
-        "metadata": run_metadata(read_device("auto"), None),
+        "metadata": {"trained_on": _machines_of(evidence)} | run_metadata(read_device("auto"), None),
         "settings": study.settings(),
         "contenders": contenders,
         "equal_time": _equal_time(contenders),
@@ -77,6 +77,15 @@ def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dic
     write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
     write_text_whole(folder / PAGE, markdown(report, pictures))
     return report
+
+
+def _machines_of(evidence: Sequence[Evidence]) -> str:
+    """Where the runs were made, which need not be where the report is written."""
+    outcomes = [
+        outcome for one in evidence for outcome in (*one.tuning.values(), *(outcome for _, outcome in one.full))
+    ]
+    summaries = [outcome.summary for outcome in outcomes if outcome.summary]
+    return "; ".join(sorted({f"{s['device']}, {s['dtype']}, torch {s['versions']['torch']}" for s in summaries}))
 
 
 def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:

@@ -62,6 +62,21 @@ def run_study(
     return write_report(study, collect_evidence(study), status)
 
 
+def report_study(study: Study) -> dict[str, Any]:
+    """Writes the report of all runs that are there, of a study whose process was killed for instance.
+
+    Returns:
+        the report, as in results.json.
+
+    Raises:
+        ValueError: there is no study in the folder, or another one.
+    """
+    if not (study.output_dir / STUDY).is_file():
+        raise ValueError(f"{study.output_dir} holds no study (no {STUDY}): run it first, or name its grid.output_dir")
+    _check_same_study(study)
+    return write_report(study, collect_evidence(study), "complete")
+
+
 def collect_evidence(study: Study) -> list[Evidence]:
     """What is in the study's folder of each contender, those that were not asked for this time included."""
     contenders = contenders_of(study)
