@@ -107,6 +107,13 @@ def test_ignored_tokens_do_not_count(reduction, device):
     assert_close(among[2], only[2], torch.float64)
 
 
+@REDUCTIONS
+@pytest.mark.parametrize("few", [0.0, 1.1], ids=["all tokens computed", "counting tokens alone"])
+def test_counting_tokens_alone_give_the_same(few, reduction, device, monkeypatch):
+    monkeypatch.setattr(sys.modules["transxssm.ops.linear_cross_entropy"], "_FEW", few)
+    assert_equals_full_logits(*inputs(97, device=device), reduction=reduction)
+
+
 def test_a_sum_of_nothing_is_zero(device):
     hidden, weight, _ = inputs(6, device=device)
     labels = torch.full((6,), -100, device=device)

@@ -15,6 +15,7 @@ from transxssm.ops.row_blocks import row_blocks
 # weight gradient.
 _LOGITS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**27}
 _MIN_TOKENS_PER_BLOCK = 160
+_FEW = 0.9  # share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs
 
 
 def linear_cross_entropy(
@@ -54,11 +55,14 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    counts = labels != ignore_index
+    if device_type == "cpu" and not torch.compiler.is_compiling() and counts.sum() < _FEW * len(labels):
+        hidden, labels = hidden[counts], labels[counts]  # a GPU would have to wait for their number
     with torch.autocast(device_type=device_type, enabled=False):
         total: Tensor = _LinearCrossEntropySum.apply(hidden, weight.to(hidden.dtype), labels, ignore_index)
         if reduction == "sum":
             return total
-        return total / (labels != ignore_index).sum()
+        return total / counts.sum()
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
