@@ -14,7 +14,7 @@ from transxssm.models import TransXSSMConfig
 from transxssm.ops.linear import BLOCK_TOKENS
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
-from transxssm.ops.ssd.chunked import BLOCK_SCORES
+from transxssm.ops.ssd.blocks import BLOCK_SCORES
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 FLOAT32 = 4  # bytes

@@ -15,7 +15,9 @@ from transxssm.ops.row_blocks import row_blocks
 # weight gradient.
 _LOGITS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**27}
 _MIN_TOKENS_PER_BLOCK = 160
-_FEW = 0.9  # share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs
+_FEW = (
+    0.9  # share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs
+)
 
 
 def linear_cross_entropy(

@@ -13,7 +13,7 @@ from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
 from transxssm.ops.ssd import ssd_chunk_scan
-from transxssm.ops.ssd.chunked import BLOCK_SCORES
+from transxssm.ops.ssd.blocks import BLOCK_SCORES
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -197,13 +197,14 @@ def test_chunks_in_several_blocks(scores_in_a_block, documents, device, monkeypa
 @pytest.mark.parametrize("documents", [(37,), (9, 13, 15)], ids=str)
 def test_half_operands_on_any_cpu(documents, fast, device, monkeypatch):
     """Operands stay in bfloat16 where it is multiplied in hardware, and are raised to float32 where it is not."""
-    monkeypatch.setattr("transxssm.ops.ssd.chunked.has_fast_products", lambda *_: fast)
+    monkeypatch.setattr("transxssm.ops.ssd.blocks.has_fast_products", lambda *_: fast)
     assert_equals_oracle(make_case(documents=documents, dtype=torch.bfloat16, device=device), chunk_size=8)
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("transxssm.ops.ssd.chunked._is_on_cpu", lambda _: False)
+    for module in ("blocks", "chunked"):
+        monkeypatch.setattr(f"transxssm.ops.ssd.{module}.is_on_cpu", lambda _: False)
 
 
 @DTYPES

@@ -9,19 +9,25 @@ r = h/g heads of a group, p head_dim, n state size. States are (b, g, n, r p) in
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from transxssm.ops.precision import has_fast_products
-from transxssm.ops.rotary import rotate, rotate_into
-from transxssm.ops.ssd.decays import cumulative_sum, decays_of
-
-# Scores of a block over all heads and rows. On a CPU 2 MiB of float32 stay in the cache; on a GPU, which has to be kept busy, memory
-# is the bound: 256 MiB for each such tensor.
-BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**26}
+from transxssm.ops.ssd.blocks import (
+    ScanInputs,
+    as_rows,
+    blocks_of,
+    by_head,
+    heads_of,
+    is_on_cpu,
+    is_traced,
+    load,
+    product,
+    store_unrotated,
+)
+from transxssm.ops.ssd.decays import cumulative_sum
 
 
 def ssd_chunked(
@@ -63,25 +69,10 @@ def ssd_chunked(
     return y, final_state
 
 
-class _Inputs(NamedTuple):
-    """The tensors that both operators take, in the order of `_INPUTS`."""
-
-    x: Tensor  # (b, t, h, p)
-    dt: Tensor  # (b, t, h)
-    A: Tensor  # (h,)
-    B: Tensor  # (b, t, g, n)
-    C: Tensor  # (b, t, g, n)
-    D: Tensor | None  # (h,)
-    initial_state: Tensor | None  # (b, h, p, n)
-    cos: Tensor | None  # (b or 1, t, n/2)
-    sin: Tensor | None
-    seq_idx: Tensor | None  # (b, t)
-
-
 def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the state that each chunk began with, in x's dtype: (b, chunks, g, n, r p), or (0,)."""
     *tensors, chunk_size, keeps_states = arguments
-    inputs = _Inputs(*tensors)
+    inputs = ScanInputs(*tensors)
     x, B, D = inputs.x, inputs.B, inputs.D
     batch, _, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
@@ -90,21 +81,21 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
         state = _fold(inputs.initial_state, groups)
-    for block in _blocks(x, chunk_size):
-        chunk = _load(block, inputs)
-        weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None]))
+    for block in blocks_of(x, chunk_size):
+        chunk = load(block, inputs)
+        weighted_x = product(as_rows(chunk.x), as_rows(chunk.to_end[..., None]))
         updates = (chunk.B.mT @ weighted_x.flatten(3)).unflatten(0, (batch, -1))  # (b, m, g, n, r p)
         entering = _recurrence(state, updates.to(state.dtype), chunk.across)
         state, entering = entering[:, -1], entering[:, :-1].to(chunk.x.dtype)
         if keeps_states:
             states[:, block.chunks] = entering
-        from_start = _by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
-        outputs = _product(from_start, chunk.from_start[..., None])
-        weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
+        from_start = by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
+        outputs = product(from_start, chunk.from_start[..., None])
+        weights = product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
         outputs = _add_products(outputs, weights, chunk.x).unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
         if D is not None:
-            outputs += D.view(groups, -1, 1, 1) * _heads(x[:, block.tokens], block, groups)
-        _heads(y[:, block.tokens], block, groups).copy_(outputs)
+            outputs += D.view(groups, -1, 1, 1) * heads_of(x[:, block.tokens], block, groups)
+        heads_of(y[:, block.tokens], block, groups).copy_(outputs)
     return y, _unfold(state, head_dim), states
 
 
@@ -129,7 +120,7 @@ def _backward_chunks(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, grad_y, grad_state, states, chunk_size = arguments
-    inputs = _Inputs(*tensors)
+    inputs = ScanInputs(*tensors)
     x, dt, A, B, D = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.D
     batch, _, _, head_dim = x.shape
     groups = B.shape[2]
@@ -141,21 +132,21 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     grad_D.zero_()
     grad_state = _fold(grad_state.to(acc), groups)
     rates = A.view(groups, -1, 1)
-    for block in reversed(_blocks(x, chunk_size)):
-        chunk = _load(block, inputs)
+    for block in reversed(blocks_of(x, chunk_size)):
+        chunk = load(block, inputs)
         operand = chunk.x.dtype
-        dy = _heads(grad_y[:, block.tokens], block, groups)  # (b, m, g, r, q, p)
+        dy = heads_of(grad_y[:, block.tokens], block, groups)  # (b, m, g, r, q, p)
         dy = dy.to(operand, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)  # (a, g, r, q, p)
         entering = states[:, block.chunks].flatten(0, 1).to(operand)  # (a, g, n, r p)
 
         # The states' gradients, from the last chunk to the first.
-        weighted_dy = _product(_rows(dy), _rows(chunk.from_start[..., None])).flatten(3)
+        weighted_dy = product(as_rows(dy), as_rows(chunk.from_start[..., None])).flatten(3)
         updates = (chunk.C.mT @ weighted_dy).to(acc).unflatten(0, (batch, -1))  # (b, m, g, n, r p)
         leaving = _recurrence(grad_state, updates, chunk.across, backwards=True)
         grad_state, leaving = leaving[:, 0], leaving[:, 1:].flatten(0, 1)  # (a, g, n, r p)
 
         # y_q = Σ_k s_qk L_qk dt_k x_k: to the scores, to dt x, and to the decays between q and k.
-        weights = _product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
+        weights = product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
         to_weights = dy @ chunk.x.mT
         between = (to_weights * weights).to(acc)  # one matrix for rows and columns, so that its rounding cancels below
         to_log_decay = between.sum(-1) - between.sum(-2)  # (a, g, r, q)
@@ -165,12 +156,12 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
         kept = (leaving * entering).sum(-2).unflatten(-1, (-1, head_dim)).sum(-1)  # (a, g, r)
         kept *= chunk.across.flatten(0, 1)
         leaving = leaving.to(operand)
-        through_state = _product(_by_head(chunk.B @ leaving, head_dim), chunk.to_end[..., None])  # (a, g, r, k, p)
+        through_state = product(by_head(chunk.B @ leaving, head_dim), chunk.to_end[..., None])  # (a, g, r, k, p)
         to_end = (chunk.x * through_state).sum(-1, dtype=acc)  # (a, g, r, k)
         to_log_decay -= to_end
         to_log_decay[..., -1] += to_end.sum(-1) + kept
         to_dt_x = _add_products(through_state, weights.mT, dy)
-        weighted_x = _product(_rows(chunk.x), _rows(chunk.to_end[..., None])).flatten(3)
+        weighted_x = product(as_rows(chunk.x), as_rows(chunk.to_end[..., None])).flatten(3)
         dB = _add_products(weighted_x @ leaving.mT, to_scores.mT, chunk.C)  # (a, g, k, n)
 
         # y_q += from_start_q · S C_q
@@ -182,17 +173,17 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
         to_rate = cumulative_sum(to_log_decay.flip(-1)).flip(-1)
         grad_A += (to_rate * chunk.dt).sum((0, -1)).view(-1)
         to_dt_x = to_dt_x.unflatten(0, (batch, -1))  # (b, m, g, r, q, p)
-        block_x = _heads(x[:, block.tokens], block, groups)
+        block_x = heads_of(x[:, block.tokens], block, groups)
         to_dt = (block_x * to_dt_x).sum(-1, dtype=acc) + (rates * to_rate).view(to_dt_x.shape[:-1])
-        _heads(grad_dt[:, block.tokens], block, groups).copy_(to_dt)
+        heads_of(grad_dt[:, block.tokens], block, groups).copy_(to_dt)
         dx = to_dt_x.mul_(chunk.dt.to(operand).view(to_dt.shape)[..., None])
         if D is not None:
             dy = dy.view_as(dx)
             dx = dx.to(acc).addcmul_(dy.to(acc), D.view(groups, -1, 1, 1))
             grad_D += (dy * block_x).sum((0, 1, -1, -2), dtype=acc).view(-1)
-        _heads(grad_x[:, block.tokens], block, groups).copy_(dx)
-        _store_unrotated(dB, inputs, block, grad_B)
-        _store_unrotated(dC, inputs, block, grad_C)
+        heads_of(grad_x[:, block.tokens], block, groups).copy_(dx)
+        store_unrotated(dB, inputs, block, grad_B)
+        store_unrotated(dC, inputs, block, grad_C)
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _unfold(grad_state, head_dim)
 
 
@@ -213,7 +204,7 @@ def _backward(
     ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _grad_states: None
 ) -> tuple[Tensor | None, ...]:
     *tensors, states = ctx.saved_tensors
-    inputs = _Inputs(*tensors)
+    inputs = ScanInputs(*tensors)
     if grad_y is None:
         grad_y = torch.zeros_like(inputs.x)
     if grad_state is None:
@@ -221,7 +212,7 @@ def _backward(
     return _of_arguments(inputs, _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size))
 
 
-def _of_arguments(inputs: _Inputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of `_scan`'s arguments: none of those that were not given, or cannot be differentiated."""
     *grads, grad_D, grad_initial = gradients
     return (
@@ -241,7 +232,7 @@ def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callab
     operator.register_fake(fake)
 
     def traced(mode: Any, op: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if _is_on_cpu(arguments[0]):
+        if is_on_cpu(arguments[0]):
             return mode.__torch_dispatch__(op, types, arguments, options)
         with mode:
             return function(*arguments, **options)
@@ -270,96 +261,6 @@ _scan_backward = _operator(
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-class _Block(NamedTuple):
-    """Chunks that are computed together: enough of them that a product is worth its call, few enough to fit the cache."""
-
-    chunks: slice
-    tokens: slice
-    chunk_length: int
-
-
-def _blocks(x: Tensor, chunk_size: int) -> list[_Block]:
-    """All whole chunks in blocks of equal size, then the last chunk if it is shorter."""
-    batch, length, heads, _ = x.shape
-    num_whole = length // chunk_size
-    scores = BLOCK_SCORES.get(x.device.type, BLOCK_SCORES["cuda"])
-    size = max(1, scores // (batch * heads * chunk_size * chunk_size))
-    blocks = []
-    for first in range(0, num_whole, size):
-        stop = min(first + size, num_whole)
-        blocks.append(_Block(slice(first, stop), slice(first * chunk_size, stop * chunk_size), chunk_size))
-    rest = length - num_whole * chunk_size
-    if rest:
-        blocks.append(_Block(slice(num_whole, num_whole + 1), slice(length - rest, length), rest))
-    return blocks
-
-
-class _Chunk(NamedTuple):
-    """The operands of a block's chunks; B and C are rotated, decays are zero across document boundaries.
-
-    All but dt and the decays from chunk to chunk have the dtype of the products' operands: a CPU copies what it has to convert.
-    """
-
-    x: Tensor  # (a, g, r, q, p): dt x
-    B: Tensor  # (a, g, q, n)
-    C: Tensor  # (a, g, q, n)
-    dt: Tensor  # (a, g, r, q)
-    L: Tensor  # (a, g, r, q, k): decay from token k to token q ≥ k
-    from_start: Tensor  # (a, g, r, q): decay from the state that enters to token q
-    to_end: Tensor  # (a, g, r, q): decay from token q to the state that leaves
-    across: Tensor  # (b, m, g, r): decay from the state that enters to the state that leaves
-
-
-def _load(block: _Block, inputs: _Inputs) -> _Chunk:
-    x, A, tokens = inputs.x, inputs.A, block.tokens
-    batch, groups = inputs.B.shape[0], inputs.B.shape[2]
-    dt = _heads(inputs.dt[:, tokens], block, groups).contiguous().flatten(0, 1)  # (a, g, r, q)
-    documents = before = None
-    if inputs.seq_idx is not None:
-        documents = inputs.seq_idx[:, tokens].unflatten(1, (-1, block.chunk_length))  # (b, m, q)
-        first = inputs.seq_idx[:, max(tokens.start - 1, 0), None]  # (b, 1)
-        before = torch.cat((first, documents[:, :-1, -1]), dim=1).flatten()  # (a,)
-        documents = documents.flatten(0, 1)
-    decays = decays_of(dt * A.view(groups, -1, 1), documents, before, exact=x.dtype == torch.float32)
-    operand = x.dtype if has_fast_products(x.device.type, x.dtype) else torch.float32
-    block_x = _heads(x[:, tokens], block, groups)  # (b, m, g, r, q, p)
-    return _Chunk(
-        x=_product(block_x, dt.to(operand).view(block_x.shape[:-1])[..., None]).flatten(0, 1),
-        B=_load_rotated(inputs.B, inputs, block, operand),
-        C=_load_rotated(inputs.C, inputs, block, operand),
-        dt=dt,
-        L=decays.between.to(operand),
-        from_start=decays.from_start.to(operand),
-        to_end=decays.to_end.to(operand),
-        across=decays.across.unflatten(0, (batch, -1)),
-    )
-
-
-def _is_on_cpu(tensor: Tensor) -> bool:
-    """Where writing into memory that is there saves time; a GPU gains more from few calls that the compiler can fuse."""
-    return tensor.device.type == "cpu"
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether the compiler is looking: it forms no result in memory that is given, which would leave its strides open."""
-    return isinstance(tensor, FunctionalTensor)
-
-
-def _heads(tensor: Tensor, block: _Block, groups: int) -> Tensor:
-    """(b, m q, h, …) → (b, m, g, r, q, …), a view."""
-    return tensor.unflatten(1, (-1, block.chunk_length)).unflatten(3, (groups, -1)).movedim(2, 4)
-
-
-def _by_head(tensor: Tensor, head_dim: int) -> Tensor:
-    """(a, g, q, r p) → (a, g, r, q, p), a view."""
-    return tensor.unflatten(-1, (-1, head_dim)).transpose(2, 3)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(a, g, r, q, …) → (a, g, q, r, …), a view: the heads of a group side by side, for one product with their B or C."""
-    return tensor.transpose(2, 3)
-
-
 def _fold(state: Tensor, groups: int) -> Tensor:
     """(b, h, p, n) → (b, g, n, r p)."""
     return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
@@ -375,7 +276,7 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
 
     Backwards, S_c = across_c · S_{c+1} + update_c from S_m = state.
     """
-    if not _is_on_cpu(updates):
+    if not is_on_cpu(updates):
         return _recurrence_at_once(state, updates, across, backwards=backwards)
     num_chunks, head_dim = across.shape[1], updates.shape[-1] // across.shape[-1]
     states = updates.new_empty(updates.shape[0], num_chunks + 1, *updates.shape[2:])
@@ -411,7 +312,7 @@ def _recurrence_at_once(state: Tensor, updates: Tensor, across: Tensor, *, backw
 def _add_products(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """out + left @ right for each matrix; out's memory is used for it."""
     flat, factors = out.flatten(0, -3), (left.flatten(0, -3), right.flatten(0, -3))
-    if _is_traced(out):
+    if is_traced(out):
         return torch.baddbmm(flat, *factors).view(out.shape)
     torch.baddbmm(flat, *factors, out=flat)
     return out
@@ -424,54 +325,3 @@ def _sum_of_heads(tensor: Tensor) -> Tensor:
     if tensor.shape[2] == 2:  # rounded once all the same, and ten times as fast on a CPU
         return tensor[:, :, 0] + tensor[:, :, 1]
     return tensor.sum(2, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right in right's dtype, contiguous whatever the layout of the factors: reading a view costs less than copying it first."""
-    if _is_traced(left):
-        return (left * right).to(right.dtype).contiguous()
-    shape = torch.broadcast_shapes(left.shape, right.shape)
-    return torch.mul(left, right, out=torch.empty(shape, dtype=right.dtype, device=left.device))
-
-
-def _groups(tensor: Tensor, block: _Block) -> Tensor:
-    """A block's B or C: (b, t, g, n) → (b, m, g, q, n), a view."""
-    return tensor[:, block.tokens].unflatten(1, (-1, block.chunk_length)).transpose(2, 3)
-
-
-def _angles(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor] | None:
-    """A block's cos and sin, (b or 1, m, 1, q, n/2)."""
-    if inputs.cos is None or inputs.sin is None:
-        return None
-    cos, sin = (
-        t[:, block.tokens].unflatten(1, (-1, block.chunk_length)).unsqueeze(2) for t in (inputs.cos, inputs.sin)
-    )
-    return cos, sin
-
-
-def _load_rotated(tensor: Tensor, inputs: _Inputs, block: _Block, dtype: torch.dtype) -> Tensor:
-    """A block's B or C at its positions: (b, t, g, n) → (a, g, q, n) in `dtype`."""
-    source, angles = _groups(tensor, block), _angles(inputs, block)
-    if angles is None:
-        return source.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
-    if not _is_on_cpu(source):
-        return rotate(source, *angles).to(dtype).flatten(0, 1)
-    rotated = torch.empty(source.shape, dtype=inputs.dt.dtype, device=source.device)
-    rotate_into(rotated, source, *angles)
-    return rotated.to(dtype).flatten(0, 1)
-
-
-def _store_unrotated(gradient: Tensor, inputs: _Inputs, block: _Block, out: Tensor) -> None:
-    """The gradient (a, g, q, n) of a rotated B or C, turned back, into its tokens of `out` (b, t, g, n)."""
-    target, angles = _groups(out, block), _angles(inputs, block)
-    gradient = gradient.view(target.shape)
-    if angles is None:
-        target.copy_(gradient)
-    elif not _is_on_cpu(out):
-        target.copy_(rotate(gradient, angles[0], -angles[1]))
-    elif out.dtype == inputs.dt.dtype:
-        rotate_into(target, gradient, angles[0], -angles[1])
-    else:  # rounded once, at the end
-        turned = torch.empty(target.shape, dtype=inputs.dt.dtype, device=out.device)
-        rotate_into(turned, gradient, angles[0], -angles[1])
-        target.copy_(turned)
