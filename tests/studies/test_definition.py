@@ -126,6 +126,11 @@ def test_bad_bases(tmp_path, base, words):
         ({"cells": {}}, "at least one cell"),
         ({"cells": {"../a": {}}}, "names no folder"),
         ({"recall": {"sizes": [[16]]}}, "expected [length, pairs]"),
+        ({"needle": {"train_lengths": [], "lengths": [64]}}, "at least one of train_lengths"),
+        (
+            {"needle": {"train_lengths": [64], "lengths": [64]}, "perplexity": {"lengths": [16]}},
+            "one of perplexity, recall and needle",
+        ),
         ({"sizes": {"s": {"models": {}}}}, "unknown key sizes.s.models: did you mean model?"),
     ],
     ids=str,

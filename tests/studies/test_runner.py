@@ -219,6 +219,25 @@ def test_recall_trains_and_is_measured(study):
     assert one["mean"]["train_tokens"] == 4 * 64
 
 
+def test_needles_are_trained_on_and_measured(study, tmp_path):
+    needle = {
+        "train_lengths": [192, 256],
+        "lengths": [200, 400],
+        "depths": [0.0, 1.0],
+        "tokens_per_step": 512,
+        "held_out_steps": 2,
+        "num_examples": 2,
+    }
+    report = run_study(study("grid.seeds=[0]", tuning=None, cells={"hybrid": {}}, needle=needle))
+    one = report["contenders"]["hybrid"]
+    assert set(one["measured"]) == {"200/0", "200/1", "400/0", "400/1"}
+    assert all(0 <= cell["accuracy"] <= 1 for cell in one["measured"].values())
+    assert one["mean"]["train_tokens"] == 2 * 2 * 192 + 2 * 2 * 256
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| found over all depths (at the worst) in tokens | 200 | 400 |" in page
+    assert (tmp_path / "out" / "needle-hybrid.png").exists()
+
+
 def test_settings_that_no_run_began_with_can_be_corrected(study, tmp_path):
     with pytest.raises(ValueError, match="no corpus"):
         run_study(study("data.corpus=absent"))

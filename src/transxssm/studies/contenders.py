@@ -100,11 +100,12 @@ def recipe_for(
             f"training.max_steps: got {training.get('max_steps')}, expected at least 1: a study's runs all take so many"
         )
     model, data = contender.model, study.data
-    if study.recall is not None:
-        # One item of the data set is a whole batch.
+    if study.task is not None:  # one item of the data set is a whole batch
         training |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+        data = {**data, "sequence_length": max(study.task.train_lengths)}
+    if study.recall is not None:
         model = {**model, "vocab_size": study.recall.vocab_size}
-        data = {"corpus": "associative-recall", "sequence_length": max(length for length, _ in study.recall.sizes)}
+        data = {"corpus": "associative-recall", "sequence_length": data["sequence_length"]}
     return recipe_of(study.name, {"model": model, "data": data, "training": training})
 
 
@@ -127,15 +128,15 @@ def tokens_per_step(study: Study, contender: Contender) -> int:
     """Tokens that a step of the optimiser reads, on one process."""
     training = contender.training
     accumulated = training.get("gradient_accumulation_steps", 1)
-    if study.recall is not None:
-        return accumulated * study.recall.tokens_per_step
+    if study.task is not None:
+        return accumulated * study.task.tokens_per_step
     return accumulated * training.get("per_device_train_batch_size", 8) * sequence_length(study)
 
 
 def sequence_length(study: Study) -> int:
-    """Tokens in a row; of several tasks of recall the mean."""
-    if study.recall is not None:
-        return sum(length for length, _ in study.recall.sizes) // len(study.recall.sizes)
+    """Tokens in a row; of several lengths the mean."""
+    if study.task is not None:
+        return sum(study.task.train_lengths) // len(study.task.train_lengths)
     return study.data.get("sequence_length", 1024)
 
 

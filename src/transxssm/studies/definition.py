@@ -99,6 +99,31 @@ class Recall:
     held_out_steps: StrictInt = 16
     num_examples: StrictInt = 256
 
+    @property
+    def train_lengths(self) -> list[int]:
+        """Tokens of each task's sequences."""
+        return [length for length, _ in self.sizes]
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Needle:
+    """Needles in haystacks of the data section's text to train on and be measured by: one sentence gives a number, which is asked for.
+
+    Args:
+        train_lengths: tokens of an example at most; training takes turns.
+        lengths, depths: of the measured ones; depth is the share of the text before the needle.
+        tokens_per_step: of a training step, which reads examples of one length.
+        held_out_steps: batches of the held-out loss.
+        num_examples: measured at each length and depth.
+    """
+
+    train_lengths: list[StrictInt]
+    lengths: list[StrictInt]
+    depths: list[StrictFloat] = dataclasses.field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    tokens_per_step: StrictInt = 16384
+    held_out_steps: StrictInt = 16
+    num_examples: StrictInt = 32
+
 
 @dataclass(frozen=True, config=_CLOSED)
 class Study:
@@ -114,6 +139,12 @@ class Study:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     perplexity: Perplexity | None = None
     recall: Recall | None = None
+    needle: Needle | None = None
+
+    @property
+    def task(self) -> Recall | Needle | None:
+        """What is trained on in place of text, if anything."""
+        return self.recall if self.needle is None else self.needle
 
     @property
     def output_dir(self) -> Path:
@@ -137,6 +168,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "sizes": Size,
     "perplexity": Perplexity,
     "recall": Recall,
+    "needle": Needle,
 }
 
 
@@ -256,6 +288,10 @@ def _check(study: Study) -> None:
             )
         if study.perplexity is None:
             raise ValueError(f"cells.{name}.weights_of: such a cell is measured by perplexity: add that section")
+    if sum(section is not None for section in (study.perplexity, study.recall, study.needle)) > 1:
+        raise ValueError("a study is measured by one of perplexity, recall and needle: got more than one section")
+    if study.needle is not None and not (study.needle.train_lengths and study.needle.lengths and study.needle.depths):
+        raise ValueError("needle: expected at least one of train_lengths, lengths and depths each")
     if study.recall is not None:
         for size in study.recall.sizes:
             if len(size) != 2:

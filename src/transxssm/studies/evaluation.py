@@ -1,13 +1,23 @@
-"""What is measured of a trained contender beside its held-out loss: perplexity over lengths, recall over tasks."""
+"""What is measured of a trained contender beside its held-out loss: perplexity over lengths, recall over tasks, needles."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transxssm.data import load_corpus
-from transxssm.evaluation import Results, TokenScorer, perplexity_plans, recall_plans, select_documents
+from transxssm.evaluation import (
+    CellPlan,
+    Decoding,
+    Results,
+    TokenScorer,
+    judge_for,
+    needle_plans,
+    perplexity_plans,
+    recall_plans,
+    select_documents,
+)
 from transxssm.models import (
     TransXSSMConfig,
     TransXSSMForCausalLM,
@@ -17,6 +27,7 @@ from transxssm.models import (
     read_device,
 )
 from transxssm.studies.definition import Study
+from transxssm.studies.needle_data import haystack_of
 from transxssm.studies.recall_data import MEASURED_SEED, tasks_of
 from transxssm.training import Recipe
 
@@ -31,56 +42,76 @@ def evaluate_run(
     """Measures what the study asks for of the model in a run folder; measurements that are there already are kept.
 
     Args:
-        study: its `perplexity` and `recall` sections say what.
+        study: its `perplexity`, `recall` and `needle` sections say what.
         run_dir: of the trained model.
         recipe: of the run, for its text.
         path: of the JSON file.
         overrides: model keys under which the weights are read; None: as they were trained.
 
     Returns:
-        the cells: by length, or by task as "length/pairs".
+        the cells: by length, by task as "length/pairs", or by place as "length/depth".
 
     Raises:
         ValueError: no held-out document is as long as the longest window.
     """
-    if study.perplexity is None and study.recall is None:
+    if study.task is None and study.perplexity is None:
         return {}
-    name = "recall" if study.perplexity is None else "perplexity"
+    name = "perplexity" if study.task is None else "recall" if study.needle is None else "needle"
     results = Results.open(path, name, _settings(study, overrides), {})
-    if study.recall is not None:
-        wanted = {f"{length}/{pairs}" for length, pairs in study.recall.sizes}
-    else:
-        wanted = set(map(str, study.perplexity.lengths)) if study.perplexity else set()
-    if wanted <= results.cells.keys():
+    if _wanted(study) <= results.cells.keys():
         return results.cells
     model = _load(run_dir, overrides)
-    scorer = TokenScorer(model)
+    plans = _plans(
+        study, TokenScorer(model), recipe, load_tokenizer(run_dir, model.config) if study.recall is None else None
+    )
+    results.measure(plans, advance=lambda steps: None, finished=lambda key: None)
+    return results.cells
+
+
+def _wanted(study: Study) -> set[str]:
+    """Keys of the cells that the study asks for."""
     if study.recall is not None:
-        plans = recall_plans(
+        return {f"{length}/{pairs}" for length, pairs in study.recall.sizes}
+    if study.needle is not None:
+        return {f"{length}/{depth:g}" for length in study.needle.lengths for depth in study.needle.depths}
+    return set(map(str, study.perplexity.lengths)) if study.perplexity else set()
+
+
+def _plans(
+    study: Study, scorer: TokenScorer, recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None
+) -> list[CellPlan]:
+    if study.recall is not None:
+        return recall_plans(
             scorer,
             tasks_of(study.recall),
             num_examples=study.recall.num_examples,
             seed=MEASURED_SEED,
             batch_tokens=BATCH_TOKENS,
         )
-    else:
-        assert study.perplexity is not None
-        lengths = study.perplexity.lengths
-        documents = select_documents(
-            load_corpus(recipe.data).held_out["text"],
-            load_tokenizer(run_dir, model.config),
-            min_tokens=max(lengths),
-            max_tokens=study.perplexity.max_tokens,
+    assert tokenizer is not None
+    texts = load_corpus(recipe.data).held_out["text"]
+    if study.needle is not None:
+        haystack = haystack_of(study.needle, texts, tokenizer)
+        return needle_plans(
+            judge_for(Decoding.TEACHER_FORCED, scorer, haystack),
+            haystack,
+            lengths=study.needle.lengths,
+            depths=study.needle.depths,
+            num_examples=study.needle.num_examples,
+            num_distractors=0,
+            seed=MEASURED_SEED,
         )
-        strides = {length: length // 2 for length in lengths}
-        plans = perplexity_plans(scorer, documents, strides=strides, batch_tokens=BATCH_TOKENS)
-    results.measure(plans, advance=lambda steps: None, finished=lambda key: None)
-    return results.cells
+    assert study.perplexity is not None
+    lengths = study.perplexity.lengths
+    documents = select_documents(texts, tokenizer, min_tokens=max(lengths), max_tokens=study.perplexity.max_tokens)
+    strides = {length: length // 2 for length in lengths}
+    return perplexity_plans(scorer, documents, strides=strides, batch_tokens=BATCH_TOKENS)
 
 
 def _settings(study: Study, overrides: dict[str, Any] | None) -> dict[str, Any]:
     settings = study.settings()
-    return {"perplexity": settings["perplexity"], "recall": settings["recall"], "model": overrides}
+    asked = {name: settings[name] for name in ("perplexity", "recall", "needle")}
+    return {name: section for name, section in asked.items() if section is not None} | {"model": overrides}
 
 
 def _load(run_dir: Path, overrides: dict[str, Any] | None) -> PreTrainedModel:

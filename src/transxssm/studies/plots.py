@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transxssm.evaluation import plot_needle
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -71,6 +73,17 @@ def plot_lengths(folder: Path, contenders: Reports) -> list[str]:
     axes.set_xlabel("window (tokens)")
     axes.set_ylabel("bits per byte")
     return [_save(figure, axes, folder / "bits-per-byte-over-length.png")]
+
+
+def plot_needles(folder: Path, contenders: Reports) -> list[str]:
+    """A map of lengths and depths for every contender that has looked for needles."""
+    names = []
+    for name, one in contenders.items():
+        cells = [cell for cell in one["measured"].values() if "depth" in cell]
+        if cells:
+            names.append(f"needle-{name}.png")
+            plot_needle(folder / names[-1], cells)
+    return names
 
 
 def _columns(points: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:

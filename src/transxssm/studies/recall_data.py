@@ -60,10 +60,11 @@ def recall_data(recall: Recall, recipe: Recipe) -> TrainingData:
     return TrainingData(
         train=batches(count=steps, seed=TRAINING_SEED + recipe.training["seed"]),
         held_out=batches(count=recall.held_out_steps, seed=HELD_OUT_SEED),
-        collate=_only_batch,
+        collate=only_batch,
     )
 
 
-def _only_batch(items: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+def only_batch(items: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """The tensors of a batch that is one item."""
     (batch,) = items
     return {name: torch.from_numpy(array) for name, array in batch.items()}

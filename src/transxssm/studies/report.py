@@ -16,12 +16,13 @@ from transxssm.studies.contenders import Contender, expected_config, sequence_le
 from transxssm.studies.definition import Study
 from transxssm.studies.outcome import Outcome
 from transxssm.studies.plan import PlannedRun
-from transxssm.studies.plots import plot_curves, plot_lengths, plot_rates
+from transxssm.studies.plots import plot_curves, plot_lengths, plot_needles, plot_rates
 from transxssm.studies.tables import markdown
 from transxssm.training.recipe import TRAINING_DEFAULTS
 from transxssm.whole_files import write_text_whole
 
 RESULTS, PAGE = "results.json", "README.md"
+MEASURED = ("length", "depth", "accuracy", "bits_per_byte", "perplexity", "nats_per_token")
 AVERAGED = ("eval_loss", "perplexity", "bits_per_byte", "train_seconds", "train_tokens")
 
 
@@ -74,6 +75,7 @@ def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dic
     }
     folder = study.output_dir
     pictures = plot_curves(folder, contenders) + plot_rates(folder, contenders) + plot_lengths(folder, contenders)
+    pictures += plot_needles(folder, contenders)
     write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
     write_text_whole(folder / PAGE, markdown(report, pictures))
     return report
@@ -183,7 +185,7 @@ def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]
     averaged: dict[str, dict[str, float]] = {}
     for key in of_runs[0] if of_runs else ():
         cells = [cells[key] for cells in of_runs if key in cells]
-        names = [name for name in ("accuracy", "bits_per_byte", "perplexity", "nats_per_token") if name in cells[0]]
+        names = [name for name in MEASURED if name in cells[0]]
         averaged[key] = {name: statistics.fmean(cell[name] for cell in cells) for name in names}
     return averaged
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transxssm.studies.contenders import Contender, contenders_of, recipe_for
 from transxssm.studies.definition import Study
 from transxssm.studies.evaluation import evaluate_run
+from transxssm.studies.needle_data import needle_data
 from transxssm.studies.outcome import Outcome, read_outcome, write_divergence
 from transxssm.studies.plan import PlannedRun, Schedule, plan_of
 from transxssm.studies.recall_data import recall_data
@@ -179,7 +180,9 @@ class _Work:
         )
 
     def _source(self, recipe: Recipe) -> TrainingData:
-        return text_data(recipe) if self.study.recall is None else recall_data(self.study.recall, recipe)
+        if self.study.recall is not None:
+            return recall_data(self.study.recall, recipe)
+        return text_data(recipe) if self.study.needle is None else needle_data(self.study.needle, recipe)
 
     def _seconds_left(self) -> float | None:
         if self.deadline is None:

@@ -1,6 +1,7 @@
 """The tables of a study's report."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -177,6 +178,8 @@ def _measured(contenders: Reports) -> ResultTable | None:
     keys = list(dict.fromkeys(key for one in contenders.values() for key in one["measured"]))
     if not keys:
         return None
+    if any("depth" in cell for one in contenders.values() for cell in one["measured"].values()):
+        return _needles(contenders)
     is_recall = any("accuracy" in cell for one in contenders.values() for cell in one["measured"].values())
     measure, form = ("accuracy", ".1%") if is_recall else ("bits_per_byte", ".4f")
     heading = "accuracy at length/pairs" if is_recall else "bits per byte in windows of"
@@ -186,6 +189,20 @@ def _measured(contenders: Reports) -> ResultTable | None:
         if one["measured"]
     ]
     return ResultTable([heading, *keys], rows)
+
+
+def _needles(contenders: Reports) -> ResultTable:
+    """Share found at each length: the mean and the least over the depths."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for name, one in contenders.items():
+        for cell in one["measured"].values():
+            found.setdefault(name, {}).setdefault(cell["length"], []).append(cell["accuracy"])
+    lengths = sorted({length for of_lengths in found.values() for length in of_lengths})
+    rows = [
+        [name, *(f"{statistics.fmean(at[n]):.1%} ({min(at[n]):.0%})" if n in at else NONE for n in lengths)]
+        for name, at in found.items()
+    ]
+    return ResultTable(["found over all depths (at the worst) in tokens", *(f"{n:g}" for n in lengths)], rows)
 
 
 def _with_spread(one: dict[str, Any], key: str, form: str) -> str:
