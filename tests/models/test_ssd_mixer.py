@@ -78,6 +78,19 @@ def test_the_scan_of_a_model_in_half_precision_in_float32(monkeypatch):
     assert model(tokens(1, 9)).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scan_in_fp32", [False, True])
+def test_the_output_projection_gets_what_autocast_gave(scan_in_fp32):
+    """y in float32 behind the scan would be written and converted for nothing."""
+    model = TransXSSMForCausalLM(tiny_config("gated", ssd_scan_in_fp32=scan_in_fp32))
+    seen = []
+    for layer in model.model.layers:
+        if hasattr(layer, "ssd"):
+            layer.ssd.out_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens(1, 9))
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_precision_is_raised_and_never_lowered():
     assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64

@@ -24,6 +24,7 @@ def way(request):
         yield
 
 
+PROMISES = ("test_schema", "test_faketensor")
 KERNELS = pytest.mark.parametrize("kernel", [1, 2, 4])
 
 
@@ -132,13 +133,50 @@ def test_a_bias_is_added_before_the_silu(documents, device):
         for piece in x.split(documents, dim=1):
             left_padded = F.pad(piece.transpose(1, 2), (2, 0))
             pieces.append(F.conv1d(left_padded, weight[:, None], bias, groups=CHANNELS).transpose(1, 2))
-        return F.silu(torch.cat(pieces, dim=1)), x[:, 7:]
+        last = F.pad(x.split(documents, dim=1)[-1], (0, 0, 2, 0))[:, -2:]
+        return F.silu(torch.cat(pieces, dim=1)), last
 
     def ours(x, weight, bias):
-        y, _ = short_convolution(x, weight, bias=bias, seq_idx=numbers)
-        return y, x[:, 7:]
+        return short_convolution(x, weight, bias=bias, seq_idx=numbers)
 
     assert_equal_results(ours, by_torch, (x, weight, bias), torch.float64)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["products in hardware", "no products in hardware"])
+def test_documents_in_half_precision(fast, monkeypatch):
+    """On any CPU, and under autocast, which the operator leaves alone."""
+    monkeypatch.setattr(sys.modules["transxssm.ops.short_convolution"], "has_fast_products", lambda *_: fast)
+    x, weight, _ = inputs(40, 4, torch.bfloat16)
+    numbers = torch.arange(4).repeat_interleave(10).expand(2, -1)
+    results = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y, _ = short_convolution(*leaves, seq_idx=numbers)
+        results[dtype] = (y, *torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    for name, one, other in zip(("y", "x", "weight"), *results.values(), strict=True):
+        assert_close(one, other, torch.bfloat16, name, num_ops=2)
+
+
+def test_autocast_leaves_float32_alone():
+    x, weight, _ = inputs(40, 4, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = short_convolution(x, weight)
+    assert_close(y, short_convolution(x.double(), weight.double())[0], torch.float32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keeps_what_an_operator_promises(packed):
+    """Shapes, strides, aliasing and autograd as `torch.compile` relies on them."""
+    module = sys.modules["transxssm.ops.short_convolution"]
+    history, weight, bias = torch.randn(2, 12, 8), torch.randn(8, 4), torch.randn(8)
+    documents = torch.arange(2).repeat_interleave(6).expand(2, -1).contiguous() if packed else None
+    leaves = [tensor.requires_grad_() for tensor in (history, weight, bias)]
+    torch.library.opcheck(module._convolution, (*leaves, documents))
+    grad = torch.randn(2, 9, 8)
+    torch.library.opcheck(
+        module._convolution_backward, (grad, *(leaf.detach() for leaf in leaves), documents), test_utils=PROMISES
+    )
 
 
 @given(left=st.integers(0, 6), right=st.integers(0, 6), kernel=st.integers(1, 5), length=st.integers(1, 7))

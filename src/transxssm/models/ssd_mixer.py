@@ -80,6 +80,7 @@ class TransXSSMSSDMixer(nn.Module):
         B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
+        dtype = x.dtype
         if self.scan_in_fp32:
             x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
 
@@ -102,7 +103,7 @@ class TransXSSMSSDMixer(nn.Module):
             )
         if past_key_values is not None:
             write_ssd_layer(past_key_values, self.layer_idx, state, new_conv_state)
-        y = y.reshape(batch, length, -1).to(hidden_states.dtype)
+        y = y.reshape(batch, length, -1).to(dtype)
         if self.z_proj is not None and self.norm is not None:
             y = self.norm(swiglu(self.z_proj(hidden_states), y))
         return self.out_proj(y)

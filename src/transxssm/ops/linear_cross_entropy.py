@@ -15,9 +15,8 @@ from transxssm.ops.row_blocks import row_blocks
 # weight gradient.
 _LOGITS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**27}
 _MIN_TOKENS_PER_BLOCK = 160
-_FEW = (
-    0.9  # share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs
-)
+# Share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs.
+_FEW_SHARE = 0.9
 
 
 def linear_cross_entropy(
@@ -58,7 +57,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     counts = labels != ignore_index
-    if device_type == "cpu" and not torch.compiler.is_compiling() and counts.sum() < _FEW * len(labels):
+    if device_type == "cpu" and not torch.compiler.is_compiling() and counts.sum() < _FEW_SHARE * len(labels):
         hidden, labels = hidden[counts], labels[counts]  # a GPU would have to wait for their number
     with torch.autocast(device_type=device_type, enabled=False):
         total: Tensor = _LinearCrossEntropySum.apply(hidden, weight.to(hidden.dtype), labels, ignore_index)

@@ -89,7 +89,8 @@ def _by_taps(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Te
 @torch.library.custom_op("transxssm::short_convolution", mutates_args=())
 def _convolution(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """`_by_taps` in one."""
-    return F.silu(_before_silu(*_operands(history, weight, bias), documents)).to(history.dtype)
+    with torch.autocast("cpu", enabled=False):
+        return F.silu(_before_silu(*_operands(history, weight, bias), documents)).to(history.dtype)
 
 
 @_convolution.register_fake
@@ -103,6 +104,20 @@ def _convolution_backward(
     grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of history, weight and bias (empty without one)."""
+    with torch.autocast("cpu", enabled=False):
+        return _all_gradients(grad, history, weight, bias, documents)
+
+
+@_convolution_backward.register_fake
+def _empty_gradients(
+    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(history), torch.empty_like(weight), weight.new_empty(0 if bias is None else weight.shape[0])
+
+
+def _all_gradients(
+    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = history.dtype
     history, weight, bias = _operands(history, weight, bias)
     grad = torch.ops.aten.silu_backward(grad.to(history.dtype), _before_silu(history, weight, bias, documents))
@@ -115,20 +130,13 @@ def _convolution_backward(
     alone = grad[rows, columns]  # (n, e)
     grad[rows, columns] = 0.0
     grad_history, grad_weight = _gradients(grad, history, weight)
-    taps = columns[:, None] + torch.arange(weight.shape[1])  # (n, k)
+    taps = columns[:, None] + torch.arange(weight.shape[1], device="cpu")  # (n, k)
     for piece in row_blocks(alone):
         through = alone[piece, None] * own[piece, :, None].to(alone.dtype)  # (n, k, e)
         where = (rows[piece, None], taps[piece])
         grad_history.index_put_(where, through * weight.T, accumulate=True)
         grad_weight += (through * history[where]).sum(0, dtype=grad_weight.dtype).T
     return grad_history.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
-
-
-@_convolution_backward.register_fake
-def _empty_gradients(
-    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(history), torch.empty_like(weight), weight.new_empty(0 if bias is None else weight.shape[0])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,7 +175,7 @@ def _before_silu(history: Tensor, weight: Tensor, bias: Tensor | None, documents
     apart = None if documents is None else _where_documents_meet(documents, weight.shape[1])
     if apart is not None:
         rows, columns, own = apart
-        taps = columns[:, None] + torch.arange(weight.shape[1])  # (n, k)
+        taps = columns[:, None] + torch.arange(weight.shape[1], device="cpu")  # (n, k)
         precise = torch.promote_types(y.dtype, torch.float32)
         for piece in row_blocks(y.new_empty(len(rows), y.shape[-1])):
             terms = history[rows[piece, None], taps[piece]].to(precise) * own[piece, :, None] * weight.T
@@ -183,13 +191,14 @@ def _where_documents_meet(documents: Tensor, kernel_size: int) -> tuple[Tensor, 
     ).T
     if not len(rows):
         return None
-    seen = documents[rows[:, None], columns[:, None] + torch.arange(kernel_size)]  # (n, k)
+    seen = documents[rows[:, None], columns[:, None] + torch.arange(kernel_size, device="cpu")]  # (n, k)
     return rows, columns, seen == seen[:, -1:]
 
 
 def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of history, in its dtype, and of weight, in float32 or more."""
     kernel_size = weight.shape[1]
+    # Not the weight's: oneDNN takes thirty times as long for a depthwise one as the sums below.
     image_grad, *_ = torch.ops.aten.convolution_backward(
         _as_image(grad),
         _as_image(history),
@@ -201,21 +210,17 @@ def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, T
         False,
         [0, 0],
         weight.shape[0],
-        [
-            True,
-            False,
-            False,
-        ],  # oneDNN's own gradient of a depthwise weight takes thirty times as long as the sums below
+        [True, False, False],
     )
     precise = torch.promote_types(weight.dtype, torch.float32)
-    grad_weight = torch.zeros(kernel_size, weight.shape[0], dtype=precise)
+    grad_weight = torch.zeros(kernel_size, weight.shape[0], dtype=precise, device="cpu")
     for one_grad, one_history in zip(grad, history, strict=True):
         for block in row_blocks(one_grad):
             dy = one_grad[block].to(precise)
             inputs = one_history[block.start : block.stop + kernel_size - 1].to(precise)
             for j in range(kernel_size):
                 grad_weight[j] += (dy * inputs[j : j + len(dy)]).sum(0)
-    return _as_sequence(image_grad), grad_weight.T
+    return _as_sequence(image_grad), grad_weight.T.contiguous()
 
 
 def _last_inputs(history: Tensor, documents: Tensor | None, mask: Tensor | None, memory: int) -> Tensor:
