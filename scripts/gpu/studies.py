@@ -26,7 +26,7 @@ class Job:
 
     study: str
     cells: list[str]
-    gpu: int = 0
+    gpu: str = ""
     process: subprocess.Popen | None = None
 
     @property
@@ -66,64 +66,72 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         stop(jobs)
         return 130
-    return report_failures(jobs, options.folder)
+    status = report_failures(jobs, options.folder)
+    if not status:
+        write_reports(jobs, options.folder, settings)
+    return status
 
 
 def run_all(jobs: list[Job], folder: Path, settings: list[str], jobs_per_gpu: int) -> None:
     """Starts every job when there is room for it and its data is there; returns when all have ended."""
-    num_gpus = count_gpus()
-    waiting = list(jobs)
+    gpus, started, waiting = gpus_here(), time.time(), list(jobs)
     while waiting or any(job.is_running for job in jobs):
         for job in list(waiting):
             running = [other for other in jobs if other.is_running]
-            load = [sum(other.gpu == gpu for other in running) for gpu in range(num_gpus)]
+            load = [sum(other.gpu == gpu for other in running) for gpu in gpus]
             if min(load) >= jobs_per_gpu:
                 break
-            prepares_data = not has_trained(folder / job.folder_name)
-            siblings = running if not has_trained(folder) else [other for other in running if other.study == job.study]
+            prepares_data = not has_trained(folder / job.folder_name, started)
+            siblings = [other for other in running if other.study == job.study or not has_trained(folder, started)]
             if prepares_data and siblings:
                 continue
-            job.gpu = load.index(min(load))
+            job.gpu = gpus[load.index(min(load))]
             start(job, folder, settings)
             waiting.remove(job)
         time.sleep(0.5)
 
 
 def start(job: Job, folder: Path, settings: list[str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "transxssm",
-        "study",
-        job.study,
-        f"grid.output_dir={folder / job.folder_name}",
-        *settings,
-    ]
-    for cell in job.cells:
-        command += ["--only", cell]
+    command = [*study_command(job, folder, settings), *(word for cell in job.cells for word in ("--only", cell))]
     with (folder / "logs" / f"{job.name}.txt").open("w") as log:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(job.gpu)}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": job.gpu}
         # In a group of its own: Ctrl-C comes from here alone, once.
         job.process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
-def has_trained(folder: Path) -> bool:
-    """Whether a run in the folder has made a step, and so has its data."""
-    return any(path.stat().st_size for path in folder.rglob("metrics.jsonl"))
+def write_reports(jobs: list[Job], folder: Path, settings: list[str]) -> None:
+    """Of every study once more: processes that ended together may each have written theirs without the other's."""
+    for job in {job.study: job for job in jobs}.values():
+        subprocess.run([*study_command(job, folder, settings), "--report"], stdout=subprocess.DEVNULL, check=True)
 
 
-def count_gpus() -> int:
-    """At least one: without GPUs the processes share the CPU."""
+def study_command(job: Job, folder: Path, settings: list[str]) -> list[str]:
+    output_dir = f"grid.output_dir={folder / job.folder_name}"
+    return [sys.executable, "-m", "transxssm", "study", job.study, output_dir, *settings]
+
+
+def has_trained(folder: Path, since: float) -> bool:
+    """Whether a run in the folder has made a step on this machine, and so has its data; an archive keeps its files' times."""
+    found = (path.stat() for path in folder.rglob("metrics.jsonl"))
+    return any(stat.st_size and stat.st_mtime >= since for stat in found)
+
+
+def gpus_here() -> list[str]:
+    """The GPUs that may be used, by number or name; one unnamed place where there are none."""
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return chosen.split(",")
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:
-        return 1
-    return max(1, len(listed.splitlines()))
+        return [""]
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))] or [""]
 
 
 def stop(jobs: list[Job]) -> None:
+    for impatient in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(impatient, signal.SIG_IGN)
     for job in jobs:
         if job.is_running:
             job.process.send_signal(signal.SIGINT)

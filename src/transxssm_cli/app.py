@@ -195,11 +195,15 @@ def study(
     """
     from transxssm_cli.study import list_studies, report_command, run_study_command, show_plan
 
+    if list_only and report_only:
+        raise ValueError("--list shows the plan and --report the tables: leave one out")
     if not arguments:
         list_studies()
     elif list_only:
         show_plan(arguments[0], arguments[1:], only or [])
     elif report_only:
+        if only or budget_minutes is not None:
+            raise ValueError("--report writes the tables of all that is there: leave out --only and --budget-minutes")
         report_command(arguments[0], arguments[1:])
     else:
         run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes)

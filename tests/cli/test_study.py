@@ -63,7 +63,8 @@ def test_the_report_alone_is_of_what_is_there(run, error_of, study_file, tmp_pat
     assert "llama missing" in result.stdout
     again = (tmp_path / "out" / "README.md").read_text()
     assert again.partition("## Where")[0] == written.partition("## Where")[0]
-    assert "| trained_on | " in again
+    summary = json.loads((tmp_path / "out/hybrid/seed-0/summary.json").read_text())
+    assert f"| trained_on | {summary['device']}, {summary['dtype']}, torch " in again
     assert list((tmp_path / "out").rglob("seed-*/summary.json")) == [tmp_path / "out/hybrid/seed-0/summary.json"]
 
 
@@ -95,6 +96,9 @@ def test_an_interruption_says_how_to_go_on(run, study_file, monkeypatch):
         (["table2-cpu", "cells.hybrid-rope.model.architecture=lama"], "model.architecture: got 'lama'"),
         (["table2-cpu", "--budget-minutes", "0"], "more than 0"),
         (["table2-cpu", "seeds"], "expected section.key=value"),
+        (["table2-cpu", "--report", "--only", "hybrid-rope"], "leave out --only"),
+        (["table2-cpu", "--report", "--list"], "leave one out"),
+        (["needle-cpu", "needle.depths=[0.5, 1.5]"], "needle.depths"),
         (["recall-cpu", "recall.sizes=[[8, 4]]"], "need at least 16 tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -87,7 +87,8 @@ def test_a_study_on_another(tmp_path):
         tmp_path / "base.yaml",
         "cells: {a: {model: {qk_norm: true}}, b: {}}\ntuning: {learning_rates: [0.1], max_steps: 2}\ntraining: {max_steps: 4, seed: 1}\n",
     )
-    middle = write(tmp_path / "middle.yaml", f"base: {base}\ncells: {{b: null, c: {{}}}}\ntuning: null\n")
+    assert base.exists()
+    middle = write(tmp_path / "middle.yaml", "base: base.yaml\ncells: {b: null, c: {}}\ntuning: null\n")
     study = load_study(
         write(tmp_path / "top.yaml", f"base: {middle}\ntraining: {{seed: null, max_steps: 8}}\n"),
         ["training.weight_decay=0.1"],
@@ -103,10 +104,13 @@ def test_a_study_on_another(tmp_path):
         ("table2-cpuu", "did you mean table2-cpu?"),
         ("[table2-cpu]", "expected the name or the file of a study"),
         ("{path}", "stands on this study itself"),
+        ("other.yaml", "stands on this study itself"),
     ],
 )
 def test_bad_bases(tmp_path, base, words):
+    """A circle of two, too: other.yaml stands on top.yaml."""
     path = tmp_path / "top.yaml"
+    write(tmp_path / "other.yaml", f"base: {path}\ncells: {{b: {{}}}}\n")
     write(path, f"base: {base.format(path=path)}\ncells: {{a: {{}}}}\n")
     with pytest.raises(ValueError, match=re.escape(words)) as refused:
         load_study(path)

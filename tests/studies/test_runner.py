@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from transxssm.studies import run_study, runner
+from transxssm.studies import report_study, run_study, runner
 from transxssm.studies.outcome import DIVERGED
 from transxssm.training import NonFiniteError
 from transxssm.training.trainer import TransXSSMTrainer
@@ -185,6 +185,16 @@ def test_seeds_and_cells_can_be_added(study, sections, batches):
     assert not any("hybrid/seed-0" in folder or "hybrid/tuning" in folder for folder in batches)
     with pytest.raises(ValueError, match=r"grid\.seeds was \[0, 1\] and is \[0\]"):
         run_study(study("grid.seeds=[0]"))
+    report_study(study("grid.seeds=[0,1,2]"))  # looks at one more, and notes nothing
+    assert run_study(study())["status"] == "complete"
+
+
+def test_a_run_that_was_not_measured_is_unfinished(study, tmp_path):
+    measured = study("grid.seeds=[0]", tuning=None, cells={"hybrid": {}}, perplexity={"lengths": [16, 32]})
+    assert run_study(measured)["contenders"]["hybrid"]["status"] == "finished"
+    (cells,) = (tmp_path / "out" / "hybrid").glob("*.json")
+    cells.unlink()
+    assert report_study(measured)["contenders"]["hybrid"]["status"] == "unfinished"
 
 
 def test_borrowed_weights_are_read_under_other_settings(study):

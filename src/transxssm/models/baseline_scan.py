@@ -1,7 +1,7 @@
 """transformers' Mamba-2 mixers on this package's scan: what they compute, in time to train them.
 
-Where mamba_ssm's kernels are not installed, transformers computes the scan with sums over products of Q × Q × n numbers, several
-times as slow as everything else in the model. Comparisons of quality need none of that.
+transformers computes the scan with sums over products of Q × Q × n numbers, several times as slow as everything else in the model, where
+mamba_ssm's kernels are not installed. Comparisons of quality need none of that, and the same function everywhere.
 """
 
 from types import MethodType
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from transxssm.models.ssd_mixer import at_least_float32
 from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.ssd import ssd_chunk_scan
 
@@ -21,7 +22,8 @@ from transxssm.ops.ssd import ssd_chunk_scan
 def use_our_scan(model: PreTrainedModel) -> None:
     """Has every Mamba-2 mixer of a model (Mamba2, Bamba) compute whole sequences with `ssd_chunk_scan`, in place.
 
-    Weights, configuration and what is saved stay transformers' own; so does a forward pass with a cache.
+    Weights, configuration and what is saved stay transformers' own; so do a forward pass with a cache, and a mixer of another
+    activation than SiLU.
     """
     for module in model.modules():
         if isinstance(module, Mamba2Mixer | BambaMixer) and module.activation == "silu":
@@ -42,13 +44,13 @@ def _mix(
         xBC = xBC * mask
     states = mixer.n_groups * mixer.ssm_state_size
     x, B, C = xBC.split([mixer.intermediate_size, states, states], dim=-1)
-    dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
+    dt = F.softplus(at_least_float32(dt) + at_least_float32(mixer.dt_bias)).clamp(*mixer.time_step_limit)
     y, _ = ssd_chunk_scan(
         x.unflatten(-1, (mixer.num_heads, -1)),
         dt,
-        -torch.exp(mixer.A_log.float()),
+        -torch.exp(at_least_float32(mixer.A_log)),
         B.unflatten(-1, (mixer.n_groups, -1)),
         C.unflatten(-1, (mixer.n_groups, -1)),
-        D=mixer.D.float(),
+        D=at_least_float32(mixer.D),
     )
     return mixer.out_proj(mixer.norm(y.flatten(2), gate).to(hidden_states.dtype))

@@ -190,7 +190,7 @@ def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study
         apply_override(override, sections)
     if "name" in sections:
         raise ValueError("unknown section name: a study has the name of its file")
-    study = _validated({key: value for key, value in sections.items() if value is not None} | {"name": name})
+    study = _validated(_without_nulls(sections) | {"name": name})
     _check(study)
     return study
 
@@ -206,6 +206,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """A study's name, and its sections over those of the study that it names as its `base`; `heirs` are those that led here."""
     name, text = _read(name_or_path)
+    folder = Path(name_or_path).expanduser().parent
     try:
         sections = load_yaml(text)
     except ValueError as error:
@@ -219,17 +220,26 @@ def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dic
         return name, sections
     if not isinstance(base, str):
         raise ValueError(f"{name_or_path}: base: got {base!r}, expected the name or the file of a study")
+    beside = folder / Path(base).expanduser()
+    if base not in bundled_studies() and beside.is_file():
+        base = str(beside)
     if base in (name_or_path, *heirs):
         raise ValueError(f"{name_or_path}: base: {base} stands on this study itself")
     return name, _over(_sections_of(base, (name_or_path, *heirs))[1], sections)
 
 
 def _over(below: Any, above: Any) -> Any:
-    """Keys of `above` in place of those of `below`, in mappings inside mappings too; null takes a key away."""
+    """Keys of `above` in place of those of `below`, in mappings inside mappings too."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    merged = below | {key: _over(below.get(key), value) for key, value in above.items()}
-    return {key: value for key, value in merged.items() if value is not None}
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
+def _without_nulls(values: Any) -> Any:
+    """A mapping without the keys whose value is null, in mappings inside too: what a study leaves out has its default."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_nulls(value) for key, value in values.items() if value is not None}
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
@@ -254,6 +264,7 @@ def _validated(sections: dict[str, Any]) -> Study:
     if first["type"] == "unexpected_keyword_argument":
         owner = _SECTION_TYPES[path[0]] if len(path) > 1 else Study
         known = [field.name for field in dataclasses.fields(owner) if field.name != "name"]
+        known += ["base"] if owner is Study else []
         raise ValueError(f"unknown key {where}: {nearest(path[-1], known)}")
     if first["type"] in ("missing", "missing_argument"):
         raise ValueError(f"a study needs {where}: it is missing")
@@ -290,8 +301,8 @@ def _check(study: Study) -> None:
             raise ValueError(f"cells.{name}.weights_of: such a cell is measured by perplexity: add that section")
     if sum(section is not None for section in (study.perplexity, study.recall, study.needle)) > 1:
         raise ValueError("a study is measured by one of perplexity, recall and needle: got more than one section")
-    if study.needle is not None and not (study.needle.train_lengths and study.needle.lengths and study.needle.depths):
-        raise ValueError("needle: expected at least one of train_lengths, lengths and depths each")
+    if study.needle is not None:
+        _check_needle(study.needle)
     if study.recall is not None:
         for size in study.recall.sizes:
             if len(size) != 2:
@@ -299,8 +310,20 @@ def _check(study: Study) -> None:
             RecallTask(length=size[0], num_pairs=size[1], vocab_size=study.recall.vocab_size)  # refuses what cannot be
 
 
+def _check_needle(needle: Needle) -> None:
+    if not (needle.train_lengths and needle.lengths and needle.depths):
+        raise ValueError("needle: expected at least one of train_lengths, lengths and depths each")
+    for depth in needle.depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"needle.depths: expected shares from 0 (the beginning) to 1 (the end): got {depth}")
+    if needle.num_examples < 1 or needle.held_out_steps < 1:
+        raise ValueError(
+            f"needle: expected num_examples and held_out_steps of at least 1: got {needle.num_examples} and {needle.held_out_steps}"
+        )
+
+
 def _sections_in_words() -> str:
-    return ", ".join(field.name for field in dataclasses.fields(Study) if field.name != "name")
+    return ", ".join(["base", *(field.name for field in dataclasses.fields(Study) if field.name != "name")])
 
 
 def _bundle() -> Any:

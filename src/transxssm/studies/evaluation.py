@@ -58,7 +58,7 @@ def evaluate_run(
         return {}
     name = "perplexity" if study.task is None else "recall" if study.needle is None else "needle"
     results = Results.open(path, name, _settings(study, overrides), {})
-    if _wanted(study) <= results.cells.keys():
+    if wanted_cells(study) <= results.cells.keys():
         return results.cells
     model = _load(run_dir, overrides)
     plans = _plans(
@@ -68,7 +68,7 @@ def evaluate_run(
     return results.cells
 
 
-def _wanted(study: Study) -> set[str]:
+def wanted_cells(study: Study) -> set[str]:
     """Keys of the cells that the study asks for."""
     if study.recall is not None:
         return {f"{length}/{pairs}" for length, pairs in study.recall.sizes}

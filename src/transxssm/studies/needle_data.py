@@ -53,20 +53,23 @@ def needle_data(needle: Needle, recipe: Recipe) -> TrainingData:
     """Needles in the training text for every step of a run, and held-out ones in held-out text, which all runs share.
 
     Raises:
-        ValueError: text or tokenizer that cannot be read.
+        ValueError: text or tokenizer that cannot be read; a length too short for a needle and its question.
     """
     corpus = load_corpus(recipe.data)
     tokenizer = build_tokenizer(recipe.data, corpus)
+    held_out = haystack_of(needle, corpus.held_out["text"], tokenizer)
+    for length in (*needle.train_lengths, *needle.lengths):  # refuses, before any training, what is too short
+        held_out.example(length=length, depth=0.5, seed=0, number=0)
     steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
 
-    def batches(texts: Iterable[str], count: int, seed: int) -> NeedleBatches:
-        return NeedleBatches(
-            haystack_of(needle, texts, tokenizer), needle.train_lengths, needle.tokens_per_step, count, seed
-        )
+    def batches(haystack: Haystack, count: int, seed: int) -> NeedleBatches:
+        return NeedleBatches(haystack, needle.train_lengths, needle.tokens_per_step, count, seed)
 
     return TrainingData(
-        train=batches(corpus.train["text"], steps, TRAINING_SEED + recipe.training["seed"]),
-        held_out=batches(corpus.held_out["text"], needle.held_out_steps, HELD_OUT_SEED),
+        train=batches(
+            haystack_of(needle, corpus.train["text"], tokenizer), steps, TRAINING_SEED + recipe.training["seed"]
+        ),
+        held_out=batches(held_out, needle.held_out_steps, HELD_OUT_SEED),
         collate=only_batch,
         tokenizer=tokenizer,
     )

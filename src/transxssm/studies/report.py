@@ -14,6 +14,7 @@ from transxssm.benchmarking.metadata import run_metadata
 from transxssm.models import read_device
 from transxssm.studies.contenders import Contender, expected_config, sequence_length, size_of
 from transxssm.studies.definition import Study
+from transxssm.studies.evaluation import wanted_cells
 from transxssm.studies.outcome import Outcome
 from transxssm.studies.plan import PlannedRun
 from transxssm.studies.plots import plot_curves, plot_lengths, plot_needles, plot_rates
@@ -148,6 +149,10 @@ def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcom
     planned = len(study.grid.seeds) * max(1, len(study.grid.learning_rates))
     if len(one.full) < planned:
         return "unfinished"
+    if any(
+        not wanted_cells(study) <= one.measured[run.folder].keys() for run, outcome in runs if not outcome.has_diverged
+    ):
+        return "unfinished"
     failed = sum(outcome.has_diverged for _, outcome in runs)
     return f"{failed} of {len(runs)} runs diverged" if failed else "finished"
 
@@ -183,7 +188,7 @@ def _rate_report(rate: float | None, outcome: Outcome) -> dict[str, Any]:
 def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The figures that tables show of each cell, averaged over the runs that have it."""
     averaged: dict[str, dict[str, float]] = {}
-    for key in of_runs[0] if of_runs else ():
+    for key in dict.fromkeys(key for cells in of_runs for key in cells):
         cells = [cells[key] for cells in of_runs if key in cells]
         names = [name for name in MEASURED if name in cells[0]]
         averaged[key] = {name: statistics.fmean(cell[name] for cell in cells) for name in names}

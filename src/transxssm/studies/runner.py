@@ -50,7 +50,7 @@ def run_study(
     schedule = plan_of(study, chosen)
     if budget_minutes is not None and budget_minutes <= 0:
         raise ValueError(f"the budget must be more than 0 minutes: got {budget_minutes}")
-    _check_same_study(study)
+    _note_study(study)
     work = _Work(study, schedule, None if budget_minutes is None else time.monotonic() + 60 * budget_minutes, notify)
     status = "complete"
     try:
@@ -74,7 +74,7 @@ def report_study(study: Study) -> dict[str, Any]:
     """
     if not (study.output_dir / STUDY).is_file():
         raise ValueError(f"{study.output_dir} holds no study (no {STUDY}): run it first, or name its grid.output_dir")
-    _check_same_study(study)
+    _noted_study(study)
     return write_report(study, collect_evidence(study), "complete")
 
 
@@ -215,28 +215,41 @@ def _measured(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
 
 
-def _check_same_study(study: Study) -> None:
-    """Notes what the study is in its folder, or checks that what is noted there is the same; seeds and cells may have been added.
+def _note_study(study: Study) -> None:
+    """Notes in its folder what the study is.
+
+    Raises:
+        ValueError: see `_noted_study`.
+    """
+    noted, settings = _noted_study(study), _plain_settings(study)
+    if noted != settings:
+        study.output_dir.mkdir(parents=True, exist_ok=True)
+        write_text_whole(study.output_dir / STUDY, json.dumps(settings, indent=2) + "\n")
+
+
+def _noted_study(study: Study) -> dict[str, Any] | None:
+    """The settings that runs in the folder were made with: the study's, less seeds and cells that were added; None: no run yet.
 
     Raises:
         ValueError: it is another study: names the keys.
     """
-    folder, settings = study.output_dir, json.loads(json.dumps(study.settings()))
-    path = folder / STUDY
+    folder, path = study.output_dir, study.output_dir / STUDY
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
         raise ValueError(f"{folder} holds something other than a study (no {STUDY}): choose another grid.output_dir")
-    noted = None
     if not path.is_file() or not any(entry.is_dir() for entry in folder.iterdir()):  # no run has begun
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        differing = list(_differences("", noted, _without_additions(settings, noted)))
-        if differing:
-            raise ValueError(
-                f"{folder} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
-            )
-    if noted != settings:
-        write_text_whole(path, json.dumps(settings, indent=2) + "\n")
+        return None
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    differing = list(_differences("", noted, _without_additions(_plain_settings(study), noted)))
+    if differing:
+        raise ValueError(
+            f"{folder} holds the study under other settings: {'; '.join(differing)}. Choose another grid.output_dir"
+        )
+    return noted
+
+
+def _plain_settings(study: Study) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return json.loads(json.dumps(study.settings()))
 
 
 def _without_additions(settings: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:

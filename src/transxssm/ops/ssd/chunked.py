@@ -9,7 +9,9 @@ r = h/g heads of a group, p head_dim, n state size. States are (b, g, n, r p) in
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -65,18 +67,19 @@ def ssd_chunked(
         seq_idx,
         chunk_size,
         keeps_states,
+        _CODE,
     )
     return y, final_state
 
 
 def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the state that each chunk began with, in x's dtype: (b, chunks, g, n, r p), or (0,)."""
-    *tensors, chunk_size, keeps_states = arguments
+    *tensors, chunk_size, keeps_states, _ = arguments
     inputs = ScanInputs(*tensors)
     x, B, D = inputs.x, inputs.B, inputs.D
     batch, _, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
-    y, state, states = _empty_outputs(*inputs, chunk_size, keeps_states)
+    y, state, states = _empty_outputs(*arguments)
     if inputs.initial_state is None:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
@@ -100,7 +103,7 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, chunk_size, keeps_states = arguments
+    *tensors, chunk_size, keeps_states, _ = arguments
     x, dt, B = tensors[0], tensors[1], tensors[3]
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
@@ -119,7 +122,7 @@ def _backward_chunks(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, grad_y, grad_state, states, chunk_size = arguments
+    *tensors, grad_y, grad_state, states, chunk_size, _ = arguments
     inputs = ScanInputs(*tensors)
     x, dt, A, B, D = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.D
     batch, _, _, head_dim = x.shape
@@ -195,7 +198,7 @@ def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk_size, _ = inputs
+    *tensors, ctx.chunk_size, _, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)  # the states' gradient, which is none, is as large as the states
 
@@ -209,7 +212,7 @@ def _backward(
         grad_y = torch.zeros_like(inputs.x)
     if grad_state is None:
         grad_state = inputs.dt.new_zeros(inputs.x.shape[0], *inputs.x.shape[2:], inputs.B.shape[3])
-    return _of_arguments(inputs, _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size))
+    return _of_arguments(inputs, _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, _CODE))
 
 
 def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -219,7 +222,7 @@ def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Te
         *grads,
         None if inputs.D is None else grad_D,
         None if inputs.initial_state is None else grad_initial,
-        *(None,) * 5,  # cos, sin, seq_idx, chunk_size, keeps_states
+        *(None,) * 6,  # cos, sin, seq_idx, chunk_size, keeps_states, code
     )
 
 
@@ -241,19 +244,22 @@ def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callab
     return operator
 
 
+# The compiler keeps what it made of an operator on disk, by the operator's name and arguments. What it looks into may have changed
+# since: so this code is an argument.
+_CODE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
     "Tensor? cos, Tensor? sin, Tensor? seq_idx"
 )
 _scan = _operator(
     "transxssm::ssd_chunked",
-    f"({_INPUTS}, int chunk_size, bool keeps_states) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, int chunk_size, bool keeps_states, int code) -> (Tensor, Tensor, Tensor)",
     _forward_chunks,
     _empty_outputs,
 )
 _scan_backward = _operator(
     "transxssm::ssd_chunked_backward",
-    f"({_INPUTS}, Tensor grad_y, Tensor grad_state, Tensor states, int chunk_size) -> "
+    f"({_INPUTS}, Tensor grad_y, Tensor grad_state, Tensor states, int chunk_size, int code) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_chunks,
     _empty_gradients,
