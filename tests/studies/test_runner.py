@@ -244,7 +244,7 @@ def test_needles_are_trained_on_and_measured(study, tmp_path):
     assert all(0 <= cell["accuracy"] <= 1 for cell in one["measured"].values())
     assert one["mean"]["train_tokens"] == 2 * 2 * 192 + 2 * 2 * 256
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "| found over all depths (at the worst) in tokens | 200 | 400 |" in page
+    assert "| found, mean over depths (worst depth), at length | 200 | 400 |" in page
     assert (tmp_path / "out" / "needle-hybrid.png").exists()
 
 

@@ -69,7 +69,8 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     scan = _scan_workspace(config, num_tokens) // num_tokens
     query_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     x_B_C = h * p + 2 * config.ssd_num_groups * n
-    convolved = 4 * x_B_C * item if config.ssd_conv_kernel_size else 0  # copies on the way through the convolution
+    inside = item if has_fast_products("cpu", dtype) else 3 * FLOAT32  # of the convolution's operator
+    convolved = x_B_C * (3 * item + inside) if config.ssd_conv_kernel_size else 0  # copies on the way through it
     num_copies = config.ssd_norm_BC + config.ssd_bias_BC  # of B and C
     maps = num_copies * (2 * config.ssd_num_groups * n * item + _block_bytes(n, num_tokens))
     gated = 3 * h * p * item + _block_bytes(h * p, num_tokens) if config.ssd_output_gate else 0  # z, and two results

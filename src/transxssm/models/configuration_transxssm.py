@@ -88,7 +88,7 @@ class TransXSSMConfig(PreTrainedConfig):
         ssd_norm_BC: an RMSNorm over the state on every group's B and C, before their bias and rotation, as in Mamba-3.
         ssd_bias_BC: a bias for every group and channel on B and C, before their rotation; starts at 1, as in Mamba-3.
         ssd_output_gate: multiplies an SSD layer's output with silu(z), a projection more, and normalises it, as in Mamba-2.
-        ssd_scan_in_fp32: raises x, B and C to float32 for the scan of a model in half precision; slower, its products are exact.
+        ssd_scan_in_fp32: raises x, B and C to float32 for the scan of a model in half precision; slower, its products are those of float32.
         attention_position_embedding: "rope" rotates Q and K (Unified RoPE); "none" leaves positions to the SSD layers (NoPE).
         qk_norm: an RMSNorm on every head of Q and K before their rotation, as in Qwen3.
         attention_output_gate: multiplies every channel of the heads' output with sigmoid(g), a projection more, as in Qwen3-Next.

@@ -111,7 +111,7 @@ class Needle:
 
     Args:
         train_lengths: tokens of an example at most; training takes turns.
-        lengths, depths: of the measured ones; depth is the share of the text before the needle.
+        lengths, depths: at which it is measured; depth is the share of the text before the needle.
         tokens_per_step: of a training step, which reads examples of one length.
         held_out_steps: batches of the held-out loss.
         num_examples: measured at each length and depth.

@@ -202,7 +202,7 @@ def _needles(contenders: Reports) -> ResultTable:
         [name, *(f"{statistics.fmean(at[n]):.1%} ({min(at[n]):.0%})" if n in at else NONE for n in lengths)]
         for name, at in found.items()
     ]
-    return ResultTable(["found over all depths (at the worst) in tokens", *(f"{n:g}" for n in lengths)], rows)
+    return ResultTable(["found, mean over depths (worst depth), at length", *(f"{n:g}" for n in lengths)], rows)
 
 
 def _with_spread(one: dict[str, Any], key: str, form: str) -> str:
