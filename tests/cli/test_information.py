@@ -87,7 +87,10 @@ def test_an_all_ssd_model_keeps_the_same_bytes_at_every_length(described, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["huge"], "'huge' is neither a preset (tiny, small, 320m, 1.3b) nor a checkpoint folder"),
+        (
+            ["huge"],
+            "'huge' is neither a preset (tiny, small, 320m, 1.3b, tiny-conv, small-conv, 320m-conv, 1.3b-conv) nor a checkpoint folder",
+        ),
         (["tiny", "--dtype", "int8"], "unknown dtype 'int8': expected one of float32, bfloat16, float16"),
         (["tiny", "--context", "0"], "context must be at least 1 token: got 0"),
     ],
