@@ -154,10 +154,18 @@ def test_ctrl_c_reaches_every_process(tmp_path):
     )
     folder = tmp_path / "out"
     command = [sys.executable, SCRIPTS / "studies.py", folder, f"{study}:one", f"{study}:two"]
-    with subprocess.Popen(command) as running:
+    ignoring = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job that a shell has put into the background
+    try:
+        running = subprocess.Popen(command)
+    finally:
+        signal.signal(signal.SIGINT, ignoring)
+    with running:
         deadline = time.monotonic() + 120
         while len(list(folder.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
         running.send_signal(signal.SIGINT)
-        assert running.wait(timeout=60) == 130
+        try:
+            assert running.wait(timeout=60) == 130
+        finally:
+            running.terminate()  # or it would be waited for
     assert len(list(folder.rglob("checkpoint-*"))) == 2

@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not jobs or options.jobs < 1:
         parser.error(f"got {len(jobs)} cells and --jobs {options.jobs}, expected at least one of either")
     (options.folder / "logs").mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for asked_to_stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore the former
+        signal.signal(asked_to_stop, signal.default_int_handler)
     try:
         run_all(jobs, options.folder, settings, options.jobs)
     except KeyboardInterrupt:
