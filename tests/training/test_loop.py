@@ -160,6 +160,15 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_from_it(recipe, finished_r
     assert summary["steps"] == 20
 
 
+@pytest.fixture
+def in_the_foreground():
+    """With Python's own handler of Ctrl-C, which a shell's background job does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(recipe, monkeypatch):
     def twice(model):
         signal.raise_signal(signal.SIGINT)
