@@ -105,12 +105,14 @@ def test_a_study_on_another(tmp_path):
         ("[table2-cpu]", "expected the name or the file of a study"),
         ("{path}", "stands on this study itself"),
         ("other.yaml", "stands on this study itself"),
+        ("folder/../other.yaml", "stands on this study itself"),
     ],
 )
 def test_bad_bases(tmp_path, base, words):
     """A circle of two, too: other.yaml stands on top.yaml."""
     path = tmp_path / "top.yaml"
-    write(tmp_path / "other.yaml", f"base: {path}\ncells: {{b: {{}}}}\n")
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "other.yaml", "base: folder/../top.yaml\ncells: {b: {}}\n")
     write(path, f"base: {base.format(path=path)}\ncells: {{a: {{}}}}\n")
     with pytest.raises(ValueError, match=re.escape(words)) as refused:
         load_study(path)

@@ -24,6 +24,7 @@ def contender(**values):
         "tuning": [],
         "rates": [],
         "measured": {},
+        "curve": [],
         "held_out": [],
         **values,
     }
@@ -49,6 +50,18 @@ def test_equal_time_is_that_of_the_fastest():
         "late": None,
         "between": pytest.approx(3.3),
     }
+
+
+def test_training_loss_over_stretches_that_double():
+    curve = [{"tokens": tokens, "seconds": 1.0, "loss": float(tokens)} for tokens in range(8, 257, 8)]
+    table = tables_of(report({"a": contender(curve=curve), "b": contender(curve=curve[:1])}))[
+        "Training loss over tokens"
+    ]
+    assert table.headings[1:] == ["8", "16", "32", "64", "128", "256"]
+    assert table.rows == [
+        ["a", "8.000", "16.000", "28.000", "52.000", "100.000", "196.000"],
+        ["b", "8.000", "–", "–", "–", "–", "–"],
+    ]
 
 
 def test_sizes_are_not_compared_in_time_and_their_gain_is_a_difference():

@@ -206,7 +206,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """A study's name, and its sections over those of the study that it names as its `base`; `heirs` are those that led here."""
     name, text = _read(name_or_path)
-    folder = Path(name_or_path).expanduser().parent
     try:
         sections = load_yaml(text)
     except ValueError as error:
@@ -220,9 +219,10 @@ def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dic
         return name, sections
     if not isinstance(base, str):
         raise ValueError(f"{name_or_path}: base: got {base!r}, expected the name or the file of a study")
-    beside = folder / Path(base).expanduser()
-    if base not in bundled_studies() and beside.is_file():
-        base = str(beside)
+    if name_or_path not in bundled_studies():  # one path a file, whatever it was called, so that a circle is seen
+        name_or_path = str(Path(name_or_path).expanduser().resolve())
+        beside = Path(name_or_path).parent / Path(base).expanduser()
+        base = str(beside.resolve()) if base not in bundled_studies() and beside.is_file() else base
     if base in (name_or_path, *heirs):
         raise ValueError(f"{name_or_path}: base: {base} stands on this study itself")
     return name, _over(_sections_of(base, (name_or_path, *heirs))[1], sections)

@@ -31,6 +31,7 @@ from transxssm.studies.needle_data import haystack_of
 from transxssm.studies.recall_data import MEASURED_SEED, tasks_of
 from transxssm.training import Recipe
 
+MEASURES = ("perplexity", "recall", "needle")  # sections of a study, which has one of them at most
 BATCH_TOKENS = 16384
 # Keys of a recipe's model section that are no fields of a configuration.
 _NO_FIELDS = ("preset", "architecture")
@@ -54,10 +55,10 @@ def evaluate_run(
     Raises:
         ValueError: no held-out document is as long as the longest window.
     """
-    if study.task is None and study.perplexity is None:
+    name = next((name for name in MEASURES if getattr(study, name) is not None), None)
+    if name is None:
         return {}
-    name = "perplexity" if study.task is None else "recall" if study.needle is None else "needle"
-    results = Results.open(path, name, _settings(study, overrides), {})
+    results = Results.open(path, name, {name: study.settings()[name], "model": overrides}, {})
     if wanted_cells(study) <= results.cells.keys():
         return results.cells
     model = _load(run_dir, overrides)
@@ -106,12 +107,6 @@ def _plans(
     documents = select_documents(texts, tokenizer, min_tokens=max(lengths), max_tokens=study.perplexity.max_tokens)
     strides = {length: length // 2 for length in lengths}
     return perplexity_plans(scorer, documents, strides=strides, batch_tokens=BATCH_TOKENS)
-
-
-def _settings(study: Study, overrides: dict[str, Any] | None) -> dict[str, Any]:
-    settings = study.settings()
-    asked = {name: settings[name] for name in ("perplexity", "recall", "needle")}
-    return {name: section for name, section in asked.items() if section is not None} | {"model": overrides}
 
 
 def _load(run_dir: Path, overrides: dict[str, Any] | None) -> PreTrainedModel:

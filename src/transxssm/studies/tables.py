@@ -11,6 +11,7 @@ Reports = Mapping[str, dict[str, Any]]
 MEASURES = {"bits_per_byte": "bits per byte", "perplexity": "perplexity", "eval_loss": "held-out loss"}
 FORMS = {"bits_per_byte": ".4f", "perplexity": ",.2f", "eval_loss": ".4f"}
 NONE = "–"
+NUM_STRETCHES = 6
 
 
 def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
@@ -21,6 +22,7 @@ def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
         "Two ways": _two_ways(contenders),
         "Gain by scale": _gain_by_scale(contenders),
         "At equal wall time": _equal_time(report["equal_time"], contenders),
+        "Training loss over tokens": _stretches(contenders),
         "Learning rates": _rates(contenders, "rates"),
         "Tuning": _rates(contenders, "tuning"),
         "Measured": _measured(contenders),
@@ -148,6 +150,21 @@ def _equal_time(equal_time: dict[str, Any], contenders: Reports) -> ResultTable 
             for name, seconds in equal_time["seconds"].items()
         ],
     )
+
+
+def _stretches(contenders: Reports) -> ResultTable | None:
+    """Mean training loss over stretches, each as long as all before it: who is ahead early need not be in the end."""
+    curves = {name: one["curve"] for name, one in contenders.items() if one["curve"] and one["weights_of"] is None}
+    if not curves:
+        return None
+    total = max(point["tokens"] for curve in curves.values() for point in curve)
+    ends = [total / 2**halvings for halvings in reversed(range(NUM_STRETCHES))]
+    stretches = list(zip([0.0, *ends], ends, strict=False))
+    rows = []
+    for name, curve in curves.items():
+        losses = [[point["loss"] for point in curve if low < point["tokens"] <= high] for low, high in stretches]
+        rows.append([name, *(f"{statistics.fmean(found):.3f}" if found else NONE for found in losses)])
+    return ResultTable(["training loss up to tokens", *(f"{end:,.0f}" for end in ends)], rows)
 
 
 def _rates(contenders: Reports, key: str) -> ResultTable | None:
