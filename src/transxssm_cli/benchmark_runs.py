@@ -128,7 +128,7 @@ def run_ops_command(
     settings.model_config()
     setup, budget = _setup(device, threads), _budget(repeats, budget_minutes, memory_limit_gb)
     folder = output or _default_folder(ops_benchmark.NAME, preset, dtype, setup)
-    with _progress(ops_benchmark.num_parts(settings), folder) as notify:
+    with _progress(ops_benchmark.num_parts(settings, setup.device), folder) as notify:
         results = run_ops(settings, folder, setup=setup, budget=budget, notify=notify)
     _show(results, folder)
 

@@ -25,7 +25,7 @@ CONFIG = SETTINGS.model_config()
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("operator", REFERENCES)
 def test_every_variant_runs_and_leaves_no_gradient(operator, direction):
-    for variant in variants(operator, LENGTH):
+    for variant in variants(operator, LENGTH, CPU):
         step = build_step(variant, direction, CONFIG, LENGTH, 2, torch.float32, device=CPU)
         assert seconds_of(step, CPU) > 0
         assert seconds_of(step, CPU) > 0
@@ -51,7 +51,7 @@ def test_the_plan_measures_each_operator_at_each_length_against_its_reference():
     ]
     for group in groups:
         assert group.entries[0].name == group.reference
-    assert sum(group.num_parts for group in groups) + 1 == num_parts(SETTINGS)
+    assert sum(group.num_parts for group in groups) + 1 == num_parts(SETTINGS, CPU)
 
 
 def test_flops_are_counted_for_products_only():
@@ -62,5 +62,15 @@ def test_flops_are_counted_for_products_only():
 
 
 def test_the_quadratic_form_is_left_out_of_long_sequences():
-    assert "dual-form" in variants("mixer", 2048)
-    assert "dual-form" not in variants("mixer", 2049)
+    assert "dual-form" in variants("mixer", 2048, CPU)
+    assert "dual-form" not in variants("mixer", 2049, CPU)
+
+
+def test_the_scan_is_compiled_where_the_compiler_looks_into_it():
+    assert "scan-compiled" not in variants("mixer", LENGTH, CPU)
+    assert "scan-compiled" in variants("mixer", LENGTH, torch.device("cuda"))
+
+
+def test_the_compiled_scan_computes_the_same():
+    """On a CPU too, where it is not measured."""
+    assert_close(outputs("scan-compiled"), outputs("scan"), torch.float32, "scan-compiled")

@@ -55,7 +55,9 @@ RIVALS = {
 CHUNK_SIZES = (32, 64, 128, 256)
 DIRECTIONS = ("forward", "forward+backward")
 LONGEST_DUAL_FORM = 2048  # its scores are t × t for every head
+COMPILED_SCAN = "scan-compiled"
 _MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
+# mamba_ssm's kernel where that is installed, else a reference in PyTorch.
 _MAMBA2_SCAN = "mamba2_chunk_scan"  # a version of transformers that has no such function is compared without it
 
 
@@ -130,17 +132,22 @@ def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -
                         flops=factor * settings.batch * length * _flops_per_token(variant, config, length, device)
                         or None,
                     )
-                    for variant in variants(operator, length)
+                    for variant in variants(operator, length, device)
                 )
                 groups.append(Group(f"{operator}, {direction}", length, entries, REFERENCES[operator]))
     return groups
 
 
-def variants(operator: str, length: int) -> list[str]:
-    """Names of what is compared; the quadratic form only while its scores are of a sensible size."""
+def variants(operator: str, length: int, device: torch.device) -> list[str]:
+    """Names of what is compared; the quadratic form only while its scores are of a sensible size.
+
+    The scan is also compiled where a compiler looks into it: a CPU's calls it as it is.
+    """
     if (reference := REFERENCES[operator]) in RIVALS:
         return [reference, RIVALS[reference]]
     names = ["scan", *(f"scan-{size}" for size in CHUNK_SIZES), "sdpa"]
+    if device.type != "cpu":
+        names.insert(1, COMPILED_SCAN)
     if length <= LONGEST_DUAL_FORM:
         names.append("dual-form")
     if hasattr(importlib.import_module(_MAMBA2), _MAMBA2_SCAN):
@@ -201,7 +208,8 @@ def _scan(
     if variant == "dual-form":
         return lambda *operands: ssd_dual_form(*operands, rotary=rotary)[0], [x, dt, A, B, C]
     chunk_size = _chunk_size(variant, config)
-    return lambda *operands: ssd_chunk_scan(*operands, rotary=rotary, chunk_size=chunk_size)[0], [x, dt, A, B, C]
+    scan = torch.compile(ssd_chunk_scan, fullgraph=True) if variant == COMPILED_SCAN else ssd_chunk_scan
+    return lambda *operands: scan(*operands, rotary=rotary, chunk_size=chunk_size)[0], [x, dt, A, B, C]
 
 
 def _attention(
@@ -268,13 +276,13 @@ def _flops_per_token(variant: str, config: TransXSSMConfig, length: int, device:
 
 
 def _chunk_size(variant: str, config: TransXSSMConfig) -> int | None:
-    """Of "scan-64" 64; of "scan" what the model would take."""
-    return int(variant.removeprefix("scan-")) if variant != "scan" else config.ssd_chunk_size
+    """Of "scan-64" 64; of "scan" and "scan-compiled" what the model would take."""
+    return config.ssd_chunk_size if variant in ("scan", COMPILED_SCAN) else int(variant.removeprefix("scan-"))
 
 
-def num_parts(settings: OpsSettings) -> int:
+def num_parts(settings: OpsSettings, device: torch.device) -> int:
     """Steps of progress of a whole benchmark."""
     lengths: Sequence[int] = sorted(set(settings.lengths))
     return 1 + sum(
-        len(DIRECTIONS) * (len(variants(operator, length)) + 1) for length in lengths for operator in REFERENCES
+        len(DIRECTIONS) * (len(variants(operator, length, device)) + 1) for length in lengths for operator in REFERENCES
     )
