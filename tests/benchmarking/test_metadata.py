@@ -1,6 +1,8 @@
 """Which code made the figures."""
 
-from transxssm.benchmarking.metadata import code_version
+import torch
+
+from transxssm.benchmarking.metadata import code_version, run_metadata
 
 
 def test_a_copy_without_git_says_what_it_is_told(tmp_path, monkeypatch):
@@ -10,3 +12,17 @@ def test_a_copy_without_git_says_what_it_is_told(tmp_path, monkeypatch):
     assert code_version(source)["commit"] is None
     monkeypatch.setenv("TRANSXSSM_COMMIT", "abc123")
     assert code_version(source)["commit"] == "abc123"
+
+
+def test_a_package_that_cannot_be_imported_counts_as_missing(tmp_path, monkeypatch):
+    """transformers falls back to its reference then, whatever is installed."""
+    module = tmp_path / "mamba_ssm" / "ops" / "triton" / "ssd_combined.py"
+    module.parent.mkdir(parents=True)
+    information = tmp_path / "mamba_ssm-2.0.dist-info" / "METADATA"
+    information.parent.mkdir()
+    information.write_text("Metadata-Version: 2.1\nName: mamba_ssm\nVersion: 2.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module.write_text("raise OSError('built for another machine')\n")
+    assert run_metadata(torch.device("cpu"), None)["mamba_ssm"] is None
+    module.write_text("")
+    assert run_metadata(torch.device("cpu"), None)["mamba_ssm"] == "2.0"

@@ -1,6 +1,7 @@
 """Where and with what a benchmark ran, so that its figures can be judged and repeated."""
 
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -37,8 +38,8 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         # Without them transformers computes Mamba-2, and with it Jamba, by a reference in PyTorch.
-        "mamba_ssm": _version_of("mamba_ssm"),
-        "causal_conv1d": _version_of("causal_conv1d"),
+        "mamba_ssm": _version_of("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined"),
+        "causal_conv1d": _version_of("causal_conv1d", "causal_conv1d"),
         "system": platform.platform(),
     }
 
@@ -70,11 +71,12 @@ def _has_bfloat16_products() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _version_of(package: str) -> str | None:
-    """An installed package's version; None without it."""
+def _version_of(package: str, module: str) -> str | None:
+    """An installed package's version; None without it, and where the module that is used of it cannot be imported."""
     try:
+        importlib.import_module(module)
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    except Exception:
         return None
 
 
