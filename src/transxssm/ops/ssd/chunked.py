@@ -2,7 +2,8 @@
 
 One custom operator with its own backward. Both walk over blocks of a few chunks with views of the inputs, so that what they
 form fits the cache, rotate B and C as they load them, fold the heads that share B and C into one matrix product, and keep only the
-state that each chunk began with; the rest is formed again in the backward pass.
+state that each chunk began with; the rest is formed again in the backward pass. On a CPU with a C++ compiler what lies between the
+products is done in compiled passes (fused.py) instead of the operations written here.
 
 Letters: b batch, t time, m chunks of a block, a = b m their joint batch axis, q and k positions in a chunk, h heads, g groups,
 r = h/g heads of a group, p head_dim, n state size. States are (b, g, n, r p) inside: the heads of a group side by side.
@@ -30,6 +31,7 @@ from transxssm.ops.ssd.blocks import (
     store_unrotated,
 )
 from transxssm.ops.ssd.decays import cumulative_sum
+from transxssm.ops.ssd.fused import backward_fused, can_fuse, forward_fused
 
 
 def ssd_chunked(
@@ -83,7 +85,10 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.initial_state is None:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
-        state = _fold(inputs.initial_state, groups)
+        state = _fold(inputs.initial_state, groups).clone(memory_format=torch.contiguous_format)
+    if can_fuse(inputs):
+        forward_fused(inputs, y, state, states, chunk_size)
+        return y, _unfold(state, head_dim), states
     for block in blocks_of(x, chunk_size):
         chunk = load(block, inputs)
         weighted_x = product(as_rows(chunk.x), as_rows(chunk.to_end[..., None]))
@@ -133,7 +138,11 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     )
     grad_A.zero_()
     grad_D.zero_()
-    grad_state = _fold(grad_state.to(acc), groups)
+    grad_state = _fold(grad_state.to(acc), groups).clone(memory_format=torch.contiguous_format)
+    if can_fuse(inputs):
+        gradients = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D)
+        backward_fused(inputs, grad_y, grad_state, states, chunk_size, gradients)
+        return *gradients, _unfold(grad_state, head_dim)
     rates = A.view(groups, -1, 1)
     for block in reversed(blocks_of(x, chunk_size)):
         chunk = load(block, inputs)

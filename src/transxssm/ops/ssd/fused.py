@@ -1,0 +1,208 @@
+"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see passes.cpp.
+
+The same blocks and products as in chunked.py, whose docstring has the letters; the joint axis a has the chunks outermost here, (m, b),
+as do the states that are kept for the backward pass: (chunks, b, g, n, r p).
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transxssm.ops.precision import has_fast_products
+from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
+from transxssm.ops.ssd.compiled_passes import compiled_passes
+
+# fmt: off
+_INT64S = (
+    "batch", "heads", "groups", "head_dim", "state_size", "first_token", "num_chunks", "chunk_length", "threads",
+    "x_row", "x_token", "B_row", "B_token", "C_row", "C_token", "grad_y_row", "grad_y_token", "length", "rotary_rows",
+)
+_POINTERS = (
+    "x", "B", "C", "grad_y", "dt", "A", "D", "cos", "sin", "seq_idx",
+    "rotated_B", "rotated_C", "dt_x", "weighted_x", "dy", "weighted_dy",
+    "sums", "remainders", "from_start", "to_end", "across", "to_log_decay", "kept",
+)
+# fmt: on
+
+
+class _Block(ctypes.Structure):
+    """`struct Block` of passes.cpp."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in _INT64S), *((name, ctypes.c_void_p) for name in _POINTERS)]
+
+
+def can_fuse(inputs: ScanInputs) -> bool:
+    """Whether the passes are compiled for such tensors: float32 and bfloat16 on a CPU."""
+    on_cpu = inputs.x.device.type == "cpu" and inputs.x.dtype in (torch.float32, torch.bfloat16)
+    return on_cpu and compiled_passes() is not None
+
+
+def forward_fused(inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int) -> None:
+    """Fills y; carries the state (b, g, n, r p), in place, to the end; fills the states that chunks begin with, unless empty."""
+    scan = _Scan(inputs, chunk_size)
+    kept = states.view(-1, *state.shape) if states.numel() else None  # (chunks, b, g, n, r p)
+    for block in scan.blocks():
+        work = scan.work
+        scan.run("load_block")
+        updates = torch.bmm(work["rotated_B"].mT, work["weighted_x"], out=work["updates"])
+        keep = None if kept is None else kept[block.chunks].view_as(updates)
+        entering = keep if keep is not None and keep.dtype == updates.dtype else work["entering"]
+        scan.run("carry_states", state, updates, entering)
+        if keep is not None and keep is not entering:
+            keep.copy_(entering)
+        from_states = torch.bmm(work["rotated_C"], entering, out=work["rows"])
+        scores = torch.bmm(work["rotated_C"], work["rotated_B"].mT, out=work["scores"])
+        scan.run("weigh_scores", scores, work["weights"])
+        inside = torch.bmm(work["weights"], work["dt_x"], out=work["by_head"])
+        scan.run("finish_outputs", from_states, inside, y)
+
+
+def backward_fused(
+    inputs: ScanInputs,
+    grad_y: Tensor,
+    grad_state: Tensor,
+    states: Tensor,
+    chunk_size: int,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    """Fills the gradients of x, dt, A, B, C and D (if any); carries that of the state (b, g, n, r p), in place, to the start."""
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = gradients
+    scan = _Scan(inputs, chunk_size, grad_y)
+    kept = states.view(-1, *grad_state.shape)
+    partial = torch.zeros(2, scan.max_tasks, inputs.x.shape[2] // inputs.B.shape[2], dtype=torch.float64)
+    for block in scan.blocks(backwards=True):
+        work = scan.work
+        B, C, dy, dt_x, weighted_x = (work[name] for name in ("rotated_B", "rotated_C", "dy", "dt_x", "weighted_x"))
+        weighted_dy = work["weighted_dy"]
+        scan.run("load_block")
+        entering = kept[block.chunks].view_as(work["updates"]).to(B.dtype)
+        updates = torch.bmm(C.mT, weighted_dy, out=work["updates"])
+        leaving = work["entering"]
+        scan.run("carry_gradients", grad_state, updates, entering, leaving)
+        scores = torch.bmm(C, B.mT, out=work["scores"])
+        to_weights = torch.bmm(dy, dt_x.mT, out=work["to_weights"])
+        to_scores = work["to_scores"]
+        scan.run("differentiate_weights", scores, to_weights, work["weights"], to_scores)
+        inside = torch.bmm(work["weights"].mT, dy, out=work["by_head"])
+        through_state = torch.bmm(B, leaving, out=work["rows"])
+        from_state = torch.bmm(C, entering, out=work["more_rows"])
+        dB = torch.bmm(weighted_x, leaving.mT, out=work["dB"])
+        dB = torch.baddbmm(dB, to_scores.mT, C, out=dB)
+        dC = torch.bmm(weighted_dy, entering.mT, out=work["dC"])
+        dC = torch.baddbmm(dC, to_scores, B, out=dC)
+        scan.run(
+            "finish_gradients",
+            *(through_state, inside, from_state, dB, dC),
+            *(grad_x, grad_dt, grad_B, grad_C, partial[0], partial[1]),
+        )
+    heads = partial.view(2, -1, inputs.B.shape[0], inputs.x.shape[2]).sum((1, 2))
+    grad_A.copy_(heads[0])
+    if inputs.D is not None:
+        grad_D.copy_(heads[1])
+
+
+class _Scan:
+    """The inputs as the passes want them, and the memory that they and the products work in, which all blocks share."""
+
+    def __init__(self, inputs: ScanInputs, chunk_size: int, grad_y: Tensor | None = None) -> None:
+        x, B = inputs.x, inputs.B
+        self.operand = x.dtype if has_fast_products("cpu", x.dtype) else torch.float32
+        self._suffix = str(x.dtype).removeprefix("torch.") + ("" if self.operand == x.dtype else "_by_float32")
+        self._blocks = blocks_of(x, chunk_size)
+        self._with_gradients = grad_y is not None
+        batch, length, heads, head_dim = x.shape
+        groups, state_size = B.shape[2:]
+        self._shape = (batch, heads, groups, head_dim, state_size)
+        # Held here, so that the addresses below stay good.
+        rows = {"x": _rows(x), "B": _rows(B), "C": _rows(inputs.C)}
+        if grad_y is not None:
+            rows["grad_y"] = _rows(grad_y.to(x.dtype))
+        whole = {name: getattr(inputs, name) for name in ("dt", "A", "D", "cos", "sin", "seq_idx")}
+        self._tensors = rows | {name: tensor.contiguous() for name, tensor in whole.items() if tensor is not None}
+        for name in ("cos", "sin"):
+            if name in self._tensors:
+                self._tensors[name] = self._tensors[name].float()
+        if "seq_idx" in self._tensors:
+            self._tensors["seq_idx"] = self._tensors["seq_idx"].long()
+        strides = {
+            f"{name}_{axis}": tensor.stride(d)
+            for name, tensor in rows.items()
+            for d, axis in enumerate(("row", "token"))
+        }
+        self._block = _Block(
+            batch=batch,
+            heads=heads,
+            groups=groups,
+            head_dim=head_dim,
+            state_size=state_size,
+            length=length,
+            rotary_rows=1 if inputs.cos is None else inputs.cos.shape[0],
+            threads=torch.get_num_threads(),
+            **strides,
+            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
+        )
+        self.work: dict[str, Tensor] = {}
+        self.max_tasks = max((block.chunks.stop - block.chunks.start) * batch * groups for block in self._blocks)
+
+    def blocks(self, *, backwards: bool = False) -> Iterator[Block]:
+        """The blocks one after the other, each with `work` cut to its size."""
+        known: tuple[int, int] | None = None
+        for block in reversed(self._blocks) if backwards else self._blocks:
+            size = (block.chunks.stop - block.chunks.start, block.chunk_length)
+            if size != known:
+                self.work, known = self._workspace(*size), size
+            self._block.first_token = block.tokens.start
+            self._block.num_chunks, self._block.chunk_length = size
+            yield block
+
+    def run(self, name: str, *tensors: Tensor) -> None:
+        """A pass over the block."""
+        passes: Any = compiled_passes()
+        function: Callable[..., None] = getattr(passes, f"{name}_{self._suffix}")
+        function(ctypes.byref(self._block), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+
+    def _workspace(self, num_chunks: int, chunk_length: int) -> dict[str, Tensor]:
+        batch, heads, groups, head_dim, state_size = self._shape
+        tasks, per_group, length = num_chunks * batch * groups, heads // groups, chunk_length
+        maps, rows = (tasks, length, state_size), (tasks, length, per_group * head_dim)
+        by_head, square = (tasks * per_group, length, head_dim), (tasks * per_group, length, length)
+        states, scores = (tasks, state_size, per_group * head_dim), (tasks, length, length)
+        operands = {
+            "rotated_B": maps,
+            "rotated_C": maps,
+            "dt_x": by_head,
+            "weighted_x": rows,
+            "updates": states,
+            "entering": states,
+            "rows": rows,
+            "by_head": by_head,
+            "scores": scores,
+            "weights": square,
+        }
+        numbers = dict.fromkeys(("sums", "remainders", "from_start", "to_end"), by_head[:2]) | {"across": by_head[:1]}
+        if self._with_gradients:
+            operands |= {
+                "dy": by_head,
+                "weighted_dy": rows,
+                "more_rows": rows,
+                "to_weights": square,
+                "to_scores": scores,
+            }
+            operands |= {"dB": maps, "dC": maps}
+            numbers |= {"to_log_decay": by_head[:2], "kept": by_head[:1]}
+        work = {name: torch.empty(shape, dtype=self.operand) for name, shape in operands.items()}
+        work |= {name: torch.empty(shape) for name, shape in numbers.items()}
+        for name in _POINTERS:
+            if name in work:
+                setattr(self._block, name, work[name].data_ptr())
+        return work
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(b, t, heads or groups, …) whose last two axes lie one after the other, without a copy where they already do."""
+    if tensor.stride(3) == 1 and (tensor.stride(2) == tensor.shape[3] or tensor.shape[2] == 1):
+        return tensor
+    return tensor.contiguous()

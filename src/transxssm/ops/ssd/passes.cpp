@@ -1,0 +1,467 @@
+// The passes over a block of chunks that stand between the scan's matrix products, each read and written once.
+//
+// Compiled on the machine that runs it (compiled_passes.py), without torch's headers: tensors arrive as addresses. Every function
+// has a task for each chunk and group (or state), and a task's result does not depend on the number of threads.
+//
+// Letters as in chunked.py: b batch, m chunks of a block, a = (m, b) their joint axis (chunks outermost, unlike there), q and k
+// positions in a chunk, g groups, r heads of a group, p head_dim, n state size. l is the cumulative log decay of a chunk.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(bfloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline void store(float& target, float value) { target = value; }
+
+inline void store(bfloat16& target, float value) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    target.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+// exp(x) for x ≤ 0 to two units in the last place; 0 below the normal numbers. No branches, so that loops over it are vectorised.
+inline float exp_of_nonpositive(float x) {
+    const float clamped = x < -87.0f ? -87.0f : x;
+    const float shifted = clamped * 1.44269504088896341f + 12582912.0f;  // the nearest integer, in the last bits
+    const float power = shifted - 12582912.0f;
+    const float rest = (clamped - power * 0.693359375f) + power * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    uint32_t exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent + 127u) << 23;
+    float scale;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    return x < -87.0f ? 0.0f : sum * scale;
+}
+
+}  // namespace
+
+extern "C" {
+
+// What all passes of a scan share, then where a block lies. Mirrored by `_Block` in fused.py.
+struct Block {
+    int64_t batch, heads, groups, head_dim, state_size;
+    int64_t first_token, num_chunks, chunk_length, threads;
+    int64_t x_row, x_token, B_row, B_token, C_row, C_token, grad_y_row, grad_y_token;  // strides in elements
+    int64_t length, rotary_rows;
+    const void *x, *B, *C, *grad_y;  // (b, t, h, p), (b, t, g, n) twice, (b, t, h, p)
+    const float *dt, *A, *D;  // (b, t, h), (h,), (h,) or null
+    const float *cos, *sin;  // (b or 1, t, n/2) or null
+    const int64_t* seq_idx;  // (b, t) or null
+    // Workspaces of a block.
+    void *rotated_B, *rotated_C;  // (a, g, q, n)
+    void *dt_x, *weighted_x;  // (a, g, r, q, p), (a, g, q, r, p)
+    void *dy, *weighted_dy;  // the same two layouts
+    float *sums, *remainders;  // (a, g, r, q): l, and what rounding it left out
+    float *from_start, *to_end;  // (a, g, r, q)
+    float* across;  // (a, g, r)
+    float* to_log_decay;  // (a, g, r, q)
+    float* kept;  // (a, g, r)
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Place {
+    int64_t chunk, row, group, heads_of_group, first_head, first_token, task;
+};
+
+inline Place place_of(const Block& block, int64_t task) {
+    Place place;
+    const int64_t joint = task / block.groups;
+    place.task = task;
+    place.group = task % block.groups;
+    place.chunk = joint / block.batch;
+    place.row = joint % block.batch;
+    place.heads_of_group = block.heads / block.groups;
+    place.first_head = place.group * place.heads_of_group;
+    place.first_token = block.first_token + place.chunk * block.chunk_length;
+    return place;
+}
+
+inline int64_t num_tasks(const Block& block) { return block.num_chunks * block.batch * block.groups; }
+
+template <class In, class Op>
+void load_rotated(const Block& block, const Place& at, const void* source, int64_t row, int64_t token, void* target) {
+    const int64_t size = block.state_size, half = size / 2;
+    for (int64_t q = 0; q < block.chunk_length; ++q) {
+        const int64_t t = at.first_token + q;
+        const In* from = static_cast<const In*>(source) + at.row * row + t * token + at.group * size;
+        Op* to = static_cast<Op*>(target) + (at.task * block.chunk_length + q) * size;
+        if (!block.cos) {
+            for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
+            continue;
+        }
+        const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + t) * half;
+        const float *cos = block.cos + angle, *sin = block.sin + angle;
+        for (int64_t i = 0; i < half; ++i) {
+            const float first = to_float(from[i]), second = to_float(from[half + i]);
+            store(to[i], first * cos[i] - second * sin[i]);
+            store(to[half + i], second * cos[i] + first * sin[i]);
+        }
+    }
+}
+
+template <class In, class Op>
+void store_unrotated(const Block& block, const Place& at, const void* source, void* target) {
+    const int64_t size = block.state_size, half = size / 2;
+    for (int64_t q = 0; q < block.chunk_length; ++q) {
+        const int64_t t = at.first_token + q;
+        const Op* from = static_cast<const Op*>(source) + (at.task * block.chunk_length + q) * size;
+        In* to = static_cast<In*>(target) + ((at.row * block.length + t) * block.groups + at.group) * size;
+        if (!block.cos) {
+            for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
+            continue;
+        }
+        const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + t) * half;
+        const float *cos = block.cos + angle, *sin = block.sin + angle;
+        for (int64_t i = 0; i < half; ++i) {
+            const float first = to_float(from[i]), second = to_float(from[half + i]);
+            store(to[i], first * cos[i] + second * sin[i]);
+            store(to[half + i], second * cos[i] - first * sin[i]);
+        }
+    }
+}
+
+void load_decays(const Block& block, const Place& at) {
+    const int64_t Q = block.chunk_length;
+    const int64_t* documents = block.seq_idx ? block.seq_idx + at.row * block.length + at.first_token : nullptr;
+    const int64_t before = documents ? documents[at.first_token > 0 ? -1 : 0] : 0;
+    const int64_t last = documents ? documents[Q - 1] : 0;
+    std::vector<double> exact(Q);
+    for (int64_t r = 0; r < at.heads_of_group; ++r) {
+        const int64_t head = at.first_head + r, offset = (at.task * at.heads_of_group + r) * Q;
+        const float rate = block.A[head];
+        double sum = 0.0;
+        for (int64_t q = 0; q < Q; ++q) {
+            const float log_decay = block.dt[(at.row * block.length + at.first_token + q) * block.heads + head] * rate;
+            exact[q] = sum += log_decay;
+            block.sums[offset + q] = static_cast<float>(sum);
+            block.remainders[offset + q] = static_cast<float>(sum - block.sums[offset + q]);
+        }
+        float across = 0.0f;
+        for (int64_t q = 0; q < Q; ++q) {
+            const float from_start = exp_of_nonpositive(block.sums[offset + q]);
+            const float to_end = exp_of_nonpositive(static_cast<float>(exact[Q - 1] - exact[q]));
+            block.from_start[offset + q] = documents && documents[q] != before ? 0.0f : from_start;
+            block.to_end[offset + q] = documents && documents[q] != last ? 0.0f : to_end;
+            across = from_start;
+        }
+        block.across[at.task * at.heads_of_group + r] = documents && before != last ? 0.0f : across;
+    }
+}
+
+template <class In, class Op>
+void load_block(const Block& block) {
+    const int64_t Q = block.chunk_length, P = block.head_dim;
+#pragma omp parallel for num_threads(block.threads)
+    for (int64_t task = 0; task < num_tasks(block); ++task) {
+        const Place at = place_of(block, task);
+        const int64_t R = at.heads_of_group;
+        load_rotated<In, Op>(block, at, block.B, block.B_row, block.B_token, block.rotated_B);
+        load_rotated<In, Op>(block, at, block.C, block.C_row, block.C_token, block.rotated_C);
+        load_decays(block, at);
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t q = 0; q < Q; ++q) {
+                const int64_t t = at.first_token + q, head = at.first_head + r;
+                const int64_t by_head = ((task * R + r) * Q + q) * P, as_rows = ((task * Q + q) * R + r) * P;
+                const int64_t decay = (task * R + r) * Q + q;
+                const float dt = block.dt[(at.row * block.length + t) * block.heads + head];
+                const float to_end = dt * block.to_end[decay], from_start = block.from_start[decay];
+                const In* x = static_cast<const In*>(block.x) + at.row * block.x_row + t * block.x_token + head * P;
+                Op *dt_x = static_cast<Op*>(block.dt_x) + by_head, *weighted = static_cast<Op*>(block.weighted_x) + as_rows;
+                for (int64_t i = 0; i < P; ++i) {
+                    store(dt_x[i], to_float(x[i]) * dt);
+                    store(weighted[i], to_float(x[i]) * to_end);
+                }
+                if (!block.grad_y) continue;
+                const In* grad = static_cast<const In*>(block.grad_y) + at.row * block.grad_y_row + t * block.grad_y_token + head * P;
+                Op *dy = static_cast<Op*>(block.dy) + by_head, *weighted_dy = static_cast<Op*>(block.weighted_dy) + as_rows;
+                for (int64_t i = 0; i < P; ++i) {
+                    store(dy[i], to_float(grad[i]));
+                    store(weighted_dy[i], to_float(grad[i]) * from_start);
+                }
+            }
+    }
+}
+
+// exp(l_q − l_k) for k ≤ q of one document, 0 for other k < end: a row of L, of which end ≥ q + 1 entries are written.
+inline void decays_to(const float* sums, const float* remainders, const int64_t* documents, int64_t q, int64_t end, float* row) {
+    const float sum = sums[q], remainder = remainders[q];
+    for (int64_t k = 0; k < end; ++k) {
+        const float exponent = (sum - sums[k]) + (remainder - remainders[k]);
+        row[k] = exp_of_nonpositive(exponent > 0.0f ? 0.0f : exponent);
+    }
+    for (int64_t k = q + 1; k < end; ++k) row[k] = 0.0f;
+    if (documents)
+        for (int64_t k = 0; k <= q; ++k) row[k] = documents[k] == documents[q] ? row[k] : 0.0f;
+}
+
+constexpr int64_t LANES = 16;  // rows are worked on in whole vectors
+
+template <class Op>
+void weigh_scores(const Block& block, const void* scores, void* weights) {
+    const int64_t Q = block.chunk_length;
+#pragma omp parallel for num_threads(block.threads)
+    for (int64_t task = 0; task < num_tasks(block); ++task) {
+        const Place at = place_of(block, task);
+        const int64_t* documents = block.seq_idx ? block.seq_idx + at.row * block.length + at.first_token : nullptr;
+        std::vector<float> decay(Q);
+        for (int64_t r = 0; r < at.heads_of_group; ++r) {
+            const int64_t head = task * at.heads_of_group + r;
+            for (int64_t q = 0; q < Q; ++q) {
+                const int64_t end = std::min(Q, (q + LANES) / LANES * LANES);
+                const Op* score = static_cast<const Op*>(scores) + (task * Q + q) * Q;
+                Op* weight = static_cast<Op*>(weights) + (head * Q + q) * Q;
+                decays_to(block.sums + head * Q, block.remainders + head * Q, documents, q, end, decay.data());
+                for (int64_t k = 0; k < end; ++k) store(weight[k], to_float(score[k]) * decay[k]);
+                std::memset(static_cast<void*>(weight + end), 0, (Q - end) * sizeof(Op));
+            }
+        }
+    }
+}
+
+// S_{c+1} = across_c · S_c + update_c; the state that each chunk begins with goes to `entering` (a, g, n, r p).
+template <class Op>
+void carry_states(const Block& block, float* state, const void* updates, void* entering) {
+    const int64_t N = block.state_size, P = block.head_dim, R = block.heads / block.groups, width = R * P;
+    const int64_t states = block.batch * block.groups;
+#pragma omp parallel for collapse(2) num_threads(block.threads)
+    for (int64_t which = 0; which < states; ++which)
+        for (int64_t n = 0; n < N; ++n) {
+            float* row = state + (which * N + n) * width;
+            for (int64_t c = 0; c < block.num_chunks; ++c) {
+                const int64_t task = c * states + which, offset = (task * N + n) * width;
+                const Op* update = static_cast<const Op*>(updates) + offset;
+                Op* before = static_cast<Op*>(entering) + offset;
+                for (int64_t r = 0; r < R; ++r) {
+                    const float across = block.across[task * R + r];
+                    for (int64_t i = r * P; i < (r + 1) * P; ++i) {
+                        store(before[i], row[i]);
+                        row[i] = row[i] * across + to_float(update[i]);
+                    }
+                }
+            }
+        }
+}
+
+// G_c = across_c · G_{c+1} + update_c from the end; the gradient of the state that each chunk leaves goes to `leaving`, and what its
+// decay across the chunk gets from it to `kept`.
+template <class Op>
+void carry_gradients(const Block& block, float* gradient, const void* updates, const void* entering, void* leaving) {
+    const int64_t N = block.state_size, P = block.head_dim, R = block.heads / block.groups, width = R * P;
+    const int64_t states = block.batch * block.groups;
+#pragma omp parallel for collapse(2) num_threads(block.threads)
+    for (int64_t which = 0; which < states; ++which)
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t c = block.num_chunks - 1; c >= 0; --c) {
+                const int64_t task = c * states + which;
+                const float across = block.across[task * R + r];
+                float kept = 0.0f;
+                for (int64_t n = 0; n < N; ++n) {
+                    float* row = gradient + (which * N + n) * width + r * P;
+                    const int64_t offset = (task * N + n) * width + r * P;
+                    const Op *update = static_cast<const Op*>(updates) + offset, *state = static_cast<const Op*>(entering) + offset;
+                    Op* after = static_cast<Op*>(leaving) + offset;
+                    float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+                    for (int64_t i = 0; i < P; ++i) {
+                        dot += row[i] * to_float(state[i]);
+                        store(after[i], row[i]);
+                        row[i] = row[i] * across + to_float(update[i]);
+                    }
+                    kept += dot;
+                }
+                block.kept[task * R + r] = kept * across;
+            }
+}
+
+template <class In, class Op>
+void finish_outputs(const Block& block, const void* from_states, const void* inside, void* y) {
+    const int64_t Q = block.chunk_length, P = block.head_dim;
+#pragma omp parallel for num_threads(block.threads)
+    for (int64_t task = 0; task < num_tasks(block); ++task) {
+        const Place at = place_of(block, task);
+        const int64_t R = at.heads_of_group;
+        for (int64_t q = 0; q < Q; ++q)
+            for (int64_t r = 0; r < R; ++r) {
+                const int64_t t = at.first_token + q, head = at.first_head + r;
+                const float from_start = block.from_start[(task * R + r) * Q + q], skip = block.D ? block.D[head] : 0.0f;
+                const Op* before = static_cast<const Op*>(from_states) + ((task * Q + q) * R + r) * P;
+                const Op* here = static_cast<const Op*>(inside) + ((task * R + r) * Q + q) * P;
+                const In* x = static_cast<const In*>(block.x) + at.row * block.x_row + t * block.x_token + head * P;
+                In* out = static_cast<In*>(y) + ((at.row * block.length + t) * block.heads + head) * P;
+                if (block.D)
+                    for (int64_t i = 0; i < P; ++i)
+                        store(out[i], to_float(here[i]) + from_start * to_float(before[i]) + skip * to_float(x[i]));
+                else
+                    for (int64_t i = 0; i < P; ++i) store(out[i], to_float(here[i]) + from_start * to_float(before[i]));
+            }
+    }
+}
+
+// y_q = Σ_k s_qk L_qk dt_k x_k: the weights s L, the gradients of the scores summed over a group's heads, and of the log decays.
+template <class Op>
+void differentiate_weights(const Block& block, const void* scores, const void* to_weights, void* weights, void* to_scores) {
+    const int64_t Q = block.chunk_length;
+#pragma omp parallel for num_threads(block.threads)
+    for (int64_t task = 0; task < num_tasks(block); ++task) {
+        const Place at = place_of(block, task);
+        const int64_t R = at.heads_of_group;
+        const int64_t* documents = block.seq_idx ? block.seq_idx + at.row * block.length + at.first_token : nullptr;
+        std::vector<float> decay(Q), sum(Q);
+        std::memset(block.to_log_decay + task * R * Q, 0, R * Q * sizeof(float));
+        for (int64_t q = 0; q < Q; ++q) {
+            const int64_t end = std::min(Q, (q + LANES) / LANES * LANES);
+            const Op* score = static_cast<const Op*>(scores) + (task * Q + q) * Q;
+            Op* to_score = static_cast<Op*>(to_scores) + (task * Q + q) * Q;
+            for (int64_t k = 0; k < end; ++k) sum[k] = 0.0f;
+            for (int64_t r = 0; r < R; ++r) {
+                const int64_t head = task * R + r;
+                const Op* to_weight = static_cast<const Op*>(to_weights) + (head * Q + q) * Q;
+                Op* weight = static_cast<Op*>(weights) + (head * Q + q) * Q;
+                float* to_log_decay = block.to_log_decay + head * Q;
+                decays_to(block.sums + head * Q, block.remainders + head * Q, documents, q, end, decay.data());
+                float whole_row = 0.0f;
+#pragma omp simd reduction(+ : whole_row)
+                for (int64_t k = 0; k < end; ++k) {
+                    const float gradient = to_float(to_weight[k]) * decay[k];
+                    const float between = gradient * to_float(score[k]);
+                    store(weight[k], to_float(score[k]) * decay[k]);
+                    sum[k] += gradient;
+                    to_log_decay[k] -= between;
+                    whole_row += between;
+                }
+                to_log_decay[q] += whole_row;
+                std::memset(static_cast<void*>(weight + end), 0, (Q - end) * sizeof(Op));
+            }
+            for (int64_t k = 0; k < end; ++k) store(to_score[k], sum[k]);
+            std::memset(static_cast<void*>(to_score + end), 0, (Q - end) * sizeof(Op));
+        }
+    }
+}
+
+struct Products {
+    const void *through_state, *inside;  // (a, g, k, r p) of B and the states' gradients; (a, g, r, k, p) of the weights and dy
+    const void* from_state;  // (a, g, q, r p) of C and the states
+    const void *dB, *dC;  // (a, g, q, n)
+};
+
+template <class In, class Op>
+void finish_gradients(
+    const Block& block, const Products& products, void* grad_x, float* grad_dt, void* grad_B, void* grad_C, double* grad_A,
+    double* grad_D
+) {
+    const int64_t Q = block.chunk_length, P = block.head_dim;
+#pragma omp parallel for num_threads(block.threads)
+    for (int64_t task = 0; task < num_tasks(block); ++task) {
+        const Place at = place_of(block, task);
+        const int64_t R = at.heads_of_group;
+        std::vector<float> to_dt(Q);
+        for (int64_t r = 0; r < R; ++r) {
+            const int64_t head = at.first_head + r, local = task * R + r;
+            const float skip = block.D ? block.D[head] : 0.0f;
+            float* to_log_decay = block.to_log_decay + local * Q;
+            double through_end = 0.0, to_skip = 0.0;
+            for (int64_t q = 0; q < Q; ++q) {
+                const int64_t t = at.first_token + q, by_head = (local * Q + q) * P, as_rows = ((task * Q + q) * R + r) * P;
+                const float to_end = block.to_end[local * Q + q];
+                const float dt = block.dt[(at.row * block.length + t) * block.heads + head];
+                const In* x = static_cast<const In*>(block.x) + at.row * block.x_row + t * block.x_token + head * P;
+                const Op *through = static_cast<const Op*>(products.through_state) + as_rows,
+                         *inside = static_cast<const Op*>(products.inside) + by_head,
+                         *dt_x = static_cast<const Op*>(block.dt_x) + by_head, *dy = static_cast<const Op*>(block.dy) + by_head,
+                         *weighted_dy = static_cast<const Op*>(block.weighted_dy) + as_rows,
+                         *from_state = static_cast<const Op*>(products.from_state) + as_rows;
+                In* dx = static_cast<In*>(grad_x) + ((at.row * block.length + t) * block.heads + head) * P;
+                float end_dot = 0.0f, start_dot = 0.0f, x_dot = 0.0f, skip_dot = 0.0f;
+#pragma omp simd reduction(+ : end_dot, start_dot, x_dot, skip_dot)
+                for (int64_t i = 0; i < P; ++i) {
+                    const float through_state = to_end * to_float(through[i]);
+                    const float to_dt_x = to_float(inside[i]) + through_state;
+                    end_dot += to_float(dt_x[i]) * through_state;
+                    start_dot += to_float(weighted_dy[i]) * to_float(from_state[i]);
+                    x_dot += to_float(x[i]) * to_dt_x;
+                    skip_dot += to_float(x[i]) * to_float(dy[i]);
+                    store(dx[i], to_dt_x * dt + skip * to_float(dy[i]));
+                }
+                to_dt[q] = x_dot;
+                to_log_decay[q] += start_dot - end_dot;
+                through_end += end_dot;
+                to_skip += skip_dot;
+            }
+            // The cumulative log decay at q sums dt_k A over k ≤ q.
+            double to_rate = through_end + block.kept[local], rate = 0.0;
+            for (int64_t q = Q - 1; q >= 0; --q) {
+                const int64_t place = (at.row * block.length + at.first_token + q) * block.heads + head;
+                to_rate += to_log_decay[q];
+                rate += to_rate * block.dt[place];
+                grad_dt[place] = static_cast<float>(to_dt[q] + block.A[head] * to_rate);
+            }
+            grad_A[local] += rate;
+            grad_D[local] += to_skip;
+        }
+        store_unrotated<In, Op>(block, at, products.dB, grad_B);
+        store_unrotated<In, Op>(block, at, products.dC, grad_C);
+    }
+}
+
+}  // namespace
+
+// One name for each pair of an input's and an operand's format.
+#define TRANSXSSM_PASSES(SUFFIX, In, Op)                                                                                   \
+    extern "C" void load_block_##SUFFIX(const Block* block) { load_block<In, Op>(*block); }                                \
+    extern "C" void weigh_scores_##SUFFIX(const Block* block, const void* scores, void* weights) {                         \
+        weigh_scores<Op>(*block, scores, weights);                                                                         \
+    }                                                                                                                      \
+    extern "C" void carry_states_##SUFFIX(const Block* block, float* state, const void* updates, void* entering) {         \
+        carry_states<Op>(*block, state, updates, entering);                                                                \
+    }                                                                                                                      \
+    extern "C" void carry_gradients_##SUFFIX(                                                                              \
+        const Block* block, float* gradient, const void* updates, const void* entering, void* leaving                      \
+    ) {                                                                                                                    \
+        carry_gradients<Op>(*block, gradient, updates, entering, leaving);                                                 \
+    }                                                                                                                      \
+    extern "C" void finish_outputs_##SUFFIX(const Block* block, const void* from_states, const void* inside, void* y) {    \
+        finish_outputs<In, Op>(*block, from_states, inside, y);                                                            \
+    }                                                                                                                      \
+    extern "C" void differentiate_weights_##SUFFIX(                                                                        \
+        const Block* block, const void* scores, const void* to_weights, void* weights, void* to_scores                     \
+    ) {                                                                                                                    \
+        differentiate_weights<Op>(*block, scores, to_weights, weights, to_scores);                                         \
+    }                                                                                                                      \
+    extern "C" void finish_gradients_##SUFFIX(                                                                             \
+        const Block* block, const void* through_state, const void* inside, const void* from_state, const void* dB,         \
+        const void* dC, void* grad_x, float* grad_dt, void* grad_B, void* grad_C, double* grad_A, double* grad_D           \
+    ) {                                                                                                                    \
+        finish_gradients<In, Op>(                                                                                          \
+            *block, Products{through_state, inside, from_state, dB, dC}, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_D   \
+        );                                                                                                                 \
+    }
+
+TRANSXSSM_PASSES(float32, float, float)
+TRANSXSSM_PASSES(bfloat16, bfloat16, bfloat16)
+TRANSXSSM_PASSES(bfloat16_by_float32, bfloat16, float)

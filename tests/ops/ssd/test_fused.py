@@ -1,0 +1,95 @@
+"""What the compiled passes add to the laws in test_chunked.py: that they are taken, views, threads, other formats, single numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.ops.ssd.cases import assert_equal_laws, make_case
+from tests.ops.ssd.oracle import ssd_oracle
+from tests.tolerances import assert_close
+from transxssm.ops.ssd import chunked, fused, ssd_chunk_scan
+from transxssm.ops.ssd.compiled_passes import compiled_passes
+
+pytestmark = pytest.mark.skipif(compiled_passes() is None, reason="no C++ compiler here")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@DTYPES
+def test_they_are_what_a_scan_on_a_cpu_takes(dtype, monkeypatch):
+    taken = []
+    monkeypatch.setattr(chunked, "forward_fused", lambda *arguments: taken.append("forward"))
+    monkeypatch.setattr(chunked, "backward_fused", lambda *arguments: taken.append("backward"))
+    case = make_case(length=9, dtype=dtype)
+    case.scan(ssd_chunk_scan)
+    x = case.x.clone().requires_grad_()
+    replace(case, x=x).scan(ssd_chunk_scan)[0].sum().backward()
+    assert taken == ["forward", "forward", "backward"]
+
+
+def test_a_format_that_the_cpu_does_not_multiply_becomes_float32(monkeypatch):
+    """bfloat16 on a CPU that has no products of it."""
+    monkeypatch.setattr(fused, "has_fast_products", lambda device_type, dtype: False)
+    case = make_case(batch=2, documents=(9, 7, 5), dtype=torch.bfloat16)
+
+    def by_passes(case):
+        return case.scan(ssd_chunk_scan, chunk_size=8)
+
+    assert_equal_laws(by_passes, ssd_oracle, case, expected_case=case.double())
+
+
+@DTYPES
+def test_views_are_read_where_they_lie(dtype):
+    """x, B and C out of one projection, as in the model, and a gradient of y that is expanded."""
+    batch, length, groups, heads, head_dim, size = 2, 19, 2, 4, 8, 16
+    torch.manual_seed(0)
+    projected = torch.randn(batch, length, heads * head_dim + 2 * groups * size).to(dtype)
+    x, B, C = projected.split([heads * head_dim, groups * size, groups * size], dim=-1)
+    views = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
+    dt, A = torch.rand(batch, length, heads), -torch.rand(heads)
+
+    def outcome(x, B, C):
+        x, B, C = (tensor.requires_grad_() for tensor in (x.detach(), B.detach(), C.detach()))
+        y, _ = ssd_chunk_scan(x, dt, A, B, C, chunk_size=8)
+        return y, *torch.autograd.grad(y.sum(), (x, B, C))
+
+    for from_view, from_copy in zip(outcome(*views), outcome(*(view.contiguous() for view in views)), strict=True):
+        assert torch.equal(from_view, from_copy)
+
+
+@DTYPES
+def test_threads_do_not_change_the_result(dtype):
+    case = make_case(batch=2, length=70, dtype=dtype)
+    one = case.scan(ssd_chunk_scan, chunk_size=16)
+    torch.set_num_threads(3)
+    try:
+        three = case.scan(ssd_chunk_scan, chunk_size=16)
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, one, three))
+
+
+def test_a_number_that_is_none_shows():
+    """What went wrong before a scan is not hidden by it."""
+    case = make_case(length=21, dtype=torch.bfloat16)
+    x = case.x.clone()
+    x[0, 9] = torch.nan
+    y, state = replace(case, x=x).scan(ssd_chunk_scan, chunk_size=8)
+    assert not y[0, :8].isnan().any()
+    assert y[0, 9:].isnan().all()
+    assert state[0].isnan().all()
+    assert not y[1:].isnan().any()
+
+
+def test_decays_have_the_digits_of_float32():
+    """One token against exp itself, over all exponents that are not zero."""
+    exponents = torch.linspace(-86.9, 0.0, 4001)
+    ones = torch.ones(1, 1, 4001, 1)
+    state = torch.ones(1, 4001, 1, 1)
+    zero = torch.zeros(1, 1, 4001, 1)
+    y, _ = ssd_chunk_scan(
+        zero, -exponents[None, None], torch.tensor(-1.0).expand(4001), ones, ones, initial_state=state
+    )
+    expected = exponents.double().exp()
+    assert_close(y.flatten().double(), expected, torch.float32, "exp")
+    assert ((y.flatten().double() - expected).abs() / expected).max() < 3e-7
