@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from transxssm.ops.cpu import kernels_for
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import row_blocks
 
@@ -78,11 +79,20 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         block = max(_MIN_TOKENS_PER_BLOCK, most_logits // weight.shape[0])
         operand = hidden.dtype if has_fast_products(hidden.device.type, hidden.dtype) else torch.float32
         factor = weight.to(operand)
+        kernels = kernels_for(factor)
+        if kernels:
+            labels = labels.contiguous()
+            _check_labels(labels, weight.shape[0], ignore_index)
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
             inputs = hidden[rows].to(operand)
             logits = inputs @ factor.T  # (block, v)
-            for part in _parts(logits, accumulate):
+            if kernels:
+                losses = logits.new_empty(len(logits), dtype=accumulate)
+                differentiate = int(needs_hidden or needs_weight)
+                kernels.on_rows("cross_entropy", logits, ignore_index, differentiate, logits, labels[rows], losses)
+                total += losses.sum(dtype=torch.float64)
+            for part in _parts(logits, accumulate) if not kernels else ():
                 log_probs = logits[part].to(accumulate).log_softmax(-1)
                 ignored = labels[rows][part] == ignore_index
                 targets = labels[rows][part].masked_fill(ignored, 0)[:, None]
@@ -113,6 +123,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
             None,
             None,
+        )
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Of labels (n), as torch's own loss does it."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        raise IndexError(
+            f"Target {labels[wrong][0].item()} is out of bounds: expected 0 to {vocabulary - 1} or {ignore_index}"
         )
 
 

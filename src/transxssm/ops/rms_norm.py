@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transxssm.ops.cpu import kernels_for
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK, row_blocks
 
 
@@ -44,6 +45,9 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
     scales = inputs.new_empty(inputs.shape[0], 1, dtype=accumulate)
+    if kernels := kernels_for(x):
+        kernels.on_rows("rms_norm", inputs, float(eps), inputs.contiguous(), weight.float().contiguous(), y, scales)
+        return y, scales
     for rows in row_blocks(inputs):
         block = inputs[rows].to(accumulate)
         mean_square = torch.linalg.vector_norm(block, dim=-1, keepdim=True).square_().div_(x.shape[-1])
@@ -67,6 +71,11 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         inputs, grads, grad_inputs = x.reshape(-1, width), grad.reshape(-1, width), grad_x.view(-1, width)
         wide_weight, grad_weight = weight.to(accumulate), torch.zeros_like(weight, dtype=accumulate)
+        if kernels := kernels_for(x):
+            sums = grad_weight.new_empty(kernels.num_tasks(len(inputs)), width)
+            given = (inputs.contiguous(), wide_weight.contiguous(), scales, grads.contiguous())
+            kernels.on_rows("rms_norm_backward", inputs, *given, grad_x, sums)
+            return grad_x, sums.sum(0).to(weight.dtype), None
         for rows in row_blocks(inputs):
             block = grads[rows].to(accumulate)
             normed = inputs[rows].to(accumulate) * scales[rows]

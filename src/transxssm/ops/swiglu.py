@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transxssm.ops.cpu import kernels_for
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK, row_blocks
 
 
@@ -21,7 +22,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         gate, up: (…, f), one shape and dtype.
 
     Returns:
-        (…, f) in their dtype; products and sigmoids of half types are rounded once each, as torch's own kernels round them.
+        (…, f) in their dtype; computed in float32 at least and rounded once, or after each of the two factors where torch's kernels do it.
 
     Raises:
         ValueError: the shapes differ.
@@ -39,6 +40,10 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     if gate.numel() <= ELEMENTS_PER_BLOCK:  # a decoded token: what counts is the number of calls
         return F.silu(gate) * up
     output = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if kernels := kernels_for(gate):
+        gate, up = gate.contiguous(), up.contiguous()
+        kernels.on_rows("swiglu", output.view(-1, gate.shape[-1]), gate, up, output)
+        return output
     gates, ups, outputs = (tensor.reshape(-1, gate.shape[-1]) for tensor in (gate, up, output))
     for rows in row_blocks(gates):
         torch.mul(F.silu(gates[rows]), ups[rows], out=outputs[rows])
@@ -57,6 +62,10 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (gate, up))
         width = gate.shape[-1]
+        if kernels := kernels_for(gate):
+            given = (tensor.contiguous() for tensor in (gate, up, grad))
+            kernels.on_rows("swiglu_backward", grad_gate.view(-1, width), *given, grad_gate, grad_up)
+            return grad_gate, grad_up
         gates, ups, grads = (tensor.reshape(-1, width) for tensor in (gate, up, grad))
         grad_gates, grad_ups = grad_gate.view(-1, width), grad_up.view(-1, width)
         for rows in row_blocks(gates):

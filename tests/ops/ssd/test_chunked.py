@@ -12,10 +12,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
+from transxssm.ops.cpu.library import compiled_library
 from transxssm.ops.ssd import chunked as chunked_module
 from transxssm.ops.ssd import ssd_chunk_scan
 from transxssm.ops.ssd.blocks import BLOCK_SCORES
-from transxssm.ops.ssd.compiled_passes import compiled_passes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -24,8 +24,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.b
 def between_products(request, monkeypatch, device):
     """On a CPU once with compiled passes between the products, once with torch's operations, which are what other devices have."""
     if request.param == "operations":
-        monkeypatch.setattr(chunked_module, "can_fuse", lambda inputs: False)
-    elif device.type != "cpu" or compiled_passes() is None:
+        monkeypatch.setattr(chunked_module, "passes_for", lambda x: None)
+    elif device.type != "cpu" or compiled_library() is None:
         pytest.skip("no compiled passes here")
 
 

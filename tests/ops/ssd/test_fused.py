@@ -8,10 +8,10 @@ import torch
 from tests.ops.ssd.cases import assert_equal_laws, make_case
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
+from transxssm.ops.cpu.library import compiled_library
 from transxssm.ops.ssd import chunked, fused, ssd_chunk_scan
-from transxssm.ops.ssd.compiled_passes import compiled_passes
 
-pytestmark = pytest.mark.skipif(compiled_passes() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

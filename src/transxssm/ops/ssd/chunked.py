@@ -31,7 +31,7 @@ from transxssm.ops.ssd.blocks import (
     store_unrotated,
 )
 from transxssm.ops.ssd.decays import cumulative_sum
-from transxssm.ops.ssd.fused import backward_fused, can_fuse, forward_fused
+from transxssm.ops.ssd.fused import backward_fused, forward_fused, passes_for
 
 
 def ssd_chunked(
@@ -86,8 +86,8 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
         state = _fold(inputs.initial_state, groups).clone(memory_format=torch.contiguous_format)
-    if can_fuse(inputs):
-        forward_fused(inputs, y, state, states, chunk_size)
+    if passes := passes_for(x):
+        forward_fused(passes, inputs, y, state, states, chunk_size)
         return y, _unfold(state, head_dim), states
     for block in blocks_of(x, chunk_size):
         chunk = load(block, inputs)
@@ -139,9 +139,9 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     grad_A.zero_()
     grad_D.zero_()
     grad_state = _fold(grad_state.to(acc), groups).clone(memory_format=torch.contiguous_format)
-    if can_fuse(inputs):
+    if passes := passes_for(x):
         gradients = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D)
-        backward_fused(inputs, grad_y, grad_state, states, chunk_size, gradients)
+        backward_fused(passes, inputs, grad_y, grad_state, states, chunk_size, gradients)
         return *gradients, _unfold(grad_state, head_dim)
     rates = A.view(groups, -1, 1)
     for block in reversed(blocks_of(x, chunk_size)):

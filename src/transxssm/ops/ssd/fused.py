@@ -1,19 +1,18 @@
-"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see passes.cpp.
+"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see ops/cpu/scan.cpp.
 
 The same blocks and products as in chunked.py, whose docstring has the letters; the joint axis a has the chunks outermost here, (m, b),
 as do the states that are kept for the backward pass: (chunks, b, g, n, r p).
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from transxssm.ops.cpu import Kernels, kernels_for
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
-from transxssm.ops.ssd.compiled_passes import compiled_passes
 
 # fmt: off
 _INT64S = (
@@ -29,20 +28,25 @@ _POINTERS = (
 
 
 class _Block(ctypes.Structure):
-    """`struct Block` of passes.cpp."""
+    """`struct Block` of ops/cpu/scan.cpp."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in _INT64S), *((name, ctypes.c_void_p) for name in _POINTERS)]
 
 
-def can_fuse(inputs: ScanInputs) -> bool:
-    """Whether the passes are compiled for such tensors: float32 and bfloat16 on a CPU."""
-    on_cpu = inputs.x.device.type == "cpu" and inputs.x.dtype in (torch.float32, torch.bfloat16)
-    return on_cpu and compiled_passes() is not None
+def passes_for(x: Tensor) -> Kernels | None:
+    """The compiled passes for a scan of x, if there are: float32 and bfloat16 on a CPU. A CPU multiplies what it does fast."""
+    return kernels_for(x, operand=_operand(x))
 
 
-def forward_fused(inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int) -> None:
+def _operand(x: Tensor) -> torch.dtype:
+    return x.dtype if has_fast_products(x.device.type, x.dtype) else torch.float32
+
+
+def forward_fused(
+    passes: Kernels, inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int
+) -> None:
     """Fills y; carries the state (b, g, n, r p), in place, to the end; fills the states that chunks begin with, unless empty."""
-    scan = _Scan(inputs, chunk_size)
+    scan = _Scan(passes, inputs, chunk_size)
     kept = states.view(-1, *state.shape) if states.numel() else None  # (chunks, b, g, n, r p)
     for block in scan.blocks():
         work = scan.work
@@ -61,6 +65,7 @@ def forward_fused(inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, 
 
 
 def backward_fused(
+    passes: Kernels,
     inputs: ScanInputs,
     grad_y: Tensor,
     grad_state: Tensor,
@@ -70,7 +75,7 @@ def backward_fused(
 ) -> None:
     """Fills the gradients of x, dt, A, B, C and D (if any); carries that of the state (b, g, n, r p), in place, to the start."""
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = gradients
-    scan = _Scan(inputs, chunk_size, grad_y)
+    scan = _Scan(passes, inputs, chunk_size, grad_y)
     kept = states.view(-1, *grad_state.shape)
     partial = torch.zeros(2, scan.max_tasks, inputs.x.shape[2] // inputs.B.shape[2], dtype=torch.float64)
     for block in scan.blocks(backwards=True):
@@ -107,10 +112,10 @@ def backward_fused(
 class _Scan:
     """The inputs as the passes want them, and the memory that they and the products work in, which all blocks share."""
 
-    def __init__(self, inputs: ScanInputs, chunk_size: int, grad_y: Tensor | None = None) -> None:
+    def __init__(self, passes: Kernels, inputs: ScanInputs, chunk_size: int, grad_y: Tensor | None = None) -> None:
         x, B = inputs.x, inputs.B
-        self.operand = x.dtype if has_fast_products("cpu", x.dtype) else torch.float32
-        self._suffix = str(x.dtype).removeprefix("torch.") + ("" if self.operand == x.dtype else "_by_float32")
+        self._passes = passes
+        self._operand = _operand(x)
         self._blocks = blocks_of(x, chunk_size)
         self._with_gradients = grad_y is not None
         batch, length, heads, head_dim = x.shape
@@ -160,9 +165,7 @@ class _Scan:
 
     def run(self, name: str, *tensors: Tensor) -> None:
         """A pass over the block."""
-        passes: Any = compiled_passes()
-        function: Callable[..., None] = getattr(passes, f"{name}_{self._suffix}")
-        function(ctypes.byref(self._block), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+        self._passes.run(name, self._block, *tensors)
 
     def _workspace(self, num_chunks: int, chunk_length: int) -> dict[str, Tensor]:
         batch, heads, groups, head_dim, state_size = self._shape
@@ -193,7 +196,7 @@ class _Scan:
             }
             operands |= {"dB": maps, "dC": maps}
             numbers |= {"to_log_decay": by_head[:2], "kept": by_head[:1]}
-        work = {name: torch.empty(shape, dtype=self.operand) for name, shape in operands.items()}
+        work = {name: torch.empty(shape, dtype=self._operand) for name, shape in operands.items()}
         work |= {name: torch.empty(shape) for name, shape in numbers.items()}
         for name in _POINTERS:
             if name in work:

@@ -1,6 +1,7 @@
-"""passes.cpp compiled for the processor it runs on: once a machine, in a few seconds, when a scan on a CPU first wants it.
+"""The C++ sources beside this file, compiled for the processor they run on: once a machine, in a few seconds, when first wanted.
 
-Without a C++ compiler, or with `TRANSXSSM_CPU_KERNELS=0`, there is none, and the scan takes torch's operations.
+Without a C++ compiler, or with `TRANSXSSM_CPU_KERNELS=0`, there is no library. They do without torch's headers, which would take
+most of a minute.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("passes.cpp")
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _SWITCH = "TRANSXSSM_CPU_KERNELS"
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -26,20 +27,20 @@ _logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def compiled_passes() -> ctypes.CDLL | None:
-    """The library of passes.cpp; None where it is switched off or there is no compiler that makes it."""
+def compiled_library() -> ctypes.CDLL | None:
+    """The library; None where it is switched off or there is no compiler that makes it."""
     if os.environ.get(_SWITCH, "1") == "0":
         return None
     compiler, openmp = _compiler(), _openmp_of_torch()
     if compiler is None or openmp is None:
-        _logger.info("no C++ compiler, or none of torch's threads: the scan on this CPU takes torch's operations")
+        _logger.info("no C++ compiler, or none of torch's threads: CPUs take torch's operations")
         return None
     try:
         return ctypes.CDLL(str(_built(compiler, openmp)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(
-            f"{compiler} could not make the CPU's kernels, so that scans take torch's operations, about half as fast; "
+            f"{compiler} could not make the CPU's kernels, so that the ops take torch's operations, which are slower; "
             f"{_SWITCH}=0 says that this is wanted. It said: {said.splitlines()[-1] if said else error}",
             stacklevel=2,
         )
@@ -66,22 +67,27 @@ def _openmp_of_torch() -> Path | None:
 def _built(compiler: str, openmp: Path) -> Path:
     """The library's file, made if no earlier process has made it for this source, compiler, processor and OpenMP."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = "\0".join((_SOURCE.read_text(), " ".join(_FLAGS), version, _processor(), str(openmp)))
+    sources = sorted(_FOLDER.glob("*.cpp"))
+    texts = [path.read_text() for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
+    made_of = "\0".join((*texts, *_FLAGS, version, _processor(), str(openmp)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transxssm"
-    library = cache / f"passes-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    library = cache / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
     cache.mkdir(parents=True, exist_ok=True)
     tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made, linked = Path(folder, "passes.o"), Path(folder, library.name)
-        for command in (
-            [compiler, *_FLAGS, tune, "-fopenmp", "-c", str(_SOURCE), "-o", str(made)],
-            [compiler, "-shared", str(made), str(openmp), "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, text=True, check=True)
+        objects = [Path(folder, f"{path.stem}.o") for path in sources]
+        for source, made in zip(sources, objects, strict=True):
+            _run(compiler, *_FLAGS, tune, "-fopenmp", "-c", source, "-o", made)
+        linked = Path(folder, library.name)
+        _run(compiler, "-shared", *objects, openmp, "-o", linked)
         linked.replace(library)  # whole or not at all, whoever else is making it
     return library
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def _processor() -> str:

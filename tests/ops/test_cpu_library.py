@@ -1,5 +1,6 @@
-"""The library of passes.cpp: made once, and done without where it cannot be made."""
+"""The C++ kernels' library: made once, and done without where it cannot be made."""
 
+import shutil
 import stat
 import warnings
 from pathlib import Path
@@ -7,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from transxssm.ops.ssd import compiled_passes as module
-from transxssm.ops.ssd.compiled_passes import compiled_passes
+from transxssm.ops.cpu import library as module
+from transxssm.ops.cpu.library import compiled_library
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache of its own, and a process that has not looked for the library yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "compiled_passes", compiled_passes.__wrapped__)
+    monkeypatch.setattr(module, "compiled_library", compiled_library.__wrapped__)
     return tmp_path / "transxssm"
 
 
@@ -28,26 +29,26 @@ def compiler_that(folder, script: str) -> str:
 
 @pytest.mark.skipif(module._compiler() is None, reason="no C++ compiler here")
 def test_it_is_made_once(cache):
-    assert module.compiled_passes() is not None
+    assert module.compiled_library() is not None
     (library,) = cache.iterdir()
     made = library.stat().st_mtime_ns
-    assert module.compiled_passes() is not None
+    assert module.compiled_library() is not None
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [made]
 
 
 @pytest.mark.skipif(module._compiler() is None, reason="no C++ compiler here")
 def test_another_source_makes_another_library(cache, tmp_path, monkeypatch):
-    module.compiled_passes()
-    changed = tmp_path / "passes.cpp"
-    changed.write_text(module._SOURCE.read_text() + "\n// changed\n")
-    monkeypatch.setattr(module, "_SOURCE", changed)
-    module.compiled_passes()
+    module.compiled_library()
+    changed = shutil.copytree(module._FOLDER, tmp_path / "sources")
+    (changed / "numbers.h").write_text((changed / "numbers.h").read_text() + "\n// changed\n")
+    monkeypatch.setattr(module, "_FOLDER", changed)
+    module.compiled_library()
     assert len(list(cache.iterdir())) == 2
 
 
 def test_it_can_be_switched_off(cache, monkeypatch):
     monkeypatch.setenv("TRANSXSSM_CPU_KERNELS", "0")
-    assert module.compiled_passes() is None
+    assert module.compiled_library() is None
     assert not cache.exists()
 
 
@@ -56,7 +57,7 @@ def test_without_a_compiler_there_is_none_and_no_fuss(cache, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert module.compiled_passes() is None
+        assert module.compiled_library() is None
 
 
 def test_a_compiler_that_fails_is_quoted_in_one_line_and_leaves_nothing(cache, tmp_path, monkeypatch):
@@ -64,8 +65,8 @@ def test_a_compiler_that_fails_is_quoted_in_one_line_and_leaves_nothing(cache, t
         tmp_path, '[ "$1" = --version ] && exit 0; echo "first" >&2; echo "no such flag" >&2; exit 1'
     )
     monkeypatch.setenv("CXX", failing)
-    with pytest.warns(UserWarning, match=r"about half as fast; .*It said: no such flag$") as caught:
-        assert module.compiled_passes() is None
+    with pytest.warns(UserWarning, match=r"which are slower; .*It said: no such flag$") as caught:
+        assert module.compiled_library() is None
     assert len(caught) == 1
     assert list(cache.iterdir()) == []
 
@@ -76,13 +77,13 @@ def test_a_cache_that_cannot_be_written_costs_the_kernels_only(tmp_path, monkeyp
     if module._compiler() is None or module._openmp_of_torch() is None:
         pytest.skip("no C++ compiler here")
     with pytest.warns(UserWarning, match="could not make the CPU's kernels"):
-        assert compiled_passes.__wrapped__() is None
+        assert compiled_library.__wrapped__() is None
 
 
 @pytest.mark.skipif(torch.__config__.parallel_info().find("OpenMP") < 0, reason="torch without OpenMP")
 def test_threads_are_torchs_own():
     """A second OpenMP library would have threads that wait in the way of torch's."""
-    if compiled_passes() is None:
+    if compiled_library() is None:
         pytest.skip("no C++ compiler here")
     maps = Path("/proc/self/maps").read_text().splitlines()
     loaded = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1]}
