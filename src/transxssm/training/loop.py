@@ -74,7 +74,7 @@ def train(
         NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
         SaveError: a checkpoint could not be written; the one before is kept.
         BudgetSpentError: the time was up, when the checkpoint has been saved.
-        KeyboardInterrupt: after Ctrl-C, when the checkpoint has been saved.
+        KeyboardInterrupt: after Ctrl-C, when the checkpoint, or in the last step the finished run, has been saved.
     """
     arguments = recipe.training_arguments()
     run_dir, is_main = recipe.output_dir, arguments.process_index == 0
@@ -104,12 +104,14 @@ def train(
         if is_main:
             run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
             write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
-        _run(trainer, checkpoint, budget_seconds)
+        was_asked_to_stop = _run(trainer, checkpoint, budget_seconds)
         trainer.save_final()
         summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
         if is_main:
             plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
             write_summary(run_dir, summary)
+    if was_asked_to_stop:  # whatever comes after this run is not wanted
+        raise KeyboardInterrupt("the run had finished; its results are kept")
     return summary
 
 
@@ -177,7 +179,8 @@ def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Pr
     return config
 
 
-def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, budget_seconds: float | None) -> None:
+def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, budget_seconds: float | None) -> bool:
+    """Trains to the last step. Returns whether Ctrl-C came in that one, too late to stop anything."""
     interrupt = Interrupt(budget_seconds)
     trainer.add_callback(interrupt)
     if checkpoint is not None:
@@ -197,6 +200,7 @@ def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, budget_seconds: flo
             raise KeyboardInterrupt(how)
         if interrupt.is_out_of_time:
             raise BudgetSpentError(how)
+    return interrupt.requested
 
 
 @contextmanager

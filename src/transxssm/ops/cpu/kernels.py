@@ -36,8 +36,11 @@ class Kernels:
 
 
 def kernels_for(tensor: Tensor, *, operand: torch.dtype | None = None) -> Kernels | None:
-    """The kernels for such a tensor, with products in `operand`'s format; None where there are none: torch's operations do it then."""
-    if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+    """The kernels for such a tensor, with products in `operand`'s format. None, and torch's operations, where there are none.
+
+    The compiler sees the operations too, and makes its own of them.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES or torch.compiler.is_compiling():
         return None
     library = compiled_library()
     if library is None:

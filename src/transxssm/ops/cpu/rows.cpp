@@ -22,6 +22,7 @@ template <class T>
 void swiglu(int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, T* out) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < n; ++row)
+#pragma omp simd
         for (int64_t i = row * d; i < (row + 1) * d; ++i) {
             const float x = to_float(gate[i]);
             store(out[i], x * sigmoid(x) * to_float(up[i]));
@@ -32,6 +33,7 @@ template <class T>
 void swiglu_backward(int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < n; ++row)
+#pragma omp simd
         for (int64_t i = row * d; i < (row + 1) * d; ++i) {
             const float x = to_float(gate[i]), share = sigmoid(x), incoming = to_float(grad[i]);
             store(grad_up[i], incoming * x * share);
@@ -51,6 +53,7 @@ void rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const T* x, cons
         for (int64_t i = 0; i < d; ++i) squares += to_float(from[i]) * to_float(from[i]);
         const float scale = 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
         scales[row] = scale;
+#pragma omp simd
         for (int64_t i = 0; i < d; ++i) store(to[i], to_float(from[i]) * scale * weight[i]);
     }
 }
@@ -77,6 +80,7 @@ void rms_norm_backward(
                 along += product * weight[i];
             }
             along /= static_cast<float>(d);
+#pragma omp simd
             for (int64_t i = 0; i < d; ++i)
                 store(to[i], (to_float(incoming[i]) * weight[i] - to_float(from[i]) * scale * along) * scale);
         }
@@ -92,6 +96,7 @@ void cross_entropy(int64_t n, int64_t d, int64_t threads, int64_t ignored, int64
         T* values = logits + row * d;
         const int64_t label = labels[row];
         if (label == ignored) {
+#pragma omp simd
             for (int64_t i = 0; i < d; ++i) store(values[i], 0.0f);
             losses[row] = 0.0f;
             continue;
@@ -106,6 +111,7 @@ void cross_entropy(int64_t n, int64_t d, int64_t threads, int64_t ignored, int64
         losses[row] = std::log(sum) + largest - at_label;
         if (!differentiate) continue;
         const float at_label_less_one = exp_of_nonpositive(at_label - largest) * share - 1.0f;
+#pragma omp simd
         for (int64_t i = 0; i < d; ++i) store(values[i], exp_of_nonpositive(to_float(values[i]) - largest) * share);
         store(values[label], at_label_less_one);
     }

@@ -64,11 +64,13 @@ void load_rotated(const Block& block, const Place& at, const void* source, int64
         const In* from = static_cast<const In*>(source) + at.row * row + t * token + at.group * size;
         Op* to = static_cast<Op*>(target) + (at.task * block.chunk_length + q) * size;
         if (!block.cos) {
+#pragma omp simd
             for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
             continue;
         }
         const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + t) * half;
         const float *cos = block.cos + angle, *sin = block.sin + angle;
+#pragma omp simd
         for (int64_t i = 0; i < half; ++i) {
             const float first = to_float(from[i]), second = to_float(from[half + i]);
             store(to[i], first * cos[i] - second * sin[i]);
@@ -85,11 +87,13 @@ void store_unrotated(const Block& block, const Place& at, const void* source, vo
         const Op* from = static_cast<const Op*>(source) + (at.task * block.chunk_length + q) * size;
         In* to = static_cast<In*>(target) + ((at.row * block.length + t) * block.groups + at.group) * size;
         if (!block.cos) {
+#pragma omp simd
             for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
             continue;
         }
         const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + t) * half;
         const float *cos = block.cos + angle, *sin = block.sin + angle;
+#pragma omp simd
         for (int64_t i = 0; i < half; ++i) {
             const float first = to_float(from[i]), second = to_float(from[half + i]);
             store(to[i], first * cos[i] + second * sin[i]);
@@ -145,6 +149,7 @@ void load_block(const Block& block) {
                 const float to_end = dt * block.to_end[decay], from_start = block.from_start[decay];
                 const In* x = static_cast<const In*>(block.x) + at.row * block.x_row + t * block.x_token + head * P;
                 Op *dt_x = static_cast<Op*>(block.dt_x) + by_head, *weighted = static_cast<Op*>(block.weighted_x) + as_rows;
+#pragma omp simd
                 for (int64_t i = 0; i < P; ++i) {
                     store(dt_x[i], to_float(x[i]) * dt);
                     store(weighted[i], to_float(x[i]) * to_end);
@@ -152,6 +157,7 @@ void load_block(const Block& block) {
                 if (!block.grad_y) continue;
                 const In* grad = static_cast<const In*>(block.grad_y) + at.row * block.grad_y_row + t * block.grad_y_token + head * P;
                 Op *dy = static_cast<Op*>(block.dy) + by_head, *weighted_dy = static_cast<Op*>(block.weighted_dy) + as_rows;
+#pragma omp simd
                 for (int64_t i = 0; i < P; ++i) {
                     store(dy[i], to_float(grad[i]));
                     store(weighted_dy[i], to_float(grad[i]) * from_start);
@@ -163,6 +169,7 @@ void load_block(const Block& block) {
 // exp(l_q − l_k) for k ≤ q of one document, 0 for other k < end: a row of L, of which end ≥ q + 1 entries are written.
 inline void decays_to(const float* sums, const float* remainders, const int64_t* documents, int64_t q, int64_t end, float* row) {
     const float sum = sums[q], remainder = remainders[q];
+#pragma omp simd
     for (int64_t k = 0; k < end; ++k) {
         const float exponent = (sum - sums[k]) + (remainder - remainders[k]);
         row[k] = exp_of_nonpositive(exponent > 0.0f ? 0.0f : exponent);
@@ -189,6 +196,7 @@ void weigh_scores(const Block& block, const void* scores, void* weights) {
                 const Op* score = static_cast<const Op*>(scores) + (task * Q + q) * Q;
                 Op* weight = static_cast<Op*>(weights) + (head * Q + q) * Q;
                 decays_to(block.sums + head * Q, block.remainders + head * Q, documents, q, end, decay.data());
+#pragma omp simd
                 for (int64_t k = 0; k < end; ++k) store(weight[k], to_float(score[k]) * decay[k]);
                 std::memset(static_cast<void*>(weight + end), 0, (Q - end) * sizeof(Op));
             }
@@ -211,6 +219,7 @@ void carry_states(const Block& block, float* state, const void* updates, void* e
                 Op* before = static_cast<Op*>(entering) + offset;
                 for (int64_t r = 0; r < R; ++r) {
                     const float across = block.across[task * R + r];
+#pragma omp simd
                     for (int64_t i = r * P; i < (r + 1) * P; ++i) {
                         store(before[i], row[i]);
                         row[i] = row[i] * across + to_float(update[i]);
@@ -267,9 +276,11 @@ void finish_outputs(const Block& block, const void* from_states, const void* ins
                 const In* x = static_cast<const In*>(block.x) + at.row * block.x_row + t * block.x_token + head * P;
                 In* out = static_cast<In*>(y) + ((at.row * block.length + t) * block.heads + head) * P;
                 if (block.D)
+#pragma omp simd
                     for (int64_t i = 0; i < P; ++i)
                         store(out[i], to_float(here[i]) + from_start * to_float(before[i]) + skip * to_float(x[i]));
                 else
+#pragma omp simd
                     for (int64_t i = 0; i < P; ++i) store(out[i], to_float(here[i]) + from_start * to_float(before[i]));
             }
     }
@@ -310,6 +321,7 @@ void differentiate_weights(const Block& block, const void* scores, const void* t
                 to_log_decay[q] += whole_row;
                 std::memset(static_cast<void*>(weight + end), 0, (Q - end) * sizeof(Op));
             }
+#pragma omp simd
             for (int64_t k = 0; k < end; ++k) store(to_score[k], sum[k]);
             std::memset(static_cast<void*>(to_score + end), 0, (Q - end) * sizeof(Op));
         }
