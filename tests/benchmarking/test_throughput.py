@@ -50,6 +50,7 @@ METADATA_FIELDS = {
     "memory_bytes",
     "cpu_capability",
     "cpu_bfloat16_products",
+    "cpu_kernels",
     "python",
     "torch",
     "transformers",

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tests.tolerances import assert_close
 from transxssm.ops import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
+
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum"])
 VOCABULARY = 11
 

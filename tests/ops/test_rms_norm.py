@@ -6,6 +6,8 @@ import torch
 from tests.tolerances import assert_close
 from transxssm.ops import rms_norm
 
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
+
 EPS = 1e-6
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from tests.tolerances import assert_close
 from transxssm.ops import swiglu
 
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from transxssm._version import __version__
+from transxssm.ops.cpu import compiled_library
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -34,6 +35,7 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
         "memory_bytes": psutil.virtual_memory().total,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16_products": _has_bfloat16_products(),
+        "cpu_kernels": compiled_library() is not None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -12,21 +12,11 @@ from torch._functorch.aot_autograd import make_boxed_func
 from tests.ops.ssd.cases import Case, assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
-from transxssm.ops.cpu.library import compiled_library
-from transxssm.ops.ssd import chunked as chunked_module
 from transxssm.ops.ssd import ssd_chunk_scan
 from transxssm.ops.ssd.blocks import BLOCK_SCORES
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(autouse=True, params=["passes", "operations"])
-def between_products(request, monkeypatch, device):
-    """On a CPU once with compiled passes between the products, once with torch's operations, which are what other devices have."""
-    if request.param == "operations":
-        monkeypatch.setattr(chunked_module, "passes_for", lambda x: None)
-    elif device.type != "cpu" or compiled_library() is None:
-        pytest.skip("no compiled passes here")
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 
 
 def chunked(chunk_size: int | None):
