@@ -110,10 +110,22 @@ def test_ignored_tokens_do_not_count(reduction, device):
 
 
 @REDUCTIONS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("few", [0.0, 1.1], ids=["all tokens computed", "counting tokens alone"])
-def test_counting_tokens_alone_give_the_same(few, reduction, device, monkeypatch):
+def test_counting_tokens_alone_give_the_same(few, dtype, reduction, device, monkeypatch):
     monkeypatch.setattr(sys.modules["transxssm.ops.linear_cross_entropy"], "_FEW_SHARE", few)
-    assert_equals_full_logits(*inputs(97, device=device), reduction=reduction)
+    assert_equals_full_logits(*inputs(97, dtype, device), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("label", [-1, VOCABULARY])
+def test_a_label_outside_the_vocabulary_is_refused(label, dtype, device):
+    if device.type != "cpu":
+        pytest.skip("a GPU reports it at its next synchronisation, and is lost then")
+    hidden, weight, labels = inputs(6, dtype, device)
+    labels[4] = label
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(hidden, weight, labels)
 
 
 def test_a_sum_of_nothing_is_zero(device):
