@@ -81,7 +81,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         factor = weight.to(operand)
         kernels = kernels_for(factor)
         if kernels:
-            labels = labels.contiguous()
+            labels = labels.long().contiguous()
             _check_labels(labels, weight.shape[0], ignore_index)
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
