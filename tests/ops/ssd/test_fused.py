@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.ssd.cases import assert_equal_laws, make_case
+from tests.ops.ssd.cases import assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
 from transxssm.ops.cpu.library import compiled_library
@@ -67,6 +67,19 @@ def test_threads_do_not_change_the_result(dtype):
     finally:
         torch.set_num_threads(1)
     assert all(map(torch.equal, one, three))
+
+
+def test_a_default_dtype_is_none_of_its_business():
+    case = make_case(length=21, dtype=torch.bfloat16)
+    before = results(lambda case: case.scan(ssd_chunk_scan, chunk_size=8), case)
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = results(lambda case: case.scan(ssd_chunk_scan, chunk_size=8), case)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, expected in before.items():
+        if not name.startswith("gradient"):  # the incoming gradients are other random numbers
+            assert torch.equal(after[name], expected), name
 
 
 def test_a_number_that_is_none_shows():

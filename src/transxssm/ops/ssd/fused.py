@@ -77,7 +77,8 @@ def backward_fused(
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = gradients
     scan = _Scan(passes, inputs, chunk_size, grad_y)
     kept = states.view(-1, *grad_state.shape)
-    partial = torch.zeros(2, scan.max_tasks, inputs.x.shape[2] // inputs.B.shape[2], dtype=torch.float64)
+    per_group = inputs.x.shape[2] // inputs.B.shape[2]
+    partial = torch.zeros(2, scan.max_tasks, per_group, dtype=torch.float64, device="cpu")
     for block in scan.blocks(backwards=True):
         work = scan.work
         B, C, dy, dt_x, weighted_x = (work[name] for name in ("rotated_B", "rotated_C", "dy", "dt_x", "weighted_x"))
@@ -196,8 +197,9 @@ class _Scan:
             }
             operands |= {"dB": maps, "dC": maps}
             numbers |= {"to_log_decay": by_head[:2], "kept": by_head[:1]}
-        work = {name: torch.empty(shape, dtype=self._operand) for name, shape in operands.items()}
-        work |= {name: torch.empty(shape) for name, shape in numbers.items()}
+        # Named in full: a default dtype or device that somebody has set is not what the passes expect.
+        work = {name: torch.empty(shape, dtype=self._operand, device="cpu") for name, shape in operands.items()}
+        work |= {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in numbers.items()}
         for name in _POINTERS:
             if name in work:
                 setattr(self._block, name, work[name].data_ptr())
