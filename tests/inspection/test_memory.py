@@ -13,6 +13,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from tests.models.tiny import ALL_VARIANTS, tiny_config, tiny_model, tokens
 from transxssm.inspection import activation_bytes, all_attention, available_bytes, cache_bytes, memory
 from transxssm.models import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.ops.cpu import kernels_for
+from transxssm.ops.ssd import fused, ssd_chunk_scan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -112,9 +114,30 @@ def test_activations_within_a_factor_of_two(options, dtype):
 )
 def test_what_stands_around_the_scan(options, dtype, monkeypatch):
     """The scan's own tensors, which are not seen, would hide what the options of its layer add."""
-    monkeypatch.setattr(memory, "_scan_workspace", lambda config, num_tokens: 0)
+    monkeypatch.setattr(memory, "_scan_workspace", lambda config, num_tokens, dtype: 0)
     options = {"layer_types": ["linear_attention"] * 2, "intermediate_size": 64} | options
     assert 1 <= estimate_over_measurement(options, dtype) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [100, 2048])
+def test_the_scans_own_workspace(length, dtype, monkeypatch):
+    """By counting it, where kernels have one."""
+    config = TransXSSMConfig.from_preset("small")
+    h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
+    x, B = torch.zeros(1, length, h, p, dtype=dtype), torch.zeros(1, length, g, n, dtype=dtype)
+    if kernels_for(x) is None:
+        pytest.skip("no C++ compiler here")
+    most, workspace = [0], fused._Scan._workspace
+
+    def counted(scan, *size):
+        work = workspace(scan, *size)
+        most.append(sum(tensor.nbytes for tensor in work.values()))
+        return work
+
+    monkeypatch.setattr(fused._Scan, "_workspace", counted)
+    ssd_chunk_scan(x, torch.zeros(1, length, h), -torch.ones(h), B, B)
+    assert 1 <= memory._scan_workspace(config, length, dtype) / max(most) <= 1.7
 
 
 def estimate_over_measurement(options: dict, dtype: torch.dtype, length: int = 512) -> float:

@@ -11,6 +11,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from transxssm.models import TransXSSMConfig
+from transxssm.ops.cpu import kernels_for
 from transxssm.ops.linear import BLOCK_TOKENS
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
@@ -66,7 +67,7 @@ def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtyp
     The residual stream and the rotary tables live throughout; of the parts, which run one after another, the largest counts.
     """
     item, h, p, n = dtype.itemsize, config.ssd_num_heads, config.ssd_head_dim, config.ssd_state_size
-    scan = _scan_workspace(config, num_tokens) // num_tokens
+    scan = _scan_workspace(config, num_tokens, dtype) // num_tokens
     query_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     x_B_C = h * p + 2 * config.ssd_num_groups * n
     inside = item if has_fast_products("cpu", dtype) else 3 * FLOAT32  # of the convolution's operator
@@ -101,12 +102,16 @@ def _block_bytes(width: int, num_tokens: int) -> int:
     return 2 * FLOAT32 * min(ELEMENTS_PER_BLOCK // num_tokens, width)
 
 
-def _scan_workspace(config: TransXSSMConfig, num_tokens: int) -> int:
+def _scan_workspace(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes that the scan forms for a block of chunks, whatever the length of the sequence."""
     h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
     q = config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"]
-    operands, scores, states = 3 * h * p + 2 * g * n, 2 * h * q, 2 * h * p * n // q  # a token
-    return FLOAT32 * min(num_tokens, max(q, BLOCK_SCORES["cpu"] // (h * q))) * (operands + scores + states)
+    tokens = min(num_tokens, max(q, BLOCK_SCORES["cpu"] // (h * q)))
+    states = 2 * h * p * n // q  # a token
+    if kernels_for(torch.empty(0, dtype=dtype)):
+        item = dtype.itemsize if has_fast_products("cpu", dtype) else FLOAT32
+        return tokens * (item * (4 * h * p + 2 * g * n + (h + g) * q + states) + FLOAT32 * 5 * h)
+    return FLOAT32 * tokens * (3 * h * p + 2 * g * n + 2 * h * q + states)
 
 
 def available_bytes(device: torch.device) -> int:
