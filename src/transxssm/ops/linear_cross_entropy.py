@@ -79,7 +79,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         block = max(_MIN_TOKENS_PER_BLOCK, most_logits // weight.shape[0])
         operand = hidden.dtype if has_fast_products(hidden.device.type, hidden.dtype) else torch.float32
         factor = weight.to(operand)
-        kernels = kernels_for(factor)
+        kernels = kernels_for(factor, hidden, labels)
         if kernels:
             labels = labels.long().contiguous()
             _check_labels(labels, weight.shape[0], ignore_index)
@@ -90,7 +90,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             if kernels:
                 losses = logits.new_empty(len(logits), dtype=accumulate)
                 differentiate = int(needs_hidden or needs_weight)
-                kernels.on_rows("cross_entropy", logits, ignore_index, differentiate, logits, labels[rows], losses)
+                kernels.on_rows("cross_entropy", logits, int(ignore_index), differentiate, logits, labels[rows], losses)
                 total += losses.sum(dtype=torch.float64)
             for part in _parts(logits, accumulate) if not kernels else ():
                 log_probs = logits[part].to(accumulate).log_softmax(-1)

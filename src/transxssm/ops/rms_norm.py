@@ -45,7 +45,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
     scales = inputs.new_empty(inputs.shape[0], 1, dtype=accumulate)
-    if kernels := kernels_for(x):
+    if kernels := kernels_for(x, weight):
         kernels.on_rows("rms_norm", inputs, float(eps), inputs.contiguous(), weight.float().contiguous(), y, scales)
         return y, scales
     for rows in row_blocks(inputs):
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         inputs, grads, grad_inputs = x.reshape(-1, width), grad.reshape(-1, width), grad_x.view(-1, width)
         wide_weight, grad_weight = weight.to(accumulate), torch.zeros_like(weight, dtype=accumulate)
-        if kernels := kernels_for(x):
+        if x.dtype == grad.dtype and (kernels := kernels_for(x, weight, scales, grad)):
             sums = grad_weight.new_empty(kernels.num_tasks(len(inputs)), width)
             given = (inputs.contiguous(), wide_weight.contiguous(), scales, grads.contiguous())
             kernels.on_rows("rms_norm_backward", inputs, *given, grad_x, sums)

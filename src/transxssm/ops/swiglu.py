@@ -40,7 +40,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     if gate.numel() <= ELEMENTS_PER_BLOCK:  # a decoded token: what counts is the number of calls
         return F.silu(gate) * up
     output = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    if kernels := kernels_for(gate):
+    if gate.dtype == up.dtype and (kernels := kernels_for(gate, up)):
         gate, up = gate.contiguous(), up.contiguous()
         kernels.on_rows("swiglu", output.view(-1, gate.shape[-1]), gate, up, output)
         return output
@@ -62,7 +62,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (gate, up))
         width = gate.shape[-1]
-        if kernels := kernels_for(gate):
+        if gate.dtype == up.dtype == grad.dtype and (kernels := kernels_for(gate, up, grad)):
             given = (tensor.contiguous() for tensor in (gate, up, grad))
             kernels.on_rows("swiglu_backward", grad_gate.view(-1, width), *given, grad_gate, grad_up)
             return grad_gate, grad_up

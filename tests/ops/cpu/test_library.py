@@ -27,7 +27,7 @@ def compiler_that(folder, script: str) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(module._compiler() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(not module._compilers(), reason="no C++ compiler here")
 def test_it_is_made_once(cache):
     assert module.compiled_library() is not None
     (library,) = cache.iterdir()
@@ -36,7 +36,7 @@ def test_it_is_made_once(cache):
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [made]
 
 
-@pytest.mark.skipif(module._compiler() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(not module._compilers(), reason="no C++ compiler here")
 def test_another_source_makes_another_library(cache, tmp_path, monkeypatch):
     module.compiled_library()
     changed = shutil.copytree(module._FOLDER, tmp_path / "sources")
@@ -64,19 +64,46 @@ def test_a_compiler_that_fails_is_quoted_in_one_line_and_leaves_nothing(cache, t
     failing = compiler_that(
         tmp_path, '[ "$1" = --version ] && exit 0; echo "first" >&2; echo "no such flag" >&2; exit 1'
     )
-    monkeypatch.setenv("CXX", failing)
-    with pytest.warns(UserWarning, match=r"which are slower; .*It said: no such flag$") as caught:
+    monkeypatch.setattr(module, "_compilers", lambda: [failing])
+    with pytest.warns(UserWarning, match=r"which are slower; .*c\+\+: no such flag$") as caught:
         assert module.compiled_library() is None
     assert len(caught) == 1
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.skipif(not module._compilers(), reason="no C++ compiler here")
+def test_the_next_compiler_is_tried(cache, tmp_path, monkeypatch):
+    compilers = [compiler_that(tmp_path, "exit 1"), *module._compilers()]
+    monkeypatch.setattr(module, "_compilers", lambda: compilers)
+    assert module.compiled_library() is not None
+
+
+@pytest.mark.skipif(not module._compilers(), reason="no C++ compiler here")
+def test_a_library_that_a_crash_cut_short_is_made_again(cache):
+    compiler, openmp = module._compilers()[0], module._openmp_of_torch()
+    library, _ = module._built(compiler, openmp)
+    library.write_bytes(b"")
+    assert module.compiled_library() is not None
+    assert library.stat().st_size > 0
+
+
+def test_without_a_home_there_are_no_kernels(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    if not module._compilers() or module._openmp_of_torch() is None:
+        pytest.skip("no C++ compiler here")
+    with pytest.warns(UserWarning, match="Could not determine home"):
+        assert compiled_library.__wrapped__() is None
+
+
 def test_a_cache_that_cannot_be_written_costs_the_kernels_only(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    if module._compiler() is None or module._openmp_of_torch() is None:
+    if not module._compilers() or module._openmp_of_torch() is None:
         pytest.skip("no C++ compiler here")
-    with pytest.warns(UserWarning, match="could not make the CPU's kernels"):
+    with pytest.warns(UserWarning, match="kernels could not be made"):
         assert compiled_library.__wrapped__() is None
 
 

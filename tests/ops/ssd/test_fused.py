@@ -69,6 +69,20 @@ def test_threads_do_not_change_the_result(dtype):
     assert all(map(torch.equal, one, three))
 
 
+@pytest.mark.parametrize("rows", [(1, 3), (3, 1)], ids=["one cos", "one sin"])
+def test_a_table_may_be_the_same_for_all_rows(rows):
+    """While the other is not."""
+    case = make_case(batch=3, length=21, dtype=torch.float32)
+    assert case.rotary is not None
+    tables = tuple(torch.randn(count, *table.shape[1:]) for count, table in zip(rows, case.rotary, strict=True))
+    whole = tuple(table.expand(3, -1, -1) for table in tables)
+    assert_equal_laws(
+        lambda case: case.scan(ssd_chunk_scan, chunk_size=8),
+        lambda case: replace(case, rotary=whole).scan(ssd_chunk_scan, chunk_size=8),
+        replace(case, rotary=tables),
+    )
+
+
 def test_a_default_dtype_is_none_of_its_business():
     case = make_case(length=21, dtype=torch.bfloat16)
     before = results(lambda case: case.scan(ssd_chunk_scan, chunk_size=8), case)

@@ -4,7 +4,7 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transxssm.ops.cpu.library import compiled_library
 
@@ -35,12 +35,25 @@ class Kernels:
         return int(self._library.tasks_of_rows(ctypes.c_int64(num_rows)))
 
 
-def kernels_for(tensor: Tensor, *, operand: torch.dtype | None = None) -> Kernels | None:
-    """The kernels for such a tensor, with products in `operand`'s format. None, and torch's operations, where there are none.
+def kernels_for(tensor: Tensor, *others: Tensor | None) -> Kernels | None:
+    """The kernels for `tensor`'s format; None where there are none: torch's operations do it then.
 
-    The compiler sees the operations too, and makes its own of them.
+    There are none either where somebody would not see them: who traces, fakes, counts or differentiates forwards. The compiler
+    makes its own of torch's operations.
     """
-    if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES or torch.compiler.is_compiling():
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    is_watched = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
+    return None if is_traced or is_watched else kernels_inside_operator(tensor, *others)
+
+
+def kernels_inside_operator(
+    tensor: Tensor, *others: Tensor | None, operand: torch.dtype | None = None
+) -> Kernels | None:
+    """The same inside a custom operator, which is watched from outside; with products in `operand`'s format.
+
+    Kernels read memory: all tensors have to lie on the CPU, and be no subclass that holds theirs elsewhere.
+    """
+    if tensor.dtype not in _DTYPES or not all(_is_plain(each) for each in (tensor, *others) if each is not None):
         return None
     library = compiled_library()
     if library is None:
@@ -49,9 +62,17 @@ def kernels_for(tensor: Tensor, *, operand: torch.dtype | None = None) -> Kernel
     return Kernels(library, _DTYPES[tensor.dtype] + by)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+
+
 def _converted(argument: Tensor | int | float | ctypes.Structure) -> Any:
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, ctypes.Structure):
         return ctypes.byref(argument)
-    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    raise TypeError(f"a kernel takes tensors, int and float: got {type(argument).__name__}")

@@ -31,25 +31,41 @@ def compiled_library() -> ctypes.CDLL | None:
     """The library; None where it is switched off or there is no compiler that makes it."""
     if os.environ.get(_SWITCH, "1") == "0":
         return None
-    compiler, openmp = _compiler(), _openmp_of_torch()
-    if compiler is None or openmp is None:
+    compilers, openmp = _compilers(), _openmp_of_torch()
+    if not compilers or openmp is None:
         _logger.info("no C++ compiler, or none of torch's threads: CPUs take torch's operations")
         return None
-    try:
-        return ctypes.CDLL(str(_built(compiler, openmp)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
-        warnings.warn(
-            f"{compiler} could not make the CPU's kernels, so that the ops take torch's operations, which are slower; "
-            f"{_SWITCH}=0 says that this is wanted. It said: {said.splitlines()[-1] if said else error}",
-            stacklevel=2,
-        )
-        return None
+    problem = ""
+    for compiler in compilers:
+        try:
+            return _loaded(compiler, openmp)
+        except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            problem = f"{compiler}: {said.splitlines()[-1] if said else error}"
+    warnings.warn(
+        "the CPU's kernels could not be made, so that the ops take torch's operations, which are slower; "
+        f"{_SWITCH}=0 says that this is wanted. {problem}",
+        stacklevel=2,
+    )
+    return None
 
 
-def _compiler() -> str | None:
+def _compilers() -> list[str]:
+    """Those that are here, each once, the user's own first. clang knows no libgomp, so that it may take another one to succeed."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    return list(dict.fromkeys(path for name in names if name and (path := shutil.which(name))))
+
+
+def _loaded(compiler: str, openmp: Path) -> ctypes.CDLL:
+    """The library; one that was made before and does not load, for a crash cut it short, is made again."""
+    library, is_new = _built(compiler, openmp)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink()
+        if is_new:
+            raise
+    return ctypes.CDLL(str(_built(compiler, openmp)[0]))
 
 
 def _openmp_of_torch() -> Path | None:
@@ -57,23 +73,22 @@ def _openmp_of_torch() -> Path | None:
     torch.get_num_threads()
     if not _MAPS.exists():
         return None
-    for line in _MAPS.read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
-            return Path(path)
-    return None
+    loaded = dict.fromkeys(Path(line.split(maxsplit=5)[-1]) for line in _MAPS.read_text().splitlines())
+    found = [path for path in loaded if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    own = [path for path in found if path.is_relative_to(Path(torch.__file__).parent)]  # others bring theirs too
+    return next(iter(own + found), None)
 
 
-def _built(compiler: str, openmp: Path) -> Path:
-    """The library's file, made if no earlier process has made it for this source, compiler, processor and OpenMP."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+def _built(compiler: str, openmp: Path) -> tuple[Path, bool]:
+    """The library's file, made if no earlier process has made it for this source, compiler, processor and OpenMP; whether it was."""
+    version = _run(compiler, "--version")
     sources = sorted(_FOLDER.glob("*.cpp"))
-    texts = [path.read_text() for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
+    texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
     made_of = "\0".join((*texts, *_FLAGS, version, _processor(), str(openmp)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transxssm"
     library = cache / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if library.exists():
-        return library
+        return library, False
     cache.mkdir(parents=True, exist_ok=True)
     tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -81,13 +96,14 @@ def _built(compiler: str, openmp: Path) -> Path:
         for source, made in zip(sources, objects, strict=True):
             _run(compiler, *_FLAGS, tune, "-fopenmp", "-c", source, "-o", made)
         linked = Path(folder, library.name)
-        _run(compiler, "-shared", *objects, openmp, "-o", linked)
+        _run(compiler, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-o", linked)
         linked.replace(library)  # whole or not at all, whoever else is making it
-    return library
+    return library, True
 
 
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True)
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
+    return done.stdout
 
 
 def _processor() -> str:

@@ -86,7 +86,7 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
         state = _fold(inputs.initial_state, groups).clone(memory_format=torch.contiguous_format)
-    if passes := passes_for(x):
+    if passes := passes_for(inputs):
         forward_fused(passes, inputs, y, state, states, chunk_size)
         return y, _unfold(state, head_dim), states
     for block in blocks_of(x, chunk_size):
@@ -139,7 +139,7 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     grad_A.zero_()
     grad_D.zero_()
     grad_state = _fold(grad_state.to(acc), groups).clone(memory_format=torch.contiguous_format)
-    if passes := passes_for(x):
+    if passes := passes_for(inputs):
         gradients = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D)
         backward_fused(passes, inputs, grad_y, grad_state, states, chunk_size, gradients)
         return *gradients, _unfold(grad_state, head_dim)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transxssm.ops.cpu import Kernels, kernels_for
+from transxssm.ops.cpu import Kernels, kernels_inside_operator
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
 
@@ -33,9 +33,9 @@ class _Block(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in _INT64S), *((name, ctypes.c_void_p) for name in _POINTERS)]
 
 
-def passes_for(x: Tensor) -> Kernels | None:
-    """The compiled passes for a scan of x, if there are: float32 and bfloat16 on a CPU. A CPU multiplies what it does fast."""
-    return kernels_for(x, operand=_operand(x))
+def passes_for(inputs: ScanInputs) -> Kernels | None:
+    """The compiled passes for a scan, if there are: float32 and bfloat16 on a CPU. A CPU multiplies what it does fast."""
+    return kernels_inside_operator(*inputs, operand=_operand(inputs.x))
 
 
 def _operand(x: Tensor) -> torch.dtype:
@@ -47,7 +47,7 @@ def forward_fused(
 ) -> None:
     """Fills y; carries the state (b, g, n, r p), in place, to the end; fills the states that chunks begin with, unless empty."""
     scan = _Scan(passes, inputs, chunk_size)
-    kept = states.view(-1, *state.shape) if states.numel() else None  # (chunks, b, g, n, r p)
+    kept = states.view(states.shape[1], *state.shape) if states.numel() else None  # (chunks, b, g, n, r p)
     for block in scan.blocks():
         work = scan.work
         scan.run("load_block")
@@ -76,7 +76,7 @@ def backward_fused(
     """Fills the gradients of x, dt, A, B, C and D (if any); carries that of the state (b, g, n, r p), in place, to the start."""
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = gradients
     scan = _Scan(passes, inputs, chunk_size, grad_y)
-    kept = states.view(-1, *grad_state.shape)
+    kept = states.view(states.shape[1], *grad_state.shape)
     per_group = inputs.x.shape[2] // inputs.B.shape[2]
     partial = torch.zeros(2, scan.max_tasks, per_group, dtype=torch.float64, device="cpu")
     for block in scan.blocks(backwards=True):
@@ -126,7 +126,10 @@ class _Scan:
         rows = {"x": _rows(x), "B": _rows(B), "C": _rows(inputs.C)}
         if grad_y is not None:
             rows["grad_y"] = _rows(grad_y.to(x.dtype))
-        whole = {name: getattr(inputs, name) for name in ("dt", "A", "D", "cos", "sin", "seq_idx")}
+        cos, sin = inputs.cos, inputs.sin
+        if cos is not None and sin is not None:  # one of them may be the same for all rows
+            cos, sin = torch.broadcast_tensors(cos, sin)
+        whole = {"cos": cos, "sin": sin} | {name: getattr(inputs, name) for name in ("dt", "A", "D", "seq_idx")}
         self._tensors = rows | {name: tensor.contiguous() for name, tensor in whole.items() if tensor is not None}
         for name in ("cos", "sin"):
             if name in self._tensors:
@@ -145,7 +148,7 @@ class _Scan:
             head_dim=head_dim,
             state_size=state_size,
             length=length,
-            rotary_rows=1 if inputs.cos is None else inputs.cos.shape[0],
+            rotary_rows=1 if cos is None else cos.shape[0],
             threads=torch.get_num_threads(),
             **strides,
             **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
