@@ -41,7 +41,9 @@ def kernels_for(tensor: Tensor, *others: Tensor | None) -> Kernels | None:
     There are none either where somebody would not see them: who traces, fakes, counts or differentiates forwards. The compiler
     makes its own of torch's operations.
     """
-    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if torch.compiler.is_compiling():  # first, since the compiler cannot trace the other questions
+        return None
+    is_traced = torch._C._get_tracing_state() is not None
     is_watched = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
     return None if is_traced or is_watched else kernels_inside_operator(tensor, *others)
 
