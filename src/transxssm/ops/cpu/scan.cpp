@@ -56,49 +56,40 @@ inline Place place_of(const Block& block, int64_t task) {
 
 inline int64_t num_tasks(const Block& block) { return block.num_chunks * block.batch * block.groups; }
 
+// A token's B or C, or a gradient of one, turned by the angles of its position (+1) or back (−1), into the target's format.
+template <class From, class To>
+inline void rotate(const Block& block, const Place& at, int64_t token, float direction, const From* from, To* to) {
+    const int64_t size = block.state_size, half = size / 2;
+    if (!block.cos) {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
+        return;
+    }
+    const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + token) * half;
+    const float *cos = block.cos + angle, *sin = block.sin + angle;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = to_float(from[i]), second = to_float(from[half + i]), turn = direction * sin[i];
+        store(to[i], first * cos[i] - second * turn);
+        store(to[half + i], second * cos[i] + first * turn);
+    }
+}
+
 template <class In, class Op>
 void load_rotated(const Block& block, const Place& at, const void* source, int64_t row, int64_t token, void* target) {
-    const int64_t size = block.state_size, half = size / 2;
     for (int64_t q = 0; q < block.chunk_length; ++q) {
         const int64_t t = at.first_token + q;
-        const In* from = static_cast<const In*>(source) + at.row * row + t * token + at.group * size;
-        Op* to = static_cast<Op*>(target) + (at.task * block.chunk_length + q) * size;
-        if (!block.cos) {
-#pragma omp simd
-            for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
-            continue;
-        }
-        const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + t) * half;
-        const float *cos = block.cos + angle, *sin = block.sin + angle;
-#pragma omp simd
-        for (int64_t i = 0; i < half; ++i) {
-            const float first = to_float(from[i]), second = to_float(from[half + i]);
-            store(to[i], first * cos[i] - second * sin[i]);
-            store(to[half + i], second * cos[i] + first * sin[i]);
-        }
+        const In* from = static_cast<const In*>(source) + at.row * row + t * token + at.group * block.state_size;
+        rotate(block, at, t, 1.0f, from, static_cast<Op*>(target) + (at.task * block.chunk_length + q) * block.state_size);
     }
 }
 
 template <class In, class Op>
 void store_unrotated(const Block& block, const Place& at, const void* source, void* target) {
-    const int64_t size = block.state_size, half = size / 2;
     for (int64_t q = 0; q < block.chunk_length; ++q) {
-        const int64_t t = at.first_token + q;
-        const Op* from = static_cast<const Op*>(source) + (at.task * block.chunk_length + q) * size;
-        In* to = static_cast<In*>(target) + ((at.row * block.length + t) * block.groups + at.group) * size;
-        if (!block.cos) {
-#pragma omp simd
-            for (int64_t i = 0; i < size; ++i) store(to[i], to_float(from[i]));
-            continue;
-        }
-        const int64_t angle = ((block.rotary_rows == 1 ? 0 : at.row) * block.length + t) * half;
-        const float *cos = block.cos + angle, *sin = block.sin + angle;
-#pragma omp simd
-        for (int64_t i = 0; i < half; ++i) {
-            const float first = to_float(from[i]), second = to_float(from[half + i]);
-            store(to[i], first * cos[i] + second * sin[i]);
-            store(to[half + i], second * cos[i] - first * sin[i]);
-        }
+        const int64_t t = at.first_token + q, place = (at.row * block.length + t) * block.groups + at.group;
+        const Op* from = static_cast<const Op*>(source) + (at.task * block.chunk_length + q) * block.state_size;
+        rotate(block, at, t, -1.0f, from, static_cast<In*>(target) + place * block.state_size);
     }
 }
 
