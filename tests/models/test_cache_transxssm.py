@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from torch.fx import GraphModule
+from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from tests.models.tiny import (
@@ -99,6 +100,33 @@ def test_gradients_flow_through_a_cached_state():
         logits = model(inputs_embeds=piece, past_key_values=cache).logits
     (pieces,) = torch.autograd.grad(logits[:, -1].square().sum(), embeds)
     assert_close(pieces, whole, torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["all_ssd", "all_ssd_mamba2"])
+def test_compiled_layers_share_one_graph_a_call(variant):
+    """A prompt and two tokens: two graphs, whatever the number of layers, and the same logits."""
+    model, ids, graphs = tiny_model(variant), tokens(2, LENGTH), []
+    pieces = [LENGTH - 2, 1, 1]
+    expected = in_pieces(model, ids, pieces, TransXSSMCache(config=model.config))
+
+    def count(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        layer.compile(backend=count)
+    logits = in_pieces(model, ids, pieces, TransXSSMCache(config=model.config))
+    assert len(graphs) == 2, "one of the prompt, one of a token"
+    assert_close(logits, expected, torch.float64)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache(), DynamicCache(config=LlamaConfig(num_hidden_layers=8))])
+def test_refuses_a_cache_of_another_model(cache):
+    with pytest.raises(
+        ValueError, match=r"must be made from the model's config, as TransXSSMCache\(config=model\.config\) is: got"
+    ):
+        tiny_model("hybrid")(tokens(1, 3), past_key_values=cache)
 
 
 def ssd_bytes(cache: Cache) -> int:

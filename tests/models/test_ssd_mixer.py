@@ -33,7 +33,7 @@ def rms_normed(x: Tensor, norm: nn.Module) -> Tensor:
 def test_equals_its_formula(options):
     torch.manual_seed(0)
     config = tiny_config("hybrid", **options)
-    mixer = TransXSSMSSDMixer(config, layer_idx=0)
+    mixer = TransXSSMSSDMixer(config)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     mixer = mixer.double()

@@ -48,7 +48,7 @@ class Contender:
         label: what it is, for tables.
         config: its configuration, given the one that all are matched to.
         attention: transformers' name of the attention implementation.
-        transform: what is called in place of the model.
+        is_compiled: whether its layers are (`compile_layers`).
         new_cache: makes the cache for decoding from the configuration and the most tokens it will hold; None: the one that the model makes.
         modes: that it can be measured in.
     """
@@ -56,33 +56,37 @@ class Contender:
     label: str
     config: Callable[[TransXSSMConfig], PreTrainedConfig]
     attention: str = "sdpa"
-    transform: Callable[[nn.Module], Callable[..., Any]] = lambda model: model
+    is_compiled: bool = False
     new_cache: Callable[[PreTrainedConfig, int], Cache] | None = None
     modes: tuple[str, ...] = MODES
 
 
-def compile_layers(model: nn.Module) -> nn.Module:
-    """Compiles the decoder layers one by one: layers of a kind share their code, so that it takes seconds and not minutes."""
+def compile_layers(model: nn.Module, mode: str) -> None:
+    """Compiles the decoder layers one by one: layers of a kind share their code, so that it takes seconds and not minutes.
+
+    decode: those of fixed state alone, since keys and values that grow would be compiled again and again.
+    """
     layers = list(model.get_submodule("model.layers").children())
-    # Where there is a cache, each reads its own number, and is compiled for it.
+    # Attention layers read their own number where there is a cache, and each is compiled for it.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(layers) + 1)
     for layer in layers:
-        layer.compile()
-    return model
+        if mode != "decode" or layer.is_ssd:
+            layer.compile()
 
 
-COMPILED_MODES = ("train", "prefill", "train-autocast")  # a growing cache would compile again at every token
 CONTENDERS = {
     "transxssm": Contender("TransXSSM", lambda config: config),
     "transxssm-compiled": Contender(
         "TransXSSM, torch.compile",
         lambda config: config,
-        transform=compile_layers,
-        modes=COMPILED_MODES,
+        is_compiled=True,
+        modes=("train", "prefill", "decode", "train-autocast"),
     ),
     "transxssm-ssd": Contender("TransXSSM, SSD layers only", _all_ssd),
     "llama": Contender("Llama, SDPA", llama_config),
-    "llama-compiled": Contender("Llama, torch.compile", llama_config, transform=compile_layers, modes=COMPILED_MODES),
+    "llama-compiled": Contender(
+        "Llama, torch.compile", llama_config, is_compiled=True, modes=("train", "prefill", "train-autocast")
+    ),
     "llama-eager": Contender("Llama, eager attention", llama_config, attention="eager"),
     "llama-static": Contender("Llama, SDPA, static cache", llama_config, new_cache=_static_cache, modes=("decode",)),
     "mamba2": Contender("Mamba-2", mamba2_config),
@@ -100,18 +104,17 @@ def build_step(
     token. decode: `DECODE_TOKENS` tokens, one at a time, after the prompt. train-autocast: as train, float32 weights under
     autocast to `dtype`. optimizer: a step of AdamW.
     """
-    contender = CONTENDERS[name]
     if mode == "decode":
         return build_prompt(name, config, length, batch, dtype, STATIC_CACHE_ROOM, device=device).step()
-    model = _new_model(name, config, torch.float32 if mode == "train-autocast" else dtype, device)
+    model = _new_model(name, config, mode, torch.float32 if mode == "train-autocast" else dtype, device)
     input_ids = _new_tokens(config, batch, length, device)
     if mode == "optimizer":
         return _optimizer_step(model)
     if mode in ("train", "train-autocast"):
         autocast_dtype = dtype if mode == "train-autocast" else None
-        return _training_step(model.train(), contender.transform(model), input_ids, autocast_dtype)
+        return _training_step(model.train(), input_ids, autocast_dtype)
     assert mode == "prefill"
-    return _prefill_step(contender.transform(model.eval()), input_ids)
+    return _prefill_step(model.eval(), input_ids)
 
 
 def build_prompt(
@@ -130,7 +133,7 @@ def build_prompt(
     """
     new_cache = CONTENDERS[name].new_cache
     cache = None if new_cache is None else new_cache(config, length + num_new_tokens)
-    model = _new_model(name, config, dtype, device).eval()
+    model = _new_model(name, config, "decode", dtype, device).eval()
     return read_prompt(model, _new_tokens(config, batch, length, device), cache)
 
 
@@ -189,11 +192,14 @@ def json_config(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _new_model(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _new_model(name: str, config: PreTrainedConfig, mode: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     options = {"attn_implementation": CONTENDERS[name].attention} if hasattr(config, "num_attention_heads") else {}
     torch.manual_seed(SEED)
     with torch.device(device):
-        return new_language_model(config, dtype=dtype, **options)
+        model = new_language_model(config, dtype=dtype, **options)
+    if CONTENDERS[name].is_compiled:
+        compile_layers(model, mode)
+    return model
 
 
 def _new_tokens(config: PreTrainedConfig, batch: int, length: int, device: torch.device) -> Tensor:
@@ -201,21 +207,19 @@ def _new_tokens(config: PreTrainedConfig, batch: int, length: int, device: torch
     return tokens.to(device)
 
 
-def _training_step(
-    model: nn.Module, call: Callable[..., Any], input_ids: Tensor, autocast_dtype: torch.dtype | None
-) -> Step:
+def _training_step(model: nn.Module, input_ids: Tensor, autocast_dtype: torch.dtype | None) -> Step:
     def run() -> None:
         with torch.autocast(input_ids.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            loss = call(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
         loss.backward()
 
     return Step(run, lambda: model.zero_grad(set_to_none=True))
 
 
-def _prefill_step(call: Callable[..., Any], input_ids: Tensor) -> Step:
+def _prefill_step(model: nn.Module, input_ids: Tensor) -> Step:
     @torch.no_grad()
     def run() -> Any:
-        return call(input_ids=input_ids, use_cache=True, logits_to_keep=1)
+        return model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
 
     return Step(run)
 

@@ -21,7 +21,6 @@ from transxssm.benchmarking.contenders import (
     build_step,
     check_contenders,
     check_names,
-    compile_layers,
     describe_contenders,
 )
 from transxssm.benchmarking.decoding import DECODE_TOKENS
@@ -168,10 +167,10 @@ def _entry(
         return Entry(name, build_step, arguments, num_tokens=None, flops=None)
     flops = step_flops(_with_chunk_size(config, device), mode, length, settings.batch).total
     if mode == "decode":
-        num_tokens = settings.batch * DECODE_TOKENS
-        return Entry(name, build_step, arguments, num_tokens, DECODE_TOKENS * flops)
-    compiles = CONTENDERS[name].transform is compile_layers
-    return Entry(name, build_step, arguments, settings.batch * length, flops, compiles)
+        num_tokens, flops = settings.batch * DECODE_TOKENS, DECODE_TOKENS * flops
+    else:
+        num_tokens = settings.batch * length
+    return Entry(name, build_step, arguments, num_tokens, flops, CONTENDERS[name].is_compiled)
 
 
 def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 
@@ -107,28 +107,44 @@ def _is_front(part: Tensor, buffer: Tensor) -> bool:
     )
 
 
-def read_ssd_layer(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+def ssd_state_of(cache: Cache | None, layer_idx: int) -> LinearAttentionLayer | None:
+    """A layer's own part of the cache, which is all that an SSD layer sees: a layer that looked itself up by its number would be
+    compiled once for every number, and each call would try the others first.
+
+    Raises:
+        ValueError: a cache that was made without this model's config.
+    """
+    if cache is None:
+        return None
+    part = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(part, LinearAttentionLayer):
+        raise ValueError(
+            f"the cache must be made from the model's config, as TransXSSMCache(config=model.config) is: got a {type(cache).__name__} "
+            f"that holds {'nothing' if part is None else 'a ' + type(part).__name__} for layer {layer_idx}, expected a LinearAttentionLayer"
+        )
+    return part
+
+
+def read_ssd_state(cached: LinearAttentionLayer | None) -> tuple[Tensor | None, Tensor | None]:
     """(recurrent state, convolution state) of a layer, or (None, None) before its first tokens."""
-    if cache is None or not cache.has_previous_state(layer_idx):
+    if cached is None or not cached.has_previous_state[0]:
         return None, None
-    layer = cache.layers[layer_idx]
-    state, conv_state = layer.recurrent_states[0], layer.conv_states[0]
+    state, conv_state = cached.recurrent_states[0], cached.conv_states[0]
     if torch.is_grad_enabled():  # the buffers are overwritten in place, which backward must not see
         return state.clone(), None if conv_state is None else conv_state.clone()
     return state, conv_state
 
 
-def write_ssd_layer(cache: Cache, layer_idx: int, state: Tensor, conv_state: Tensor | None) -> None:
+def write_ssd_state(cached: LinearAttentionLayer, state: Tensor, conv_state: Tensor | None) -> None:
     """Copies a layer's new states into the cache and marks them as there.
 
     transformers marks a layer in `update_conv_state` only, so that without this a model without convolution would start
     from zero again at every call.
     """
-    layer = cache.layers[layer_idx]
-    cache.update_recurrent_state(state, layer_idx)
+    cached.update_recurrent_state(state)
     if conv_state is not None:
-        if not layer.is_conv_states_initialized[0]:
-            layer.lazy_initialization(conv_states=conv_state)
-        layer.conv_states[0].copy_(conv_state)
-    layer.device = state.device
-    layer.has_previous_state[0] = True
+        if not cached.is_conv_states_initialized[0]:
+            cached.lazy_initialization(conv_states=conv_state)
+        cached.conv_states[0].copy_(conv_state)
+    cached.device = state.device
+    cached.has_previous_state[0] = True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -21,7 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from transxssm.models.attention import TransXSSMAttention
-from transxssm.models.cache_transxssm import TransXSSMCache
+from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.norm import TransXSSMRMSNorm
@@ -93,7 +93,7 @@ class TransXSSMDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_ssd = config.layer_types[layer_idx] == SSD_LAYER_TYPE
         if self.is_ssd:
-            self.ssd = TransXSSMSSDMixer(config, layer_idx)
+            self.ssd = TransXSSMSSDMixer(config)
         else:
             self.self_attn = TransXSSMAttention(config, layer_idx)
         self.mlp = TransXSSMMLP(config)
@@ -105,9 +105,10 @@ class TransXSSMDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         positions: Positions,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """past_key_values: the cache where the layer attends; where it is an SSD layer its own part of it (`ssd_state_of`)."""
         normed = self.input_layernorm(hidden_states)
         if self.is_ssd:
             mixed = self.ssd(normed, positions, past_key_values)
@@ -230,12 +231,13 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             seq_idx=seq_idx,
         )
         hidden_states = inputs_embeds
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        for index, (layer, layer_type) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            is_ssd = layer_type == SSD_LAYER_TYPE
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
-                attention_mask=None if layer_type == SSD_LAYER_TYPE else masks[layer_type],
-                past_key_values=past_key_values,
+                attention_mask=None if is_ssd else masks[layer_type],
+                past_key_values=ssd_state_of(past_key_values, index) if is_ssd else past_key_values,
                 **kwargs,
             )
         if isinstance(past_key_values, TransXSSMCache):

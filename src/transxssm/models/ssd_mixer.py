@@ -6,9 +6,9 @@ Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import LinearAttentionLayer
 
-from transxssm.models.cache_transxssm import read_ssd_layer, write_ssd_layer
+from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.norm import TransXSSMRMSNorm
@@ -23,9 +23,8 @@ class TransXSSMSSDMixer(nn.Module):
     and C (Mamba-3); the D skip; the output times silu(z), z = W_z u, then normalised over its whole width (Mamba-2).
     """
 
-    def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
+    def __init__(self, config: TransXSSMConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.ssd_num_heads, config.ssd_head_dim
         self.num_groups, self.state_size = config.ssd_num_groups, config.ssd_state_size
         self.chunk_size, self.scan_in_fp32 = config.ssd_chunk_size, config.ssd_scan_in_fp32
@@ -56,9 +55,11 @@ class TransXSSMSSDMixer(nn.Module):
             self.z_proj = TransXSSMLinear(config.hidden_size, x_size)
             self.norm = TransXSSMRMSNorm(x_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, positions: Positions, past_key_values: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, positions: Positions, cached: LinearAttentionLayer | None = None
+    ) -> Tensor:
         batch, length, _ = hidden_states.shape
-        state, conv_state = read_ssd_layer(past_key_values, self.layer_idx)
+        state, conv_state = read_ssd_state(cached)
         if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
             hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
         x, B, C = self.x_proj(hidden_states), self.B_proj(hidden_states), self.C_proj(hidden_states)
@@ -101,8 +102,8 @@ class TransXSSMSSDMixer(nn.Module):
                 seq_idx=positions.seq_idx,
                 chunk_size=self.chunk_size,
             )
-        if past_key_values is not None:
-            write_ssd_layer(past_key_values, self.layer_idx, state, new_conv_state)
+        if cached is not None:
+            write_ssd_state(cached, state, new_conv_state)
         y = y.reshape(batch, length, -1).to(dtype)
         if self.z_proj is not None and self.norm is not None:
             y = self.norm(swiglu(self.z_proj(hidden_states), y))
