@@ -3,7 +3,8 @@
 Letters: b batch, t time, h heads, d head_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,17 +76,19 @@ class TransXSSMAttention(nn.Module):
             attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
-            output, weights = attend(
-                self,
-                q,
-                k,
-                v,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                **kwargs,
-            )
+            is_decoding_on_gpu = q.device.type == "cuda" and q.shape[2] == 1 and not torch.compiler.is_compiling()
+            with without_cudnn_attention() if is_decoding_on_gpu else nullcontext():
+                output, weights = attend(
+                    self,
+                    q,
+                    k,
+                    v,
+                    attention_mask,
+                    dropout=self.attention_dropout if self.training else 0.0,
+                    scaling=self.scaling,
+                    sliding_window=self.sliding_window,
+                    **kwargs,
+                )
         output = output.reshape(*hidden_states.shape[:2], -1)
         if self.g_proj is not None:
             output = output * torch.sigmoid(self.g_proj(hidden_states))
@@ -102,3 +105,21 @@ class TransXSSMAttention(nn.Module):
             and (attention_mask is None or attention_mask.dtype == torch.bool)
             and not (needs_grad or self.training or torch.compiler.is_compiling())
         )
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """SDPA by another backend than cuDNN, where another is allowed.
+
+    torch prefers cuDNN on Hopper, which makes a plan for every new length of the keys: a decoded token waits 65 ms for it on an H200.
+    """
+    cuda = torch.backends.cuda
+    has_another = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    if not (has_another and cuda.cudnn_sdp_enabled()):
+        yield
+        return
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(True)

@@ -2,6 +2,8 @@
 
 import shutil
 import stat
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -112,6 +114,18 @@ def test_threads_are_torchs_own():
     """A second OpenMP library would have threads that wait in the way of torch's."""
     if compiled_library() is None:
         pytest.skip("no C++ compiler here")
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    loaded = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1]}
-    assert [path for path in loaded if "libgomp" in path or "libiomp" in path] == [str(module._openmp_of_torch())]
+    program = """
+import torch
+from pathlib import Path
+from transxssm.ops.cpu.library import _openmp_of_torch, compiled_library
+
+def openmp():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {path for line in lines if (path := line.split(maxsplit=5)[-1]).rsplit("/")[-1].startswith(("libgomp", "libiomp"))}
+
+torch.get_num_threads()
+before = openmp()
+assert str(_openmp_of_torch()) in before, before
+assert compiled_library() is not None and openmp() == before, openmp() - before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
