@@ -238,13 +238,15 @@ def test_needles_are_trained_on_and_measured(study, tmp_path):
         "held_out_steps": 2,
         "num_examples": 2,
     }
-    report = run_study(study("grid.seeds=[0]", tuning=None, cells={"hybrid": {}}, needle=needle))
-    one = report["contenders"]["hybrid"]
-    assert set(one["measured"]) == {"200/0", "200/1", "400/0", "400/1"}
+    cells = {"hybrid": {}, "scaled": {"weights_of": "hybrid", "model": {"length_scaling_base": 2}}}
+    report = run_study(study("grid.seeds=[0]", tuning=None, cells=cells, needle=needle))
+    one, scaled = (report["contenders"][name] for name in cells)
+    assert set(one["measured"]) == set(scaled["measured"]) == {"200/0", "200/1", "400/0", "400/1"}
     assert all(0 <= cell["accuracy"] <= 1 for cell in one["measured"].values())
     assert one["mean"]["train_tokens"] == 2 * 2 * 192 + 2 * 2 * 256
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| found, mean over depths (worst depth), at length | 200 | 400 |" in page
+    assert {"hybrid", "scaled"} <= {row.split(" | ")[0].strip("| ") for row in page.splitlines()}
     assert (tmp_path / "out" / "needle-hybrid.png").exists()
 
 

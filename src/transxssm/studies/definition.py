@@ -297,8 +297,10 @@ def _check(study: Study) -> None:
             raise ValueError(
                 f"cells.{name}.weights_of: {cell.weights_of} has no weights of its own: name a cell that is trained"
             )
-        if study.perplexity is None:
-            raise ValueError(f"cells.{name}.weights_of: such a cell is measured by perplexity: add that section")
+        if study.perplexity is None and study.task is None:
+            raise ValueError(
+                f"cells.{name}.weights_of: such a cell is measured, not trained: add a section perplexity, recall or needle"
+            )
     if sum(section is not None for section in (study.perplexity, study.recall, study.needle)) > 1:
         raise ValueError("a study is measured by one of perplexity, recall and needle: got more than one section")
     if study.needle is not None:
