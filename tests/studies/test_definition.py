@@ -123,7 +123,10 @@ def test_bad_bases(tmp_path, base, words):
     ("changes", "words"),
     [
         ({"cells": {"a": {"weights_of": "b"}}}, "no cell 'b'"),
-        ({"cells": {"a": {}, "b": {"weights_of": "a"}}}, "measured, not trained: add a section perplexity, recall or needle"),
+        (
+            {"cells": {"a": {}, "b": {"weights_of": "a"}}},
+            "measured, not trained: add a section perplexity, recall or needle",
+        ),
         (
             {"cells": {"a": {}, "b": {"weights_of": "a"}, "c": {"weights_of": "b"}}, "perplexity": {"lengths": [16]}},
             "no weights",
