@@ -91,7 +91,9 @@ def decode(
     preset: Preset = "small",
     contenders: Annotated[
         str,
-        typer.Option(help="Of transxssm, transxssm-ssd, llama, llama-eager, llama-static, mamba2, jamba."),
+        typer.Option(
+            help="Of transxssm, transxssm-compiled, transxssm-ssd, llama, llama-eager, llama-static, mamba2, jamba."
+        ),
     ] = "transxssm,llama,llama-static,mamba2,jamba",
     length: Annotated[str, typer.Option(help="Tokens of the prompt, such as 4096 or 4K.")] = "1K",
     batches: Annotated[str, typer.Option(help="Sequences at once, such as 1,8,64; smallest first.")] = "1,2,4,8",

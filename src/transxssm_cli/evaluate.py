@@ -202,7 +202,7 @@ def harness(
     device: Device = "auto",
     output_dir: OutputDir = None,
 ) -> None:
-    """Standard tasks, by lm-evaluation-harness (pip install 'transxssm[eval]')."""
+    r"""Standard tasks, by lm-evaluation-harness (pip install 'transxssm\[eval]')."""
     if not sys.stderr.isatty():  # lm-eval's bars are tqdm's, which reads this when it is imported
         os.environ.setdefault("TQDM_DISABLE", "1")
     from transxssm_cli.evaluation import Place, evaluate_harness

@@ -78,8 +78,8 @@ def evaluate_perplexity(
     require_positive(max_tokens=max_tokens, batch_tokens=batch_tokens, training_length=training_length)
     quiet_progress_bars()
     recipe = place.recipe
+    model = place.load_model()  # first: of a mistyped folder one would hear that it names no text
     source = open_text(text, recipe, default=None)
-    model = place.load_model()
     tokenizer = load_tokenizer(place.checkpoint, model.config)
     trained = training_length_of(training_length, recipe, model.config)
     if chosen is None:

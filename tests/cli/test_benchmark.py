@@ -64,8 +64,8 @@ def test_refusals_of_throughput(error_of, arguments, words):
         (["--length", "0"], "a length is a number of tokens ≥ 1, such as 4096 or 4K: got '0'"),
         (["--contenders", "transxssm,gpt2"], "unknown contender 'gpt2': expected one of transxssm, "),
         (
-            ["--contenders", "transxssm-compiled"],
-            "transxssm-compiled can be measured in train, prefill, train-autocast only: got modes decode",
+            ["--contenders", "llama-compiled"],
+            "llama-compiled can be measured in train, prefill, train-autocast only: got modes decode",
         ),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),

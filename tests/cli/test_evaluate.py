@@ -212,7 +212,8 @@ class TestRefusals:
         assert not (tmp_path / "runs").exists()
 
     def test_no_checkpoint(self, error_of, tmp_path):
-        assert "no checkpoint folder" in error_of("evaluate", tmp_path / "absent", "recall", *RECALL)
+        for task in (["recall", *RECALL], ["perplexity"]):
+            assert "no checkpoint folder" in error_of("evaluate", tmp_path / "absent", *task)
 
     def test_a_model_without_tokenizer(self, error_of, llama, text, tmp_path):
         folder = shutil.copytree(llama, tmp_path / "model")

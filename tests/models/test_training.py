@@ -1,11 +1,15 @@
 """What trainers do to a model: checkpointing, compiling, adapters, classification."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from tests.models.tiny import ALL_VARIANTS, gradients_of, logits_of, pad_rows, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close
@@ -168,3 +172,42 @@ class TestSequenceClassification:
         losses = losses_of_training(self.classifier(variant).train(), 20, **batch)
         assert losses[-1] < 0.5 * losses[0]
         assert all(map(math.isfinite, losses))
+
+
+def trainer_of(model: nn.Module, folder: Path, **settings: Any) -> Trainer:
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 8)]
+    return Trainer(
+        model.float(),
+        arguments,
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
+    )
+
+
+@pytest.mark.parametrize("label_names", [None, ["labels"]], ids=str)
+def test_trainer_evaluates(tmp_path, label_names):
+    """It finds the labels by the names in forward's signature, and what to leave out of the predictions in the config."""
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path, label_names=label_names)
+    assert trainer.label_names == ["labels"]
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        expected = model(tokens(4, 8), labels=tokens(4, 8)).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_rows"] == 4
+
+
+def test_trainer_evaluates_a_classifier(tmp_path):
+    model = TransXSSMForSequenceClassification(tiny_config(num_labels=3)).eval()
+    trainer = trainer_of(model, tmp_path)
+    trainer.eval_dataset = [{"input_ids": ids, "labels": 1} for ids in tokens(4, 8)]
+    assert trainer.evaluate()["eval_rows"] == 4
+
+
+def test_trainers_label_smoothing_smooths_the_next_token(tmp_path):
+    model, ids = tiny_model(), tokens(2, 8)
+    trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.1)
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logits = logits_of(model, ids)[:, :-1].flatten(0, 1)
+    assert_close(loss, F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1), torch.float32)

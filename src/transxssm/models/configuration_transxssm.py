@@ -103,7 +103,7 @@ class TransXSSMConfig(PreTrainedConfig):
     """
 
     model_type = "transxssm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
     # SSD layers are replicated: their heads read A_log and dt_bias, which no plan of transformers shards.
     base_model_tp_plan = {  # noqa: RUF012 (transformers' own form)
         "layers.*.self_attn.q_proj": "colwise",

@@ -339,7 +339,6 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss where labels are given. Other arguments: `TransXSSMModel.forward`.
@@ -349,8 +348,10 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions to compute logits for, or their indices; 0: all.
             skip_logits: with labels, compute the loss without the (tokens × vocabulary) logits and return none; None: in training.
             num_items_in_batch: divides the summed loss; None: the mean over the labels that count.
-            shift_labels: (b, t) labels that are shifted already, in place of labels.
+            shift_labels: (b, t) labels that are shifted already, in place of labels. Named here alone: Trainer takes every
+                argument with "label" in its name for one that each batch has.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
