@@ -22,6 +22,13 @@ def train_recipe(arguments: list[str], *, resume: bool) -> None:
         summary = train(recipe, resume=resume)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or "continue with the same command and --resume") from None
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # an optimizer, a kernel or a tracker whose package transformers misses
+        if not isinstance(error, ImportError) and "install" not in str(error):
+            raise
+        raise ValueError(f"the training section asks for what is not installed here: {error}") from error
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, one speaks
         typer.echo(result_line(recipe, summary))
 

@@ -136,3 +136,22 @@ def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, monkeypatch, 
     summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}
     monkeypatch.setattr(training, "train", lambda recipe, resume: summary)
     assert f"try it: {command}" in run("train", recipe, *overrides).stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps: got 0, expected at least 1"),
+        ("training.per_device_eval_batch_size=0", "training.per_device_eval_batch_size: got 0, expected at least 1"),
+        ("training.optim=galore_adamw", "the training section asks for what is not installed here: "),
+    ],
+    ids=str,
+)
+def test_settings_that_transformers_would_stumble_over(error_of, recipe, setting, words):
+    assert words in error_of("train", recipe, setting)
+
+
+def test_the_corrected_command_needs_no_other_folder(run, error_of, recipe):
+    assert error_of("train", recipe, "training.optim=galore_adamw")
+    assert run("train", recipe).exit_code == 0
+    assert "is not empty" in error_of("train", recipe)

@@ -213,6 +213,11 @@ def test_flash_attention_is_refused():
         model(torch.cat(documents(LENGTHS), dim=1), seq_idx=document_numbers(LENGTHS))
 
 
+def test_refuses_documents_of_another_number_of_tokens():
+    with pytest.raises(ValueError, match=r"seq_idx must number each of the 14 tokens' documents: got shape \(1, 13\)"):
+        tiny_model()(torch.ones(1, 14, dtype=torch.long), seq_idx=torch.zeros(1, 13, dtype=torch.long))
+
+
 def test_every_kind_of_layer_is_packed():
     """The tests above run on each kind of layer and each option that the model has."""
     kinds = {kind for options in VARIANTS.values() for kind in options.get("layer_types", [])}

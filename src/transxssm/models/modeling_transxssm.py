@@ -209,6 +209,10 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
             seq_idx = documents_from_positions(position_ids, padding)
         if seq_idx is not None:
+            if seq_idx.shape[-1] != length:
+                raise ValueError(
+                    f"seq_idx must number each of the {length} tokens' documents: got shape {tuple(seq_idx.shape)}"
+                )
             seq_idx = seq_idx.expand(inputs_embeds.shape[0], -1)
         if position_ids is None:
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None

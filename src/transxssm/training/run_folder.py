@@ -15,14 +15,14 @@ TENSORBOARD = "tensorboard"
 
 
 def check_empty(run_dir: Path) -> None:
-    """Checks that a new run overwrites nothing.
+    """Checks that a new run overwrites nothing. What a start leaves that failed before its first step is nothing.
 
     Raises:
         ValueError: the folder holds something, or is none.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"training.output_dir {run_dir} is a file: choose another one")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and any(path.name not in (RECIPE, TENSORBOARD) for path in run_dir.iterdir()):
         raise ValueError(
             f"{run_dir} is not empty: continue that run with --resume, or choose another training.output_dir"
         )
