@@ -22,10 +22,7 @@ def train_recipe(arguments: list[str], *, resume: bool) -> None:
         summary = train(recipe, resume=resume)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or "continue with the same command and --resume") from None
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # an optimizer, a kernel or a tracker whose package transformers misses
+    except (ImportError, RuntimeError) as error:  # transformers misses a package of an optimizer, a kernel or a tracker
         if not isinstance(error, ImportError) and "install" not in str(error):
             raise
         raise ValueError(f"the training section asks for what is not installed here: {error}") from error

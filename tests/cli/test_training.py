@@ -151,7 +151,11 @@ def test_settings_that_transformers_would_stumble_over(error_of, recipe, setting
     assert words in error_of("train", recipe, setting)
 
 
-def test_the_corrected_command_needs_no_other_folder(run, error_of, recipe):
+def test_the_corrected_command_needs_no_other_folder(run, error_of, recipe, tmp_path):
     assert error_of("train", recipe, "training.optim=galore_adamw")
+    assert not any((tmp_path / "run").iterdir())
+    (tmp_path / "run" / "recipe.yaml").write_text("a user's own")
+    assert "is not empty" in error_of("train", recipe)
+    (tmp_path / "run" / "recipe.yaml").unlink()
     assert run("train", recipe).exit_code == 0
     assert "is not empty" in error_of("train", recipe)

@@ -35,6 +35,7 @@ from transxssm.training.checkpoints import (
     step_of,
 )
 from transxssm.training.interrupt import BudgetSpentError, Interrupt
+from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe
 from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
 from transxssm.training.source import Collate, TrainingData, text_data
@@ -104,7 +105,14 @@ def train(
         if is_main:
             run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
             write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
-        was_asked_to_stop = _run(trainer, checkpoint, budget_seconds)
+        try:
+            was_asked_to_stop = _run(trainer, checkpoint, budget_seconds)
+        except (NonFiniteError, BudgetSpentError):  # results of a kind
+            raise
+        except Exception:
+            if is_main and not resume and trainer.state.global_step == 0:
+                run_folder.remove_start(run_dir)
+            raise
         trainer.save_final()
         summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
         if is_main:

@@ -1,6 +1,7 @@
 """One run, one folder: what it may contain before a run starts, and whether a resumed run is still the same one."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ TENSORBOARD = "tensorboard"
 
 
 def check_empty(run_dir: Path) -> None:
-    """Checks that a new run overwrites nothing. What a start leaves that failed before its first step is nothing.
+    """Checks that a new run overwrites nothing.
 
     Raises:
         ValueError: the folder holds something, or is none.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"training.output_dir {run_dir} is a file: choose another one")
-    if run_dir.is_dir() and any(path.name not in (RECIPE, TENSORBOARD) for path in run_dir.iterdir()):
+    if run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(
             f"{run_dir} is not empty: continue that run with --resume, or choose another training.output_dir"
         )
+
+
+def remove_start(run_dir: Path) -> None:
+    """Removes what a new run wrote before its first step, so that the corrected command finds its folder empty."""
+    run_dir.joinpath(RECIPE).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
 
 
 def check_same_run(run_dir: Path, recipe: Recipe) -> None:
