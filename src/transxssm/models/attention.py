@@ -17,7 +17,7 @@ from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
-from transxssm.ops import apply_rotary, single_query_attention
+from transxssm.ops import apply_rotary, causal_attention, has_attention_kernels, single_query_attention
 
 
 class TransXSSMAttention(nn.Module):
@@ -72,6 +72,8 @@ class TransXSSMAttention(nn.Module):
         weights = None
         if self._is_slow_in_torch(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
+        elif self._is_causal_for_kernels(q, k, v, attention_mask):
+            output = causal_attention(q, k, v, scaling=self.scaling).transpose(1, 2)
         else:
             attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
@@ -93,6 +95,16 @@ class TransXSSMAttention(nn.Module):
         if self.g_proj is not None:
             output = output * torch.sigmoid(self.g_proj(hidden_states))
         return self.o_proj(output), weights
+
+    def _is_causal_for_kernels(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether SDPA is asked for causal attention of whole rows and nothing else, and there are kernels that do it faster."""
+        return (
+            attention_mask is None
+            and 1 < q.shape[2] == k.shape[2]
+            and self.config._attn_implementation == "sdpa"
+            and not (self.training and self.attention_dropout)
+            and has_attention_kernels(q, k, v)
+        )
 
     def _is_slow_in_torch(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this is a token that is decoded in half precision on a CPU by SDPA, and nothing but its output is asked for."""

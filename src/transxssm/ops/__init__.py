@@ -1,5 +1,6 @@
 """Layer 0: pure functions of tensors. They know no configuration, no module and no cache."""
 
+from transxssm.ops.causal_attention import causal_attention, has_attention_kernels
 from transxssm.ops.linear import linear
 from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
@@ -12,6 +13,8 @@ from transxssm.ops.swiglu import swiglu
 __all__ = [
     "SSDBackend",
     "apply_rotary",
+    "causal_attention",
+    "has_attention_kernels",
     "keep_pairs",
     "linear",
     "linear_cross_entropy",

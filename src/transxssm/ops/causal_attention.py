@@ -1,0 +1,208 @@
+"""Causal attention in bfloat16 on a CPU, forward and backward, at twice the speed of torch's: see ops/cpu/attention.cpp.
+
+Letters: b batch, h heads, k key-value heads, t time, d head_dim.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transxssm.ops.cpu import compiled_library, kernels_for, kernels_inside_operator
+
+# What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
+_HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None = None, *, scaling: float) -> Tensor:
+    """softmax(scaling · q kᵀ) v, in which query i sees the keys first_keys_i … i; scores and sums are float32.
+
+    The processor's own kernels where it has them: bfloat16 on a CPU with such products (AVX-512), heads of 32, 64, 96 or 128. They
+    know of no mask, so that what documents or a window hide costs nothing. Else torch's SDPA. Not twice differentiable.
+
+    Args:
+        q: (b, h, t, d). k, v: (b, k, t, d); heads r·i … r·i + r − 1 of the h = r k share number i.
+        first_keys: (b, t) int32, at most the query's own place and never falling along a row; None: zeros.
+        scaling: of the scores.
+
+    Returns:
+        (b, h, t, d) in q's dtype.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    batch, heads, length, _ = q.shape
+    if k.shape != v.shape or k.shape[::2] != (batch, length) or k.shape[3] != q.shape[3] or heads % k.shape[1]:
+        raise ValueError(f"expected q (b, h, t, d) and k, v (b, k, t, d), h a multiple of k: got {[*map(tuple, (q, k, v))]}")
+    if first_keys is not None and first_keys.shape != (batch, length):
+        raise ValueError(f"first_keys must have shape {(batch, length)}: got {tuple(first_keys.shape)}")
+    if has_attention_kernels(q, k, v):
+        return _attention(q, k, v, first_keys, scaling)[0]
+    return _by_torch(q, k, v, first_keys, scaling)
+
+
+def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `causal_attention` has kernels for these."""
+    is_fit = q.device.type == "cpu" and q.shape[-1] % _HEAD_DIM_STEP == 0 and 0 < q.shape[-1] <= _WIDEST_HEAD
+    if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16):
+        return False
+    # The compiler takes the operator as it is: it has no better one.
+    return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and _is_made_for_this_processor()
+
+
+@torch.compiler.assume_constant_result
+def _is_made_for_this_processor() -> bool:
+    library = compiled_library()
+    return library is not None and bool(library.attention_is_here())
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> Tensor:
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    if first_keys is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    places = torch.arange(q.shape[2], device=q.device)
+    seen = (places <= places[:, None]) & (places >= first_keys[..., None])  # (b, t, t)
+    return F.scaled_dot_product_attention(q, k, v, seen[:, None], scale=scaling)
+
+
+@torch.library.custom_op("transxssm::causal_attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithms of the sums of exponentials: (b, h, t), float32."""
+    output, log_sums = _empty_outputs(q, k, v, first_keys, scaling)
+    call = _Call(q, k, v, first_keys, scaling, output, log_sums)
+    call.run("attend", _room(k), _room(k))
+    return output, log_sums
+
+
+@_attention.register_fake
+def _empty_outputs(
+    q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("transxssm::causal_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_keys: Tensor | None,
+    output: Tensor,
+    log_sums: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    gradients = _empty_gradients(grad, q, k, v, first_keys, output, log_sums, scaling)
+    call = _Call(q, k, v, first_keys, scaling, output, log_sums, grad)
+    rows = (q.shape[0], q.shape[1], _padded(q.shape[2]))
+    workspaces = (
+        *(_room(q) for _ in range(4)),
+        _room(k),
+        _room(q, torch.float32),
+        *(q.new_empty(rows, dtype=torch.float32) for _ in range(2)),
+    )
+    pointers = zip(_Gradients.NAMES, (*gradients, *workspaces), strict=True)
+    call.run("attend_backward", _Gradients(**{name: tensor.data_ptr() for name, tensor in pointers}))
+    return gradients
+
+
+@_attention_backward.register_fake
+def _empty_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_keys: Tensor | None,
+    output: Tensor,
+    log_sums: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """(b, h, t, d), a token's heads side by side, as projections want them."""
+    batch, heads, length, head_dim = like.shape
+    return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _padded(length: int) -> int:
+    return -(-length // _KEYS) * _KEYS
+
+
+def _room(heads: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A workspace of a head after the other: (b, h, padded t, d)."""
+    batch, num_heads, length, head_dim = heads.shape
+    return heads.new_empty(batch, num_heads, _padded(length), head_dim, dtype=dtype)
+
+
+# fmt: off
+_SIZES = ("batch", "heads", "key_heads", "length", "head_dim", "threads")
+_STRIDED = ("q", "k", "v", "output", "grad")
+# fmt: on
+
+
+class _Attention(ctypes.Structure):
+    """`struct Attention` of ops/cpu/attention.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in _STRIDED for axis in ("row", "head", "token")),
+        *((name, ctypes.c_void_p) for name in (*_STRIDED, "first_keys", "log_sums")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Gradients(ctypes.Structure):
+    """`struct AttentionGradients` there."""
+
+    NAMES = (
+        *("grad_q", "grad_k", "grad_v", "q_columns", "q_pairs", "grad_columns", "grad_pairs", "k_rows", "to_q"),
+        *("dots", "log2_sums"),
+    )
+    _fields_ = tuple((name, ctypes.c_void_p) for name in NAMES)
+
+
+class _Call:
+    """The tensors of a call, which it keeps, and their description."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first_keys: Tensor | None,
+        scaling: float,
+        output: Tensor,
+        log_sums: Tensor,
+        grad: Tensor | None = None,
+    ) -> None:
+        kernels = kernels_inside_operator(q, k, v, first_keys, output, log_sums, grad)
+        assert kernels is not None
+        self._kernels = kernels
+        given = (q, k, v, output, output if grad is None else grad)
+        self._strided = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in given]
+        self._others = (None if first_keys is None else first_keys.to(torch.int32).contiguous(), log_sums.contiguous())
+        sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], torch.get_num_threads())
+        strides = [stride for tensor in self._strided for stride in tensor.stride()[:3]]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*self._strided, *self._others)]
+        self._description = _Attention(*sizes, *strides, *pointers, scaling)
+
+    def run(self, name: str, *arguments: Tensor | ctypes.Structure) -> None:
+        self._kernels.run(name, self._description, *arguments)

@@ -1,0 +1,425 @@
+// Causal attention in bfloat16, forward and backward, block by block: the scores are never in memory as a whole (FlashAttention-2).
+//
+// For processors that multiply bfloat16 in AVX-512 and have no tiles (AMX), which torch makes better use of; `attention_is_here` says
+// whether this one does. The instruction adds two neighbouring products to a float32, so that a product takes its left matrix by
+// rows, broadcasting pairs of neighbours, and its right matrix in pairs of rows: [k / 2][n] of two numbers each. Whatever is to be a
+// right matrix is brought into that order first.
+//
+// A task's result does not depend on the number of threads.
+//
+// Letters: b batch, h heads, g heads that share a key-value head, t time, q and k positions in a block, d head_dim.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "numbers.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && !defined(__AMX_BF16__)
+#define TRANSXSSM_ATTENTION 1
+#include <immintrin.h>
+#else
+#define TRANSXSSM_ATTENTION 0
+#endif
+
+extern "C" {
+
+// Mirrored by `_Attention` in ops/causal_attention.py. Strides are in elements; a head's numbers lie side by side.
+struct Attention {
+    int64_t batch, heads, key_heads, length, head_dim, threads;
+    int64_t q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token;
+    int64_t output_row, output_head, output_token, grad_row, grad_head, grad_token;
+    const void *q, *k, *v, *output, *grad;  // (b, h, t, d)
+    const int32_t* first_keys;  // (b, t) or null: the first key that each query sees, not after itself, never falling
+    float* log_sums;  // (b, h, t): log of the sum of a query's exponentials
+    float scaling;
+};
+
+// The gradients, (b, t, h, d), and workspaces: by head, padded t × d each; the last two padded t.
+struct AttentionGradients {
+    void *grad_q, *grad_k, *grad_v;
+    void *q_columns, *q_pairs, *grad_columns, *grad_pairs, *k_rows;
+    float *to_q, *dots, *log2_sums;
+};
+
+int64_t attention_is_here() {
+    return TRANSXSSM_ATTENTION;
+}
+
+}  // extern "C"
+
+#if TRANSXSSM_ATTENTION
+
+namespace {
+
+constexpr int64_t WIDTH = 64;  // positions of a block: four vectors
+constexpr int64_t KEYS = 128;  // keys that the backward pass works on at once
+constexpr int64_t WIDEST = 128;  // head_dim
+constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f, INFINITE = std::numeric_limits<float>::infinity();
+
+inline int64_t padded(int64_t length) { return (length + KEYS - 1) / KEYS * KEYS; }
+
+// 2^x to 5e-6, 0 at −∞; NaN stays NaN.
+inline __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // of NaN and a number it gives the second
+    const __m512 power = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, power);
+    __m512 sum = _mm512_set1_ps(9.61812911e-3f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, power);
+}
+
+inline __mmask16 lanes_before(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
+
+// R rows of V vectors each, in registers.
+template <int R, int V>
+struct Tile {
+    __m512 at[R][V];
+
+    inline void clear() {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) at[r][v] = _mm512_setzero_ps();
+    }
+    inline void load(const float* from, int64_t stride) {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) at[r][v] = _mm512_loadu_ps(from + r * stride + 16 * v);
+    }
+    inline void save(float* to, int64_t stride) const {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) _mm512_storeu_ps(to + r * stride + 16 * v, at[r][v]);
+    }
+    // += left (R rows, `stride` apart) times right (pairs of rows, `width` columns).
+    inline void add(const bfloat16* left, int64_t stride, const uint32_t* right, int64_t width, int64_t pairs) {
+        for (int64_t p = 0; p < pairs; ++p) {
+            __m512bh columns[V];
+            for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(right + p * width + 16 * v);
+            for (int r = 0; r < R; ++r) {
+                int32_t two;
+                std::memcpy(&two, left + r * stride + 2 * p, sizeof two);
+                const __m512bh pair = (__m512bh)_mm512_set1_epi32(two);
+                for (int v = 0; v < V; ++v) at[r][v] = _mm512_dpbf16_ps(at[r][v], pair, columns[v]);
+            }
+        }
+    }
+};
+
+// product (rows × width) += left (rows × 2 pairs) times right, width a multiple of 32.
+template <int V>
+inline void add_columns(
+    const bfloat16* left, int64_t left_stride, const uint32_t* right, int64_t right_width, float* product, int64_t stride,
+    int64_t rows, int64_t pairs
+) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        Tile<4, V> tile;
+        tile.load(product + r * stride, stride);
+        tile.add(left + r * left_stride, left_stride, right, right_width, pairs);
+        tile.save(product + r * stride, stride);
+    }
+    for (; r < rows; ++r) {
+        Tile<1, V> tile;
+        tile.load(product + r * stride, stride);
+        tile.add(left + r * left_stride, left_stride, right, right_width, pairs);
+        tile.save(product + r * stride, stride);
+    }
+}
+
+inline void add_product(
+    const bfloat16* left, int64_t left_stride, const uint32_t* right, int64_t width, float* product, int64_t stride, int64_t rows,
+    int64_t pairs
+) {
+    int64_t n = 0;
+    for (; n + 64 <= width; n += 64) add_columns<4>(left, left_stride, right + n, width, product + n, stride, rows, pairs);
+    for (; n < width; n += 32) add_columns<2>(left, left_stride, right + n, width, product + n, stride, rows, pairs);
+}
+
+// Blocks of 64 positions, each [d / 2][64]: the right matrix whose columns are positions. Positions beyond the length are zeros.
+void columns_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
+    for (int64_t first = 0; first < padded(length); first += WIDTH)
+        for (int64_t p = 0; p < WIDTH; ++p)
+            for (int64_t d = 0; d < head_dim / 2; ++d) {
+                uint32_t two = 0;
+                if (first + p < length) std::memcpy(&two, from + (first + p) * token + 2 * d, sizeof two);
+                to[first * head_dim / 2 + d * WIDTH + p] = two;
+            }
+}
+
+// [t / 2][d]: the right matrix whose rows are positions.
+void pairs_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
+    for (int64_t t = 0; t < padded(length); t += 2)
+        for (int64_t d = 0; d < head_dim; ++d) {
+            const uint32_t first = t < length ? from[t * token + d].bits : 0, second = t + 1 < length ? from[(t + 1) * token + d].bits : 0;
+            to[t / 2 * head_dim + d] = first | second << 16;
+        }
+}
+
+// Blocks of KEYS positions, each [d][KEYS]: the left matrix whose columns are positions.
+void rows_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, bfloat16* to) {
+    for (int64_t first = 0; first < padded(length); first += KEYS)
+        for (int64_t p = 0; p < KEYS; ++p)
+            for (int64_t d = 0; d < head_dim; ++d)
+                to[first * head_dim + d * KEYS + p] = first + p < length ? from[(first + p) * token + d] : bfloat16{0};
+}
+
+inline const bfloat16* head_of(const void* base, int64_t row_stride, int64_t row, int64_t head_stride, int64_t head) {
+    return static_cast<const bfloat16*>(base) + row * row_stride + head * head_stride;
+}
+
+// R queries from `query` on against all keys that they see.
+template <int R>
+void attend(
+    const Attention& a, const bfloat16* q, const uint32_t* k_columns, const uint32_t* v_pairs, const int32_t* first_keys, int64_t query,
+    bfloat16* output, float* log_sums
+) {
+    const int64_t D = a.head_dim;
+    const float scale = a.scaling * LOG2_E;
+    alignas(64) float sums_of_values[R * WIDEST];
+    alignas(64) float scores[R][KEYS];
+    alignas(64) bfloat16 weights[R][KEYS];
+    float greatest[R], total[R];
+    std::fill_n(sums_of_values, R * D, 0.0f);
+    for (int r = 0; r < R; ++r) greatest[r] = -INFINITE, total[r] = 0.0f;
+    for (int64_t from = first_keys ? first_keys[query] / KEYS * KEYS : 0; from < query + R; from += KEYS) {
+        const int64_t width = std::min(KEYS, (query + R - from + WIDTH - 1) / WIDTH * WIDTH);
+        for (int64_t n = 0; n < width; n += WIDTH) {
+            Tile<R, 4> tile;
+            tile.clear();
+            tile.add(q, a.q_token, k_columns + (from + n) * D / 2, WIDTH, D / 2);
+            tile.save(&scores[0][n], KEYS);
+        }
+        float keep[R], peaks[R];
+        for (int r = 0; r < R; ++r) {
+            // Of the keys of this block the query sees those from `begin` to before `end`.
+            const int64_t begin = first_keys ? first_keys[query + r] - from : 0, end = query + r - from + 1;
+            __m512 most = _mm512_set1_ps(-INFINITE);
+            for (int64_t n = 0; n < width; n += 16) {
+                __m512 score = _mm512_load_ps(&scores[r][n]);
+                if (n < begin || n + 16 > end) {
+                    score = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITE), lanes_before(end - n) & ~lanes_before(begin - n), score);
+                    _mm512_store_ps(&scores[r][n], score);
+                }
+                most = _mm512_max_ps(most, score);
+            }
+            const float peak = std::max(greatest[r], _mm512_reduce_max_ps(most) * scale);
+            peaks[r] = peak == -INFINITE ? 0.0f : peak;  // it has seen no key yet
+            keep[r] = std::exp2(greatest[r] - peaks[r]);
+            greatest[r] = peak;
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m512 peak = _mm512_set1_ps(peaks[r]), factor = _mm512_set1_ps(scale);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t n = 0; n < width; n += 32) {
+                const __m512 left = _mm512_load_ps(&scores[r][n]), right = _mm512_load_ps(&scores[r][n + 16]);
+                const __m512 low = exp2_of(_mm512_fmsub_ps(left, factor, peak)), high = exp2_of(_mm512_fmsub_ps(right, factor, peak));
+                sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+                _mm512_store_si512(&weights[r][n], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            }
+            total[r] = total[r] * keep[r] + _mm512_reduce_add_ps(sum);
+        }
+        const auto add_values = [&](auto vectors, int64_t d) {
+            constexpr int V = decltype(vectors)::value;
+            Tile<R, V> tile;
+            tile.load(sums_of_values + d, D);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) tile.at[r][v] = _mm512_mul_ps(tile.at[r][v], _mm512_set1_ps(keep[r]));
+            tile.add(&weights[0][0], KEYS, v_pairs + from / 2 * D + d, D, width / 2);
+            tile.save(sums_of_values + d, D);
+        };
+        int64_t d = 0;
+        for (; d + 64 <= D; d += 64) add_values(std::integral_constant<int, 4>{}, d);
+        for (; d < D; d += 32) add_values(std::integral_constant<int, 2>{}, d);
+    }
+    for (int r = 0; r < R; ++r) {
+        log_sums[r] = greatest[r] * LN_2 + std::log(total[r]);
+        for (int64_t d = 0; d < D; ++d) store(output[r * a.output_token + d], sums_of_values[r * D + d] / total[r]);
+    }
+}
+
+// The weights P, and the gradients of the scores P ∘ (dP − dots), of R keys from `key` on (the rows) and 64 queries from `query` on.
+template <int R>
+inline void differentiate_scores(
+    const Attention& a, const bfloat16* k, const bfloat16* v, const uint32_t* q_columns, const uint32_t* grad_columns,
+    const float* log2_sums, const float* dots, const int32_t* first_keys, int64_t key, int64_t query, bfloat16* weights,
+    bfloat16* to_scores
+) {
+    const int64_t D = a.head_dim;
+    const __m512 scale = _mm512_set1_ps(a.scaling * LOG2_E);
+    alignas(64) float probabilities[R][WIDTH];
+    const bool is_whole = query >= key + R - 1 && query + WIDTH <= a.length && (!first_keys || first_keys[query + WIDTH - 1] <= key);
+    {
+        Tile<R, 4> tile;
+        tile.clear();
+        tile.add(k, a.k_token, q_columns, WIDTH, D / 2);
+        for (int n = 0; n < 4; ++n) {
+            const __m512 log_sum = _mm512_loadu_ps(log2_sums + 16 * n);
+            const __mmask16 there = lanes_before(a.length - query - 16 * n);
+            for (int r = 0; r < R; ++r) {
+                __m512 weight = exp2_of(_mm512_fmsub_ps(tile.at[r][n], scale, log_sum));
+                if (!is_whole) {
+                    __mmask16 seeing = there & ~lanes_before(key + r - query - 16 * n);
+                    if (first_keys) {
+                        const __m512i first = _mm512_maskz_loadu_epi32(there, first_keys + query + 16 * n);
+                        seeing &= _mm512_cmple_epi32_mask(first, _mm512_set1_epi32(static_cast<int32_t>(key) + r));
+                    }
+                    weight = _mm512_maskz_mov_ps(seeing, weight);
+                }
+                _mm512_store_ps(&probabilities[r][16 * n], weight);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < 4; n += 2)
+                _mm512_storeu_si512(
+                    weights + r * WIDTH + 16 * n,
+                    (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(&probabilities[r][16 * n + 16]), _mm512_load_ps(&probabilities[r][16 * n]))
+                );
+    }
+    Tile<R, 4> tile;
+    tile.clear();
+    tile.add(v, a.v_token, grad_columns, WIDTH, D / 2);
+    for (int n = 0; n < 4; n += 2) {
+        const __m512 first = _mm512_loadu_ps(dots + 16 * n), second = _mm512_loadu_ps(dots + 16 * n + 16);
+        for (int r = 0; r < R; ++r) {
+            const __m512 low = _mm512_mul_ps(_mm512_load_ps(&probabilities[r][16 * n]), _mm512_sub_ps(tile.at[r][n], first));
+            const __m512 high = _mm512_mul_ps(_mm512_load_ps(&probabilities[r][16 * n + 16]), _mm512_sub_ps(tile.at[r][n + 1], second));
+            _mm512_storeu_si512(to_scores + r * WIDTH + 16 * n, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+    }
+}
+
+// Rows of 64 numbers, two by two as pairs.
+inline void interleave(const bfloat16* rows, int64_t num_rows, uint32_t* pairs) {
+    for (int64_t r = 0; r < num_rows; r += 2)
+        for (int64_t n = 0; n < WIDTH; n += 16) {
+            const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + r * WIDTH + n)));
+            const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + (r + 1) * WIDTH + n)));
+            _mm512_storeu_si512(pairs + r / 2 * WIDTH + n, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+        }
+}
+
+}  // namespace
+
+// The workspaces hold a key-value head after the other, padded t × d each.
+extern "C" void attend_bfloat16(const Attention* given, void* all_k_columns, void* all_v_pairs) {
+    const Attention& a = *given;
+    const int64_t D = a.head_dim, room = padded(a.length) * D / 2;
+    uint32_t *k_columns = static_cast<uint32_t*>(all_k_columns), *v_pairs = static_cast<uint32_t*>(all_v_pairs);
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t task = 0; task < a.batch * a.key_heads; ++task) {
+        const int64_t row = task / a.key_heads, head = task % a.key_heads;
+        columns_of(head_of(a.k, a.k_row, row, a.k_head, head), a.k_token, a.length, D, k_columns + task * room);
+        pairs_of(head_of(a.v, a.v_row, row, a.v_head, head), a.v_token, a.length, D, v_pairs + task * room);
+    }
+    const int64_t blocks = (a.length + WIDTH - 1) / WIDTH, group = a.heads / a.key_heads;
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+    for (int64_t task = 0; task < a.batch * a.heads * blocks; ++task) {
+        const int64_t block = blocks - 1 - task % blocks, head = task / blocks % a.heads, row = task / blocks / a.heads;
+        const int64_t keys = (row * a.key_heads + head / group) * room;
+        const bfloat16* q = head_of(a.q, a.q_row, row, a.q_head, head);
+        bfloat16* output = const_cast<bfloat16*>(head_of(a.output, a.output_row, row, a.output_head, head));
+        const int32_t* first_keys = a.first_keys ? a.first_keys + row * a.length : nullptr;
+        const auto attend_to = [&](auto rows, int64_t t) {
+            attend<decltype(rows)::value>(
+                a, q + t * a.q_token, k_columns + keys, v_pairs + keys, first_keys, t, output + t * a.output_token,
+                a.log_sums + (row * a.heads + head) * a.length + t
+            );
+        };
+        int64_t t = block * WIDTH;
+        const int64_t end = std::min(a.length, t + WIDTH);
+        for (; t + 4 <= end; t += 4) attend_to(std::integral_constant<int, 4>{}, t);
+        for (; t < end; ++t) attend_to(std::integral_constant<int, 1>{}, t);
+    }
+}
+
+extern "C" void attend_backward_bfloat16(const Attention* given, const AttentionGradients* gradients) {
+    const Attention& a = *given;
+    const AttentionGradients& to = *gradients;
+    const int64_t D = a.head_dim, length = padded(a.length), room = length * D, group = a.heads / a.key_heads;
+#pragma omp parallel for num_threads(a.threads)
+    for (int64_t task = 0; task < a.batch * a.heads; ++task) {
+        const int64_t row = task / a.heads, head = task % a.heads;
+        const bfloat16* q = head_of(a.q, a.q_row, row, a.q_head, head);
+        const bfloat16* grad = head_of(a.grad, a.grad_row, row, a.grad_head, head);
+        const bfloat16* output = head_of(a.output, a.output_row, row, a.output_head, head);
+        columns_of(q, a.q_token, a.length, D, static_cast<uint32_t*>(to.q_columns) + task * room / 2);
+        pairs_of(q, a.q_token, a.length, D, static_cast<uint32_t*>(to.q_pairs) + task * room / 2);
+        columns_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_columns) + task * room / 2);
+        pairs_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_pairs) + task * room / 2);
+        if (head % group == 0)
+            rows_of(
+                head_of(a.k, a.k_row, row, a.k_head, head / group), a.k_token, a.length, D,
+                static_cast<bfloat16*>(to.k_rows) + task / group * room
+            );
+        std::fill_n(to.to_q + task * room, room, 0.0f);
+        for (int64_t t = 0; t < length; ++t) {
+            float dot = 0.0f;
+            if (t < a.length)
+#pragma omp simd reduction(+ : dot)
+                for (int64_t d = 0; d < D; ++d) dot += to_float(grad[t * a.grad_token + d]) * to_float(output[t * a.output_token + d]);
+            to.dots[task * length + t] = dot;
+            to.log2_sums[task * length + t] = t < a.length ? a.log_sums[task * a.length + t] * LOG2_E : 0.0f;
+        }
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+    for (int64_t task = 0; task < a.batch * a.key_heads; ++task) {
+        const int64_t row = task / a.key_heads, key_head = task % a.key_heads;
+        const bfloat16* k = head_of(a.k, a.k_row, row, a.k_head, key_head);
+        const bfloat16* v = head_of(a.v, a.v_row, row, a.v_head, key_head);
+        const int32_t* first_keys = a.first_keys ? a.first_keys + row * a.length : nullptr;
+        alignas(64) float to_k[KEYS * WIDEST], to_v[KEYS * WIDEST];
+        alignas(64) bfloat16 weights[KEYS * WIDTH], to_scores[KEYS * WIDTH];
+        alignas(64) uint32_t to_scores_pairs[KEYS / 2 * WIDTH];
+        for (int64_t key = 0; key < a.length; key += KEYS) {
+            const int64_t keys = std::min(KEYS, a.length - key);
+            // The queries that see any of these keys.
+            const int64_t end = first_keys ? std::upper_bound(first_keys, first_keys + a.length, key + keys - 1) - first_keys : a.length;
+            std::fill_n(to_k, KEYS * D, 0.0f);
+            std::fill_n(to_v, KEYS * D, 0.0f);
+            if (keys % 2) std::memset(to_scores + keys * WIDTH, 0, WIDTH * sizeof *to_scores);  // the last key's other of the pair
+            for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+                for (int64_t query = key; query < end; query += WIDTH) {
+                    const int64_t place = row * a.heads + head, at = place * room + query * D;
+                    const uint32_t *q_columns = static_cast<const uint32_t*>(to.q_columns) + at / 2,
+                                   *grad_columns = static_cast<const uint32_t*>(to.grad_columns) + at / 2;
+                    const float *log2_sums = to.log2_sums + place * length + query, *dots = to.dots + place * length + query;
+                    const auto differentiate = [&](auto rows, int64_t r) {
+                        differentiate_scores<decltype(rows)::value>(
+                            a, k + (key + r) * a.k_token, v + (key + r) * a.v_token, q_columns, grad_columns, log2_sums, dots,
+                            first_keys, key + r, query, weights + r * WIDTH, to_scores + r * WIDTH
+                        );
+                    };
+                    const int64_t seen = std::min(keys, query + WIDTH - key);  // keys that are not after all of these queries
+                    int64_t r = 0;
+                    for (; r + 4 <= seen; r += 4) differentiate(std::integral_constant<int, 4>{}, r);
+                    for (; r < seen; ++r) differentiate(std::integral_constant<int, 1>{}, r);
+                    const int64_t even = (seen + 1) / 2 * 2;
+                    interleave(to_scores, even, to_scores_pairs);
+                    add_product(
+                        weights, WIDTH, static_cast<const uint32_t*>(to.grad_pairs) + at / 2, D, to_v, D, seen, WIDTH / 2
+                    );
+                    add_product(to_scores, WIDTH, static_cast<const uint32_t*>(to.q_pairs) + at / 2, D, to_k, D, seen, WIDTH / 2);
+                    add_product(
+                        static_cast<const bfloat16*>(to.k_rows) + task * room + key * D, KEYS, to_scores_pairs, WIDTH, to.to_q + at,
+                        WIDTH, D, even / 2
+                    );
+                }
+            for (int64_t r = 0; r < keys; ++r) {
+                const int64_t out = ((row * a.length + key + r) * a.key_heads + key_head) * D;
+                for (int64_t d = 0; d < D; ++d) {
+                    store(static_cast<bfloat16*>(to.grad_k)[out + d], to_k[r * D + d] * a.scaling);
+                    store(static_cast<bfloat16*>(to.grad_v)[out + d], to_v[r * D + d]);
+                }
+            }
+        }
+        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+            for (int64_t t = 0; t < a.length; ++t) {
+                const float* from = to.to_q + (row * a.heads + head) * room + t / WIDTH * WIDTH * D + t % WIDTH;
+                bfloat16* out = static_cast<bfloat16*>(to.grad_q) + ((row * a.length + t) * a.heads + head) * D;
+                for (int64_t d = 0; d < D; ++d) store(out[d], from[d * WIDTH] * a.scaling);
+            }
+    }
+}
+
+#endif
