@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.cpu import compiled_library, kernels_for, kernels_inside_operator
+from transxssm.ops.cpu import has_tiles, kernels_for, kernels_inside_operator
 
 # What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
 _HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
@@ -49,13 +49,7 @@ def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16):
         return False
     # The compiler takes the operator as it is: it has no better one.
-    return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and _is_made_for_this_processor()
-
-
-@torch.compiler.assume_constant_result
-def _is_made_for_this_processor() -> bool:
-    library = compiled_library()
-    return library is not None and bool(library.attention_is_here())
+    return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and has_tiles()
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> Tensor:
@@ -173,7 +167,7 @@ class _Gradients(ctypes.Structure):
     """`struct AttentionGradients` there."""
 
     NAMES = (
-        *("grad_q", "grad_k", "grad_v", "q_columns", "q_pairs", "grad_columns", "grad_pairs", "k_rows", "to_q"),
+        *("grad_q", "grad_k", "grad_v", "q_columns", "q_pairs", "grad_columns", "grad_pairs", "turned_k", "to_q"),
         *("dots", "log2_sums"),
     )
     _fields_ = tuple((name, ctypes.c_void_p) for name in NAMES)

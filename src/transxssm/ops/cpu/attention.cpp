@@ -1,9 +1,6 @@
 // Causal attention in bfloat16, forward and backward, block by block: the scores are never in memory as a whole (FlashAttention-2).
 //
-// For processors that multiply bfloat16 in AVX-512 and have no tiles (AMX), which torch makes better use of; `attention_is_here` says
-// whether this one does. The instruction adds two neighbouring products to a float32, so that a product takes its left matrix by
-// rows, broadcasting pairs of neighbours, and its right matrix in pairs of rows: [k / 2][n] of two numbers each. Whatever is to be a
-// right matrix is brought into that order first.
+// For processors that tiles.h is for. "Pairs" and "columns" are right matrices, whose rows or columns are what the name says.
 //
 // A task's result does not depend on the number of threads.
 //
@@ -13,14 +10,7 @@
 #include <cmath>
 #include <limits>
 
-#include "numbers.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && !defined(__AMX_BF16__)
-#define TRANSXSSM_ATTENTION 1
-#include <immintrin.h>
-#else
-#define TRANSXSSM_ATTENTION 0
-#endif
+#include "tiles.h"
 
 extern "C" {
 
@@ -38,17 +28,13 @@ struct Attention {
 // The gradients, (b, t, h, d), and workspaces: by head, padded t × d each; the last two padded t.
 struct AttentionGradients {
     void *grad_q, *grad_k, *grad_v;
-    void *q_columns, *q_pairs, *grad_columns, *grad_pairs, *k_rows;
+    void *q_columns, *q_pairs, *grad_columns, *grad_pairs, *turned_k;
     float *to_q, *dots, *log2_sums;
 };
 
-int64_t attention_is_here() {
-    return TRANSXSSM_ATTENTION;
-}
-
 }  // extern "C"
 
-#if TRANSXSSM_ATTENTION
+#if TRANSXSSM_TILES
 
 namespace {
 
@@ -72,96 +58,26 @@ inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(sum, power);
 }
 
-inline __mmask16 lanes_before(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
-
-// R rows of V vectors each, in registers.
-template <int R, int V>
-struct Tile {
-    __m512 at[R][V];
-
-    inline void clear() {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) at[r][v] = _mm512_setzero_ps();
-    }
-    inline void load(const float* from, int64_t stride) {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) at[r][v] = _mm512_loadu_ps(from + r * stride + 16 * v);
-    }
-    inline void save(float* to, int64_t stride) const {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) _mm512_storeu_ps(to + r * stride + 16 * v, at[r][v]);
-    }
-    // += left (R rows, `stride` apart) times right (pairs of rows, `width` columns).
-    inline void add(const bfloat16* left, int64_t stride, const uint32_t* right, int64_t width, int64_t pairs) {
-        for (int64_t p = 0; p < pairs; ++p) {
-            __m512bh columns[V];
-            for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(right + p * width + 16 * v);
-            for (int r = 0; r < R; ++r) {
-                int32_t two;
-                std::memcpy(&two, left + r * stride + 2 * p, sizeof two);
-                const __m512bh pair = (__m512bh)_mm512_set1_epi32(two);
-                for (int v = 0; v < V; ++v) at[r][v] = _mm512_dpbf16_ps(at[r][v], pair, columns[v]);
-            }
-        }
-    }
-};
-
-// product (rows × width) += left (rows × 2 pairs) times right, width a multiple of 32.
-template <int V>
-inline void add_columns(
-    const bfloat16* left, int64_t left_stride, const uint32_t* right, int64_t right_width, float* product, int64_t stride,
-    int64_t rows, int64_t pairs
-) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-        Tile<4, V> tile;
-        tile.load(product + r * stride, stride);
-        tile.add(left + r * left_stride, left_stride, right, right_width, pairs);
-        tile.save(product + r * stride, stride);
-    }
-    for (; r < rows; ++r) {
-        Tile<1, V> tile;
-        tile.load(product + r * stride, stride);
-        tile.add(left + r * left_stride, left_stride, right, right_width, pairs);
-        tile.save(product + r * stride, stride);
-    }
-}
-
-inline void add_product(
-    const bfloat16* left, int64_t left_stride, const uint32_t* right, int64_t width, float* product, int64_t stride, int64_t rows,
-    int64_t pairs
-) {
-    int64_t n = 0;
-    for (; n + 64 <= width; n += 64) add_columns<4>(left, left_stride, right + n, width, product + n, stride, rows, pairs);
-    for (; n < width; n += 32) add_columns<2>(left, left_stride, right + n, width, product + n, stride, rows, pairs);
-}
-
-// Blocks of 64 positions, each [d / 2][64]: the right matrix whose columns are positions. Positions beyond the length are zeros.
+// Blocks of WIDTH positions, each [d / 2][WIDTH]: columns are positions, those behind the length zeros.
 void columns_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
     for (int64_t first = 0; first < padded(length); first += WIDTH)
-        for (int64_t p = 0; p < WIDTH; ++p)
-            for (int64_t d = 0; d < head_dim / 2; ++d) {
-                uint32_t two = 0;
-                if (first + p < length) std::memcpy(&two, from + (first + p) * token + 2 * d, sizeof two);
-                to[first * head_dim / 2 + d * WIDTH + p] = two;
-            }
+        for (int64_t p = first; p < first + WIDTH; p += 16)
+            for (int64_t d = 0; d < head_dim; d += 32)
+                transpose_block(from + p * token + d, token, length - p, to + (first * head_dim + d * WIDTH) / 2 + p - first, WIDTH);
 }
 
-// [t / 2][d]: the right matrix whose rows are positions.
+// [t / 2][d]: rows are positions.
 void pairs_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
-    for (int64_t t = 0; t < padded(length); t += 2)
-        for (int64_t d = 0; d < head_dim; ++d) {
-            const uint32_t first = t < length ? from[t * token + d].bits : 0, second = t + 1 < length ? from[(t + 1) * token + d].bits : 0;
-            to[t / 2 * head_dim + d] = first | second << 16;
-        }
+    pair_rows(from, token, length, padded(length), head_dim, to);
 }
 
-// Blocks of KEYS positions, each [d][KEYS]: the left matrix whose columns are positions.
-void rows_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, bfloat16* to) {
-    for (int64_t first = 0; first < padded(length); first += KEYS)
-        for (int64_t p = 0; p < KEYS; ++p)
-            for (int64_t d = 0; d < head_dim; ++d)
-                to[first * head_dim + d * KEYS + p] = first + p < length ? from[(first + p) * token + d] : bfloat16{0};
+// Blocks of KEYS positions, each [d][KEYS]: a left matrix whose columns are positions.
+void turned(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
+    uint32_t pairs[KEYS / 2 * WIDEST];
+    for (int64_t first = 0; first < padded(length); first += KEYS) {
+        pair_rows(from + first * token, token, length - first, KEYS, head_dim, pairs);
+        transpose(as_rows(pairs), 2 * head_dim, KEYS / 2, KEYS / 2, head_dim, to + first * head_dim / 2);
+    }
 }
 
 inline const bfloat16* head_of(const void* base, int64_t row_stride, int64_t row, int64_t head_stride, int64_t head) {
@@ -215,22 +131,17 @@ void attend(
                 const __m512 left = _mm512_load_ps(&scores[r][n]), right = _mm512_load_ps(&scores[r][n + 16]);
                 const __m512 low = exp2_of(_mm512_fmsub_ps(left, factor, peak)), high = exp2_of(_mm512_fmsub_ps(right, factor, peak));
                 sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-                _mm512_store_si512(&weights[r][n], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                store_lanes(&weights[r][n], low, high);
             }
             total[r] = total[r] * keep[r] + _mm512_reduce_add_ps(sum);
         }
-        const auto add_values = [&](auto vectors, int64_t d) {
-            constexpr int V = decltype(vectors)::value;
-            Tile<R, V> tile;
+        by_columns(0, D, [&](auto vectors, int64_t d) {
+            Tile<R, decltype(vectors)::value> tile;
             tile.load(sums_of_values + d, D);
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) tile.at[r][v] = _mm512_mul_ps(tile.at[r][v], _mm512_set1_ps(keep[r]));
+            for (int r = 0; r < R; ++r) tile.scale(r, keep[r]);
             tile.add(&weights[0][0], KEYS, v_pairs + from / 2 * D + d, D, width / 2);
             tile.save(sums_of_values + d, D);
-        };
-        int64_t d = 0;
-        for (; d + 64 <= D; d += 64) add_values(std::integral_constant<int, 4>{}, d);
-        for (; d < D; d += 32) add_values(std::integral_constant<int, 2>{}, d);
+        });
     }
     for (int r = 0; r < R; ++r) {
         log_sums[r] = greatest[r] * LN_2 + std::log(total[r]);
@@ -271,9 +182,8 @@ inline void differentiate_scores(
         }
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < 4; n += 2)
-                _mm512_storeu_si512(
-                    weights + r * WIDTH + 16 * n,
-                    (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(&probabilities[r][16 * n + 16]), _mm512_load_ps(&probabilities[r][16 * n]))
+                store_lanes(
+                    weights + r * WIDTH + 16 * n, _mm512_load_ps(&probabilities[r][16 * n]), _mm512_load_ps(&probabilities[r][16 * n + 16])
                 );
     }
     Tile<R, 4> tile;
@@ -284,19 +194,9 @@ inline void differentiate_scores(
         for (int r = 0; r < R; ++r) {
             const __m512 low = _mm512_mul_ps(_mm512_load_ps(&probabilities[r][16 * n]), _mm512_sub_ps(tile.at[r][n], first));
             const __m512 high = _mm512_mul_ps(_mm512_load_ps(&probabilities[r][16 * n + 16]), _mm512_sub_ps(tile.at[r][n + 1], second));
-            _mm512_storeu_si512(to_scores + r * WIDTH + 16 * n, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            store_lanes(to_scores + r * WIDTH + 16 * n, low, high);
         }
     }
-}
-
-// Rows of 64 numbers, two by two as pairs.
-inline void interleave(const bfloat16* rows, int64_t num_rows, uint32_t* pairs) {
-    for (int64_t r = 0; r < num_rows; r += 2)
-        for (int64_t n = 0; n < WIDTH; n += 16) {
-            const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + r * WIDTH + n)));
-            const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + (r + 1) * WIDTH + n)));
-            _mm512_storeu_si512(pairs + r / 2 * WIDTH + n, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-        }
 }
 
 }  // namespace
@@ -320,16 +220,12 @@ extern "C" void attend_bfloat16(const Attention* given, void* all_k_columns, voi
         const bfloat16* q = head_of(a.q, a.q_row, row, a.q_head, head);
         bfloat16* output = const_cast<bfloat16*>(head_of(a.output, a.output_row, row, a.output_head, head));
         const int32_t* first_keys = a.first_keys ? a.first_keys + row * a.length : nullptr;
-        const auto attend_to = [&](auto rows, int64_t t) {
+        by_rows(block * WIDTH, std::min(a.length, (block + 1) * WIDTH), [&](auto rows, int64_t t) {
             attend<decltype(rows)::value>(
                 a, q + t * a.q_token, k_columns + keys, v_pairs + keys, first_keys, t, output + t * a.output_token,
                 a.log_sums + (row * a.heads + head) * a.length + t
             );
-        };
-        int64_t t = block * WIDTH;
-        const int64_t end = std::min(a.length, t + WIDTH);
-        for (; t + 4 <= end; t += 4) attend_to(std::integral_constant<int, 4>{}, t);
-        for (; t < end; ++t) attend_to(std::integral_constant<int, 1>{}, t);
+        });
     }
 }
 
@@ -348,9 +244,9 @@ extern "C" void attend_backward_bfloat16(const Attention* given, const Attention
         columns_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_columns) + task * room / 2);
         pairs_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_pairs) + task * room / 2);
         if (head % group == 0)
-            rows_of(
+            turned(
                 head_of(a.k, a.k_row, row, a.k_head, head / group), a.k_token, a.length, D,
-                static_cast<bfloat16*>(to.k_rows) + task / group * room
+                static_cast<uint32_t*>(to.turned_k) + task / group * room / 2
             );
         std::fill_n(to.to_q + task * room, room, 0.0f);
         for (int64_t t = 0; t < length; ++t) {
@@ -384,25 +280,19 @@ extern "C" void attend_backward_bfloat16(const Attention* given, const Attention
                     const uint32_t *q_columns = static_cast<const uint32_t*>(to.q_columns) + at / 2,
                                    *grad_columns = static_cast<const uint32_t*>(to.grad_columns) + at / 2;
                     const float *log2_sums = to.log2_sums + place * length + query, *dots = to.dots + place * length + query;
-                    const auto differentiate = [&](auto rows, int64_t r) {
+                    const int64_t seen = std::min(keys, query + WIDTH - key);  // keys that are not after all of these queries
+                    by_rows(0, seen, [&](auto rows, int64_t r) {
                         differentiate_scores<decltype(rows)::value>(
                             a, k + (key + r) * a.k_token, v + (key + r) * a.v_token, q_columns, grad_columns, log2_sums, dots,
                             first_keys, key + r, query, weights + r * WIDTH, to_scores + r * WIDTH
                         );
-                    };
-                    const int64_t seen = std::min(keys, query + WIDTH - key);  // keys that are not after all of these queries
-                    int64_t r = 0;
-                    for (; r + 4 <= seen; r += 4) differentiate(std::integral_constant<int, 4>{}, r);
-                    for (; r < seen; ++r) differentiate(std::integral_constant<int, 1>{}, r);
+                    });
                     const int64_t even = (seen + 1) / 2 * 2;
-                    interleave(to_scores, even, to_scores_pairs);
+                    pair_rows(to_scores, WIDTH, even, even, WIDTH, to_scores_pairs);
+                    add_product(weights, WIDTH, static_cast<const uint32_t*>(to.grad_pairs) + at / 2, D, to_v, seen, WIDTH / 2);
+                    add_product(to_scores, WIDTH, static_cast<const uint32_t*>(to.q_pairs) + at / 2, D, to_k, seen, WIDTH / 2);
                     add_product(
-                        weights, WIDTH, static_cast<const uint32_t*>(to.grad_pairs) + at / 2, D, to_v, D, seen, WIDTH / 2
-                    );
-                    add_product(to_scores, WIDTH, static_cast<const uint32_t*>(to.q_pairs) + at / 2, D, to_k, D, seen, WIDTH / 2);
-                    add_product(
-                        static_cast<const bfloat16*>(to.k_rows) + task * room + key * D, KEYS, to_scores_pairs, WIDTH, to.to_q + at,
-                        WIDTH, D, even / 2
+                        static_cast<const bfloat16*>(to.turned_k) + task * room + key * D, KEYS, to_scores_pairs, WIDTH, to.to_q + at, D, even / 2
                     );
                 }
             for (int64_t r = 0; r < keys; ++r) {

@@ -50,6 +50,13 @@ def compiled_library() -> ctypes.CDLL | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def has_tiles() -> bool:
+    """Whether there are the kernels that multiply in registers: see tiles.h."""
+    library = compiled_library()
+    return library is not None and bool(library.tiles_are_here())
+
+
 def _compilers() -> list[str]:
     """Those that are here, each once, the user's own first. clang knows no libgomp, so that it may take another one to succeed."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")

@@ -1,4 +1,5 @@
-"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see ops/cpu/scan.cpp.
+"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see ops/cpu/scan.cpp. Where the processor
+has tiles, the products are in the passes too: see ops/cpu/scan_in_tiles.cpp.
 
 The same blocks and products as in chunked.py, whose docstring has the letters; the joint axis a has the chunks outermost here, (m, b),
 as do the states that are kept for the backward pass: (chunks, b, g, n, r p).
@@ -10,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transxssm.ops.cpu import Kernels, kernels_inside_operator
+from transxssm.ops.cpu import Kernels, has_tiles, kernels_inside_operator
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
 
+TILE_WIDTH = 32  # heads and states of so many columns or a multiple can be multiplied in tiles
 # fmt: off
 _INT64S = (
     "batch", "heads", "groups", "head_dim", "state_size", "first_token", "num_chunks", "chunk_length", "threads",
@@ -50,13 +52,20 @@ def forward_fused(
     kept = states.view(states.shape[1], *state.shape) if states.numel() else None  # (chunks, b, g, n, r p)
     for block in scan.blocks():
         work = scan.work
-        scan.run("load_block")
-        updates = torch.bmm(work["rotated_B"].mT, work["weighted_x"], out=work["updates"])
+        updates = work["updates"]
+        if scan.is_in_tiles:
+            scan.run("update_states_in_tiles", updates)
+        else:
+            scan.run("load_block")
+            torch.bmm(work["rotated_B"].mT, work["weighted_x"], out=updates)
         keep = None if kept is None else kept[block.chunks].view_as(updates)
         entering = keep if keep is not None and keep.dtype == updates.dtype else work["entering"]
         scan.run("carry_states", state, updates, entering)
         if keep is not None and keep is not entering:
             keep.copy_(entering)
+        if scan.is_in_tiles:
+            scan.run("finish_outputs_in_tiles", entering, y)
+            continue
         from_states = torch.bmm(work["rotated_C"], entering, out=work["rows"])
         scores = torch.bmm(work["rotated_C"], work["rotated_B"].mT, out=work["scores"])
         scan.run("weigh_scores", scores, work["weights"])
@@ -81,12 +90,19 @@ def backward_fused(
     partial = torch.zeros(2, scan.max_tasks, per_group, dtype=torch.float64, device="cpu")
     for block in scan.blocks(backwards=True):
         work = scan.work
+        updates, leaving = work["updates"], work["entering"]
+        entering = kept[block.chunks].view_as(updates).to(updates.dtype)
+        if scan.is_in_tiles:
+            scan.run("update_state_gradients_in_tiles", updates)
+            scan.run("carry_gradients", grad_state, updates, entering, leaving)
+            scan.run(
+                "differentiate_in_tiles", entering, leaving, *(grad_x, grad_dt, grad_B, grad_C, partial[0], partial[1])
+            )
+            continue
         B, C, dy, dt_x, weighted_x = (work[name] for name in ("rotated_B", "rotated_C", "dy", "dt_x", "weighted_x"))
         weighted_dy = work["weighted_dy"]
         scan.run("load_block")
-        entering = kept[block.chunks].view_as(work["updates"]).to(B.dtype)
-        updates = torch.bmm(C.mT, weighted_dy, out=work["updates"])
-        leaving = work["entering"]
+        torch.bmm(C.mT, weighted_dy, out=updates)
         scan.run("carry_gradients", grad_state, updates, entering, leaving)
         scores = torch.bmm(C, B.mT, out=work["scores"])
         to_weights = torch.bmm(dy, dt_x.mT, out=work["to_weights"])
@@ -122,6 +138,8 @@ class _Scan:
         batch, length, heads, head_dim = x.shape
         groups, state_size = B.shape[2:]
         self._shape = (batch, heads, groups, head_dim, state_size)
+        fits = head_dim % TILE_WIDTH == 0 and state_size % TILE_WIDTH == 0 and x.dtype == self._operand == torch.bfloat16
+        self.is_in_tiles = fits and has_tiles()
         # Held here, so that the addresses below stay good.
         rows = {"x": _rows(x), "B": _rows(B), "C": _rows(inputs.C)}
         if grad_y is not None:
@@ -177,13 +195,10 @@ class _Scan:
         maps, rows = (tasks, length, state_size), (tasks, length, per_group * head_dim)
         by_head, square = (tasks * per_group, length, head_dim), (tasks * per_group, length, length)
         states, scores = (tasks, state_size, per_group * head_dim), (tasks, length, length)
-        operands = {
-            "rotated_B": maps,
-            "rotated_C": maps,
+        operands = {"rotated_B": maps, "rotated_C": maps, "updates": states, "entering": states}
+        products = {
             "dt_x": by_head,
             "weighted_x": rows,
-            "updates": states,
-            "entering": states,
             "rows": rows,
             "by_head": by_head,
             "scores": scores,
@@ -191,15 +206,17 @@ class _Scan:
         }
         numbers = dict.fromkeys(("sums", "remainders", "from_start", "to_end"), by_head[:2]) | {"across": by_head[:1]}
         if self._with_gradients:
-            operands |= {
+            products |= {
                 "dy": by_head,
                 "weighted_dy": rows,
                 "more_rows": rows,
                 "to_weights": square,
                 "to_scores": scores,
             }
-            operands |= {"dB": maps, "dC": maps}
+            products |= {"dB": maps, "dC": maps}
             numbers |= {"to_log_decay": by_head[:2], "kept": by_head[:1]}
+        if not self.is_in_tiles:
+            operands |= products
         # Named in full: a default dtype or device that somebody has set is not what the passes expect.
         work = {name: torch.empty(shape, dtype=self._operand, device="cpu") for name, shape in operands.items()}
         work |= {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in numbers.items()}
