@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.ops.ssd.cases import assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
-from transxssm.ops.cpu.library import compiled_library
+from transxssm.ops.cpu import compiled_library, has_tiles
 from transxssm.ops.ssd import chunked, fused, ssd_chunk_scan
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")
@@ -120,3 +122,65 @@ def test_decays_have_the_digits_of_float32():
     expected = exponents.double().exp()
     assert_close(y.flatten().double(), expected, torch.float32, "exp")
     assert ((y.flatten().double() - expected).abs() / expected).max() < 3e-7
+
+
+IN_TILES = pytest.mark.skipif(not has_tiles(), reason="this processor has no products that tiles are made of")
+
+
+def names_of_passes(case, monkeypatch):
+    names, run = [], fused._Scan.run
+    monkeypatch.setattr(fused._Scan, "run", lambda scan, name, *tensors: names.append(name) or run(scan, name, *tensors))
+    x = case.x.clone().requires_grad_()
+    replace(case, x=x).scan(ssd_chunk_scan)[0].sum().backward()
+    return set(names)
+
+
+@IN_TILES
+@pytest.mark.parametrize(("head_dim", "state_size", "fits"), [(32, 96, True), (64, 48, False), (40, 64, False)])
+def test_widths_that_tiles_are_taken_for(head_dim, state_size, fits, monkeypatch):
+    case = make_case(head_dim=head_dim, state_size=state_size, dtype=torch.bfloat16)
+    names = names_of_passes(case, monkeypatch)
+    assert ("differentiate_in_tiles" in names) == fits
+    assert ("load_block" in names) != fits
+    monkeypatch.undo()
+    in_float32 = make_case(head_dim=head_dim, state_size=state_size, dtype=torch.float32)
+    assert "load_block" in names_of_passes(in_float32, monkeypatch)
+
+
+@IN_TILES
+@given(data=st.data())
+def test_any_shape_in_tiles(data):
+    documents = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
+    case = make_case(
+        batch=data.draw(st.sampled_from([1, 3])),
+        groups=data.draw(st.integers(1, 2)),
+        heads_per_group=data.draw(st.integers(1, 3)),
+        head_dim=data.draw(st.sampled_from([32, 64, 96])),
+        state_size=data.draw(st.sampled_from([32, 64, 96, 128])),
+        documents=documents,
+        without=data.draw(st.lists(st.sampled_from(["D", "initial_state", "rotary", "seq_idx"]), unique=True)),
+        dtype=torch.bfloat16,
+        seed=data.draw(st.integers(0, 2**16)),
+    )
+    chunk_size = data.draw(st.sampled_from([1, 5, 16, 33, 64, 128]))
+    assert_equal_laws(
+        lambda case: case.scan(ssd_chunk_scan, chunk_size=chunk_size), ssd_oracle, case, expected_case=case.double()
+    )
+
+
+@IN_TILES
+def test_threads_do_not_change_the_result_in_tiles():
+    case = make_case(batch=2, length=150, head_dim=32, state_size=64, dtype=torch.bfloat16)
+
+    def outcome():
+        x = case.x.clone().requires_grad_()
+        y, state = replace(case, x=x).scan(ssd_chunk_scan, chunk_size=64)
+        return y, state, *torch.autograd.grad(y.sum() + state.sum(), x)
+
+    one = outcome()
+    torch.set_num_threads(3)
+    try:
+        three = outcome()
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, one, three))

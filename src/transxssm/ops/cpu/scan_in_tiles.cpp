@@ -242,7 +242,7 @@ struct Gradients {
 };
 
 void differentiate(const Block& block, const void* all_entering, const void* all_leaving, const Gradients& to) {
-    for_each_task(block, bytes_for(block, 6, 8, 4 + block.heads / block.groups, 4), [&](const Task& task, Room& room) {
+    for_each_task(block, bytes_for(block, 3, 4, 3 + block.heads / block.groups, 2), [&](const Task& task, Room& room) {
         const int64_t Q = task.Q, N = task.N, P = task.P, R = task.R, RP = task.RP, padded_Q = task.padded_Q;
         const bfloat16 *entering = static_cast<const bfloat16*>(all_entering) + task.at.task * N * RP,
                        *leaving = static_cast<const bfloat16*>(all_leaving) + task.at.task * N * RP,
@@ -276,8 +276,7 @@ void differentiate(const Block& block, const void* all_entering, const void* all
         const uint32_t *B_pairs = rows_to_pairs(B, Q, padded_Q, N), *C_pairs = rows_to_pairs(C, Q, padded_Q, N),
                        *C_columns = rows_to_columns(C, Q, padded_Q, N), *dy_pairs = rows_to_pairs(dy, Q, padded_Q, RP),
                        *dy_columns = rows_to_columns(dy, Q, padded_Q, RP), *leaving_pairs = rows_to_pairs(leaving, N, N, RP),
-                       *leaving_columns = rows_to_columns(leaving, N, N, RP), *entering_pairs = rows_to_pairs(entering, N, N, RP),
-                       *entering_columns = rows_to_columns(entering, N, N, RP);
+                       *leaving_columns = rows_to_columns(leaving, N, N, RP), *entering_columns = rows_to_columns(entering, N, N, RP);
 
         // What each position has of its own, padded to whole vectors.
         float *sums = room.take<float>(R * padded_Q), *remainders = room.take<float>(R * padded_Q),
@@ -390,26 +389,27 @@ void differentiate(const Block& block, const void* all_entering, const void* all
         by_rows(0, Q, [&](auto rows, int64_t q) {
             constexpr int ROWS = decltype(rows)::value;
             by_columns(0, N, [&](auto vectors, int64_t n) {
-                Tile<ROWS, decltype(vectors)::value> tile;
-                tile.clear();
-                tile.add(weighted_dy + q * RP, RP, entering_columns + n, N, RP / 2);
-                tile.add(as_rows(turned) + q * padded_Q, padded_Q, B_pairs + n, N, (q + ROWS + 1) / 2);
-                tile.save(map + n, N);
-            });
-            for (int i = 0; i < ROWS; ++i) task.store_map(map + i * N, q + i, to.C);
-            for (int64_t r = 0; r < R; ++r)
-                by_columns(r * P, (r + 1) * P, [&](auto vectors, int64_t column) {
-                    constexpr int V = decltype(vectors)::value;
+                constexpr int V = decltype(vectors)::value;
+                Tile<ROWS, V> all;
+                all.clear();
+                all.add(as_rows(turned) + q * padded_Q, padded_Q, B_pairs + n, N, (q + ROWS + 1) / 2);
+                all.save(map + n, N);
+                for (int64_t r = 0; r < R; ++r) {
                     Tile<ROWS, V> tile;
                     tile.clear();
-                    tile.add(C + q * N, N, entering_pairs + column, RP, N / 2);
+                    tile.add(weighted_dy + q * RP + r * P, RP, entering_columns + r * P / 2 * N + n, N, P / 2);
                     for (int i = 0; i < ROWS; ++i) {
                         __m512 dot = _mm512_setzero_ps();
-                        for (int v = 0; v < V; ++v)
-                            dot = _mm512_fmadd_ps(tile.at[i][v], load_lanes(weighted_dy + (q + i) * RP + column + 16 * v), dot);
+                        for (int v = 0; v < V; ++v) {
+                            dot = _mm512_fmadd_ps(tile.at[i][v], load_lanes(C + (q + i) * N + n + 16 * v), dot);
+                            tile.at[i][v] = _mm512_add_ps(tile.at[i][v], _mm512_loadu_ps(map + i * N + n + 16 * v));
+                        }
                         to_log_decay[r * padded_Q + q + i] += _mm512_reduce_add_ps(dot);
                     }
-                });
+                    tile.save(map + n, N);
+                }
+            });
+            for (int i = 0; i < ROWS; ++i) task.store_map(map + i * N, q + i, to.C);
         });
 
         // The cumulative log decay at q sums dt_k A over k ≤ q.
