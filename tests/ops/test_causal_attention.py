@@ -101,7 +101,9 @@ def test_any_shape(batch, key_heads, per_key_head, length, head_dim, hidden):
     assert_equals_the_formula(*given_inputs, HIDDEN[hidden](batch, length))
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 40), (torch.float64, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 40), (torch.float64, 8)], ids=str
+)
 def test_what_has_no_kernels_is_computed_all_the_same(dtype, head_dim):
     q, k, v, grad = inputs(2, 4, 2, 33, head_dim, dtype)
     assert not has_attention_kernels(q, k, v)

@@ -30,13 +30,21 @@ from transxssm.models.positions import (
     Rotary,
     default_positions,
     documents_from_positions,
+    first_keys_in,
     key_documents,
     last_document_start,
     length_scale,
     local_padding,
 )
 from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
-from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
+from transxssm.ops import (
+    has_attention_kernels,
+    keep_pairs,
+    linear_cross_entropy,
+    rotary_cos_sin,
+    subsample_rotary,
+    swiglu,
+)
 
 SILU = type(ACT2FN["silu"])
 
@@ -218,11 +226,15 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
             position_ids = default_positions(inputs_embeds, past_length, padding, seq_idx, start)
 
-        masks = (
-            attention_mask
-            if isinstance(attention_mask, dict)
-            else self._attention_masks(inputs_embeds, attention_mask, past_key_values, past_length, seq_idx)
-        )
+        masks: dict[str, Tensor | None] = {}
+        first_keys = None
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        elif attention_mask is None and past_key_values is None and self._has_attention_kernels(inputs_embeds):
+            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+            first_keys = {kind: first_keys_in(window, seq_idx, inputs_embeds) for kind, window in windows.items()}
+        else:
+            masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, past_length, seq_idx)
         dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
         ssd_rotary, attention_rotary = self.rotary_emb(position_ids, dtype)
         positions = Positions(
@@ -233,6 +245,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             if isinstance(attention_mask, dict)
             else local_padding(padding, length),
             seq_idx=seq_idx,
+            first_keys=first_keys,
         )
         hidden_states = inputs_embeds
         for index, (layer, layer_type) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
@@ -240,7 +253,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
-                attention_mask=None if is_ssd else masks[layer_type],
+                attention_mask=None if is_ssd else masks.get(layer_type),
                 past_key_values=ssd_state_of(past_key_values, index) if is_ssd else past_key_values,
                 **kwargs,
             )
@@ -251,6 +264,18 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                     seq_idx, past_length, past_key_values.document_start
                 )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _has_attention_kernels(self, inputs_embeds: Tensor) -> bool:
+        """Whether SDPA of whole rows, which it is then told of by their first keys instead of a mask, has kernels of its own."""
+        device, dtype = inputs_embeds.device.type, inputs_embeds.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        head = inputs_embeds.new_empty(1, 1, 1, self.config.head_dim, dtype=dtype)
+        return (
+            self.config._attn_implementation == "sdpa"
+            and not (self.training and self.config.attention_dropout)
+            and has_attention_kernels(head, head, head)
+        )
 
     def _padding(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, past_length: int, length: int

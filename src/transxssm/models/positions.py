@@ -21,6 +21,8 @@ class Positions(NamedTuple):
     length_scale: Tensor | None  # (b or 1, t) factor on C and Q
     padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
     seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
+    # By kind of attention layer, (b, t) first key that each token sees (None: the first of all); None: masks say what is seen.
+    first_keys: dict[str, Tensor | None] | None = None
 
 
 def default_positions(
@@ -34,13 +36,30 @@ def default_positions(
         torch.zeros_like(index) if start is None else start[:, None]
     )  # (b or 1, t): where each token's document begins
     if seq_idx is not None:
-        restarts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        begins = torch.maximum(begins, (index * restarts).cummax(dim=1).values)
+        begins = torch.maximum(begins, document_begins(seq_idx, index))
     if padding is None or padding.shape[1] != past_length + length:
         return index - begins
     num_before = F.pad(padding.long().cumsum(-1), (1, 0))  # (b, cached + t + 1) real tokens before each column
     begins = begins.expand(padding.shape[0], length)
     return num_before[:, past_length:-1] - num_before.gather(1, begins)
+
+
+def document_begins(seq_idx: Tensor, index: Tensor) -> Tensor:
+    """(b, t): the place, of those in `index` (1, t), at which each token's document begins; 0 for that of the first token."""
+    restarts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return (index * restarts).cummax(dim=1).values
+
+
+def first_keys_in(window: int | None, seq_idx: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    """(b, t) int32: the first token that each one sees of its own document and among the last `window`; None: the first of all."""
+    batch, length = hidden_states.shape[:2]
+    index = torch.arange(length, device=hidden_states.device)[None]
+    first = torch.zeros_like(index) if seq_idx is None else document_begins(seq_idx, index)
+    if window is not None and window < length:
+        first = torch.maximum(first, index - window + 1)
+    elif seq_idx is None:
+        return None
+    return first.expand(batch, length).to(torch.int32)
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:

@@ -35,7 +35,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None 
     """
     batch, heads, length, _ = q.shape
     if k.shape != v.shape or k.shape[::2] != (batch, length) or k.shape[3] != q.shape[3] or heads % k.shape[1]:
-        raise ValueError(f"expected q (b, h, t, d) and k, v (b, k, t, d), h a multiple of k: got {[*map(tuple, (q, k, v))]}")
+        raise ValueError(
+            f"expected q (b, h, t, d) and k, v (b, k, t, d), h a multiple of k: got {[*map(tuple, (q, k, v))]}"
+        )
     if first_keys is not None and first_keys.shape != (batch, length):
         raise ValueError(f"first_keys must have shape {(batch, length)}: got {tuple(first_keys.shape)}")
     if has_attention_kernels(q, k, v):
@@ -71,9 +73,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scali
 
 
 @_attention.register_fake
-def _empty_outputs(
-    q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

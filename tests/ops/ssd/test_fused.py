@@ -129,7 +129,9 @@ IN_TILES = pytest.mark.skipif(not has_tiles(), reason="this processor has no pro
 
 def names_of_passes(case, monkeypatch):
     names, run = [], fused._Scan.run
-    monkeypatch.setattr(fused._Scan, "run", lambda scan, name, *tensors: names.append(name) or run(scan, name, *tensors))
+    monkeypatch.setattr(
+        fused._Scan, "run", lambda scan, name, *tensors: names.append(name) or run(scan, name, *tensors)
+    )
     x = case.x.clone().requires_grad_()
     replace(case, x=x).scan(ssd_chunk_scan)[0].sum().backward()
     return set(names)

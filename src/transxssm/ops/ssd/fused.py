@@ -138,7 +138,9 @@ class _Scan:
         batch, length, heads, head_dim = x.shape
         groups, state_size = B.shape[2:]
         self._shape = (batch, heads, groups, head_dim, state_size)
-        fits = head_dim % TILE_WIDTH == 0 and state_size % TILE_WIDTH == 0 and x.dtype == self._operand == torch.bfloat16
+        fits = (
+            head_dim % TILE_WIDTH == 0 and state_size % TILE_WIDTH == 0 and x.dtype == self._operand == torch.bfloat16
+        )
         self.is_in_tiles = fits and has_tiles()
         # Held here, so that the addresses below stay good.
         rows = {"x": _rows(x), "B": _rows(B), "C": _rows(inputs.C)}
