@@ -73,7 +73,8 @@ class TransXSSMAttention(nn.Module):
         if self._is_slow_in_torch(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
         elif positions.first_keys is not None or self._is_causal_for_kernels(q, k, v, attention_mask):
-            first_keys = positions.first_keys and positions.first_keys[self.config.layer_types[self.layer_idx]]
+            kind = self.config.layer_types[self.layer_idx]
+            first_keys = None if positions.first_keys is None else positions.first_keys[kind]
             output = causal_attention(q, k, v, first_keys, scaling=self.scaling).transpose(1, 2)
         else:
             attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
