@@ -1,15 +1,14 @@
 """What `transxssm benchmark` does: reads the options, shows progress, and prints the tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
+import typer
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from transxssm.benchmarking import (
     Budget,
@@ -30,6 +29,7 @@ from transxssm.benchmarking.lengths import parse_length
 from transxssm.benchmarking.report import CONTENDER_HEADERS, OVER_LENGTH, Report, contender_rows, notes
 from transxssm.models import read_device
 from transxssm_cli.dtypes import read_dtype
+from transxssm_cli.tables import show, table_of
 
 DEFAULT_FOLDER = Path("runs/benchmarks")
 GIGABYTE = 1e9
@@ -162,23 +162,14 @@ def _progress(num_parts: int, folder: Path) -> Iterator[Notify]:
 
 
 def _show(results: dict[str, Any], folder: Path, report: Report = OVER_LENGTH) -> None:
-    console = Console(highlight=False)
+    parts: list[RenderableType] = []
     if results.get("contenders"):
-        console.print(_table(CONTENDER_HEADERS, contender_rows(results), num_names=2))
+        parts.append(table_of(CONTENDER_HEADERS, contender_rows(results), num_names=2))
     for title, headers, rows in report.tables(results):
-        console.print(f"[bold]{escape(title)}[/]")
         columns = [name for name in headers if name not in ONLY_IN_FILES]
-        console.print(_table(columns, ([row[name] for name in columns] for row in rows), num_names=2))
-    for note in notes(results):
-        console.print(escape(note))
-    console.print(f"Written to {escape(str(folder))}", soft_wrap=True)
-
-
-def _table(names: Sequence[str], table_rows: Iterator[list[str]], *, num_names: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(names):
-        is_name = index < num_names
-        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
-    for row in table_rows:
-        table.add_row(*map(escape, row))
-    return table
+        parts += [
+            f"[bold]{escape(title)}[/]",
+            table_of(columns, ([row[name] for name in columns] for row in rows), num_names=2),
+        ]
+    show(*parts, *map(escape, notes(results)))
+    typer.echo(f"Written to {folder}")

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from transxssm.data import Haystack, RecallTask
@@ -53,6 +51,7 @@ from transxssm_cli.evaluation_options import (
     require_positive,
 )
 from transxssm_cli.evaluation_source import Place, TextOptions, context_of_run, open_text, training_length_of
+from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
 
 __all__ = ["Place", "TextOptions", "evaluate_harness", "evaluate_needle", "evaluate_perplexity", "evaluate_recall"]
@@ -242,10 +241,5 @@ def _publish(results: Results, table: ResultTable, plot: Callable[[Path], None])
         f"# {results.evaluation}\n\n{table.to_markdown()}\n![{results.evaluation}]({picture.name})\n\n{settings}"
         f"\n`{results.context['command']}` on {results.context['device']}\n",
     )
-    shown = Table(box=box.SIMPLE_HEAD)
-    for number, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="right" if number else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    Console(highlight=False).print(shown)
+    show(table_of(table.headings, table.rows))
     typer.echo(f"{results.path}, {page.name}, {picture.name}", err=True)

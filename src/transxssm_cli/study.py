@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers.utils import logging
 
 from transxssm.evaluation import ResultTable
@@ -26,13 +24,14 @@ from transxssm.studies import (
 from transxssm.studies.outcome import read_outcome
 from transxssm.studies.runner import Notify
 from transxssm.studies.tables import notes_of
+from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
 
 
 def list_studies() -> None:
     """The bundled studies and what they ask."""
     table = ResultTable(["study", "asks"], [[name, load_study(name).grid.title] for name in bundled_studies()])
-    _print(table)
+    show(table_of(table.headings, table.rows))
 
 
 def show_plan(recipe: str, overrides: Sequence[str], only: Sequence[str]) -> None:
@@ -42,7 +41,7 @@ def show_plan(recipe: str, overrides: Sequence[str], only: Sequence[str]) -> Non
         ValueError: see `load_study`, `contenders_of`.
     """
     study = load_study(recipe, overrides)
-    _print_plan(study, only, Console(highlight=False))
+    _print_plan(study, only)
 
 
 def run_study_command(
@@ -58,7 +57,7 @@ def run_study_command(
     contenders_of(study, only)
     if budget_minutes is not None and budget_minutes <= 0:
         raise ValueError(f"--budget-minutes must be more than 0: got {budget_minutes:g}")
-    _print_plan(study, only, Console(highlight=False, stderr=True))
+    _print_plan(study, only, stderr=True)
     quiet_progress_bars()
     logging.disable_progress_bar()  # a bar over the loading of weights
     with _progress(study) as notify:
@@ -79,13 +78,13 @@ def report_command(recipe: str, overrides: Sequence[str]) -> None:
 def _print_report(study: Study, report: dict[str, Any]) -> None:
     for title, table in tables_of(report).items():
         typer.echo(f"\n{title}")
-        _print(table)
+        show(table_of(table.headings, table.rows))
     for note in notes_of(report):
         typer.echo(note)
     typer.echo(f"Written to {study.output_dir}")
 
 
-def _print_plan(study: Study, only: Sequence[str], console: Console) -> None:
+def _print_plan(study: Study, only: Sequence[str], *, stderr: bool = False) -> None:
     contenders = contenders_of(study, only)
     schedule = plan_of(study, contenders)
     rows = []
@@ -100,13 +99,13 @@ def _print_plan(study: Study, only: Sequence[str], console: Console) -> None:
                 _duration(sum(run.seconds for run in (*tuning, *full))),
             ]
         )
-    console.print(_table(ResultTable(["cell", "runs (tuning + whole)", "tokens", "about"], rows)))
+    show(table_of(["cell", "runs (tuning + whole)", "tokens", "about"], rows), stderr=stderr)
     done = [run for run in schedule.runs if read_outcome(study.output_dir / run.folder) is not None]
     seconds = schedule.seconds - sum(run.seconds for run in done)
-    console.print(
-        f"{escape(study.name)}: {len(schedule.runs)} runs, {len(done)} done, about {_duration(seconds)} left at "
-        f"{study.grid.flops_per_second:.1e} FLOP/s, evaluation not counted; in {escape(str(study.output_dir))}",
-        soft_wrap=True,
+    typer.echo(
+        f"{study.name}: {len(schedule.runs)} runs, {len(done)} done, about {_duration(seconds)} left at "
+        f"{study.grid.flops_per_second:.1e} FLOP/s, evaluation not counted; in {study.output_dir}",
+        err=stderr,
     )
 
 
@@ -134,19 +133,6 @@ def _progress(study: Study) -> Iterator[Notify]:
             yield on_bar if console.is_terminal else on_lines
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was run is in {study.output_dir}; the same command goes on from there") from None
-
-
-def _print(table: ResultTable) -> None:
-    Console(highlight=False).print(_table(table))
-
-
-def _table(table: ResultTable) -> Table:
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(table.headings):
-        shown.add_column(escape(heading), justify="right" if index else "left", no_wrap=index == 0)
-    for row in table.rows:
-        shown.add_row(*map(escape, row))
-    return shown
 
 
 def _duration(seconds: float) -> str:
