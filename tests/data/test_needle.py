@@ -102,6 +102,22 @@ def test_distractors_name_others(texts, byte_tokenizer):
     assert len(example.input_ids) <= 1500
 
 
+def test_a_lesson_asks_for_every_needle_that_fits(texts, byte_tokenizer):
+    haystack = Haystack(texts, byte_tokenizer, max_tokens=4000)
+    for length, at_most, expected in [(900, 5, 5), (900, 1, 1), (300, 5, 2), (150, 5, 1)]:
+        lesson = haystack.lesson(length=length, depth=0.5, seed=3, number=7, num_needles=at_most)
+        assert length - 100 < len(lesson.input_ids) <= length
+        assert len(lesson.is_answer) == len(lesson.input_ids)
+        ids = [token for token, is_answer in zip(lesson.input_ids, lesson.is_answer, strict=True) if is_answer]
+        answers = byte_tokenizer.decode(ids).split()
+        assert len(answers) == len(set(answers)) == expected
+        lines = byte_tokenizer.decode(lesson.input_ids, skip_special_tokens=True).splitlines()
+        assert all(line.endswith(answer) for line, answer in zip(lines[-expected:], answers, strict=True))
+        assert lesson == haystack.lesson(length=length, depth=0.5, seed=3, number=7, num_needles=at_most)
+    with pytest.raises(ValueError, match="ask for a longer one"):
+        haystack.lesson(length=40, depth=0.5, seed=3, number=7, num_needles=2)
+
+
 def test_reading_stops_when_there_is_enough(texts, byte_tokenizer):
     def endless():
         yield texts[0]

@@ -38,6 +38,20 @@ def test_the_labels_are_the_answers(recipe):
             assert not ids[np.flatnonzero(answered)[-1] + 1 :].any()
 
 
+def test_a_text_may_hold_many_needles_and_ask_for_each(recipe):
+    needle = Needle(
+        train_lengths=[160, 640], lengths=[160], tokens_per_step=640, tokens_per_needle=160, held_out_steps=2
+    )
+    data = needle_data(needle, recipe(0))
+    for index, num_needles in [(0, 1), (1, 4)]:
+        batch = data.train[index]
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answers = data.tokenizer.decode(labels[labels != -100]).split()
+            assert len(answers) == num_needles
+            text = data.tokenizer.decode(ids)
+            assert all(text.count(answer) == 2 for answer in answers)  # in the needle and behind its question
+
+
 def test_the_held_out_needles_are_the_same_for_every_run_and_in_none(recipe):
     needle = Needle(train_lengths=LENGTHS, lengths=[160], tokens_per_step=448, held_out_steps=2)
     of_seed = [needle_data(needle, recipe(seed)) for seed in (0, 1)]

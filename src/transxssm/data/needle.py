@@ -2,12 +2,12 @@
 
 import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from transxssm.data.tokenizer import document_bounds
 
@@ -58,6 +58,22 @@ class NeedleExample:
     def input_ids(self) -> list[int]:
         """Prompt and answer."""
         return self.prompt_ids + self.answer_ids
+
+
+@dataclass(frozen=True)
+class NeedleLesson:
+    """A text with several needles, each of which is asked for at its end, one after the other, with its answer.
+
+    Args:
+        input_ids: token ids, the token that begins a document first.
+        is_answer: for each of them, whether it belongs to an answer.
+    """
+
+    input_ids: list[int]
+    is_answer: list[bool]
+
+
+_Laid = TypeVar("_Laid", NeedleExample, NeedleLesson)
 
 
 class Haystack:
@@ -126,6 +142,39 @@ class Haystack:
         def laid(num_lines: int) -> NeedleExample:
             return self._laid(first_line, num_lines, statements, depths, question, answer)
 
+        return self._filled(laid, first_line, length)
+
+    def lesson(self, *, length: int, depth: float, seed: int, number: int, num_needles: int) -> NeedleLesson:
+        """A text of at most `length` tokens with needles and questions for all of them, or for as many as fit, at least one.
+
+        Args:
+            length, depth, seed, number: as for an example; the depth is that of the needle that is asked for first.
+            num_needles: at most; each has a wording of its own.
+
+        Raises:
+            ValueError: a length that one needle and its question alone exceed.
+        """
+        generator = np.random.default_rng((seed, number, length, round(depth * 1e6), num_needles))
+        names = _names(generator, num_needles)
+        low, high = 10 ** (DIGITS - 1), 10**DIGITS
+        numbers = low + generator.choice(high - low, num_needles, replace=False)
+        wordings = [WORDINGS[index] for index in generator.integers(len(WORDINGS), size=num_needles)]
+        needles = list(zip(wordings, names, numbers, strict=True))
+        statements = [wording.statement.format(name=name, number=value) for wording, name, value in needles]
+        questions = [(wording.question.format(name=name), f" {value}") for wording, name, value in needles]
+        depths = [depth, *generator.random(num_needles - 1)]
+        first_line = int(generator.integers(len(self.lines)))
+        for count in range(num_needles, 0, -1):
+
+            def laid(num_lines: int, count: int = count) -> NeedleLesson:
+                return self._laid_lesson(first_line, num_lines, statements[:count], depths[:count], questions[:count])
+
+            if count == 1 or len(laid(0).input_ids) <= length:
+                return self._filled(laid, first_line, length)
+        raise AssertionError("a lesson has a needle at least")
+
+    def _filled(self, laid: Callable[[int], _Laid], first_line: int, length: int) -> _Laid:
+        """What `laid` makes of as many lines as fit into `length` tokens."""
         bare = laid(0)
         if len(bare.input_ids) > length:
             raise ValueError(
@@ -150,6 +199,40 @@ class Haystack:
             count += 1
         return count
 
+    def _lines_around(
+        self, first_line: int, num_lines: int, statements: list[str], depths: list[float]
+    ) -> tuple[list[str], float]:
+        """So many lines of haystack with the statements among them; the depth of the first statement as it came out."""
+        indices = [(first_line + i) % len(self.lines) for i in range(num_lines)]
+        ends = [0, *itertools.accumulate(int(self._line_tokens[i]) for i in indices)]  # tokens before each gap
+        gaps = [_nearest(ends, share * ends[-1]) for share in depths]
+        parts: list[list[str]] = [[] for _ in range(num_lines + 1)]
+        for gap, statement in zip(gaps, statements, strict=True):
+            parts[gap].append(statement)
+        lines = [*parts[0]]
+        for index, inserted in zip(indices, parts[1:], strict=True):
+            lines += [self.lines[index], *inserted]
+        return lines, ends[gaps[0]] / ends[-1] if ends[-1] else 0.0
+
+    def _laid_lesson(
+        self,
+        first_line: int,
+        num_lines: int,
+        statements: list[str],
+        depths: list[float],
+        questions: list[tuple[str, str]],
+    ) -> NeedleLesson:
+        text = "".join(f"{line}\n" for line in self._lines_around(first_line, num_lines, statements, depths)[0])
+        answers = []  # from which character to before which
+        for question, answer in questions:
+            text += question
+            answers.append((len(text), len(text) + len(answer)))
+            text += answer + "\n"
+        encoded = self._encoded([text[:-1]], return_offsets_mapping=True)
+        spans = encoded["offset_mapping"][0]
+        belongs = [any(begin < last and end > first for first, last in answers) for begin, end in spans]
+        return NeedleLesson([self._begin, *encoded["input_ids"][0]], [False, *belongs])
+
     def _laid(
         self,
         first_line: int,
@@ -160,15 +243,7 @@ class Haystack:
         answer: str,
     ) -> NeedleExample:
         """The example with so many lines of haystack; the first of the statements is the needle."""
-        indices = [(first_line + i) % len(self.lines) for i in range(num_lines)]
-        ends = [0, *itertools.accumulate(int(self._line_tokens[i]) for i in indices)]  # tokens before each gap
-        gaps = [_nearest(ends, share * ends[-1]) for share in depths]
-        parts: list[list[str]] = [[] for _ in range(num_lines + 1)]
-        for gap, statement in zip(gaps, statements, strict=True):
-            parts[gap].append(statement)
-        lines = [*parts[0]]
-        for index, inserted in zip(indices, parts[1:], strict=True):
-            lines += [self.lines[index], *inserted]
+        lines, depth = self._lines_around(first_line, num_lines, statements, depths)
         prompt = "".join(f"{line}\n" for line in [*lines, question])[:-1]
         prompt_ids, whole_ids = self._encode([prompt, prompt + answer])
         # A tokenizer that merges across the seam has the answer begin where both part.
@@ -180,11 +255,14 @@ class Haystack:
             prompt_ids=[self._begin, *whole_ids[:seam]],
             answer_ids=whole_ids[seam:],
             answer=answer,
-            depth=ends[gaps[0]] / ends[-1] if ends[-1] else 0.0,
+            depth=depth,
         )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return self._encoded(texts)["input_ids"]
+
+    def _encoded(self, texts: list[str], **options: bool) -> BatchEncoding:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
 
 
 def _names(generator: np.random.Generator, count: int) -> list[str]:

@@ -113,6 +113,7 @@ class Needle:
         train_lengths: tokens of an example at most; training takes turns.
         lengths, depths: at which it is measured; depth is the share of the text before the needle.
         tokens_per_step: of a training step, which reads examples of one length.
+        tokens_per_needle: texts to train on hold a needle for so many tokens, all asked for in the end; None: one, as in what is measured.
         held_out_steps: batches of the held-out loss.
         num_examples: measured at each length and depth.
     """
@@ -121,6 +122,7 @@ class Needle:
     lengths: list[StrictInt]
     depths: list[StrictFloat] = dataclasses.field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     tokens_per_step: StrictInt = 16384
+    tokens_per_needle: StrictInt | None = None
     held_out_steps: StrictInt = 16
     num_examples: StrictInt = 32
 

@@ -22,12 +22,22 @@ class NeedleBatches(Dataset):
         haystack: the text around the needles.
         lengths: tokens of an example at most, one a batch, in turn.
         tokens: of a batch: as many examples as fit, at least one.
+        tokens_per_needle: a text holds a needle for so many tokens, and a question for each; None: one.
         count: of batches.
         seed: of the examples.
     """
 
-    def __init__(self, haystack: Haystack, lengths: list[int], tokens: int, count: int, seed: int) -> None:
+    def __init__(
+        self,
+        haystack: Haystack,
+        lengths: list[int],
+        tokens: int,
+        tokens_per_needle: int | None,
+        count: int,
+        seed: int,
+    ) -> None:
         self.haystack, self.lengths, self.tokens, self.count, self.seed = haystack, lengths, tokens, count, seed
+        self.tokens_per_needle = tokens_per_needle
 
     def __len__(self) -> int:
         return self.count
@@ -42,10 +52,14 @@ class NeedleBatches(Dataset):
         input_ids = np.zeros((rows, length), dtype=np.int64)
         labels = np.full((rows, length), IGNORED, dtype=np.int64)
         depths = np.random.default_rng((self.seed, index)).random(rows)
+        num_needles = 1 if self.tokens_per_needle is None else max(1, length // self.tokens_per_needle)
         for row, depth in enumerate(depths):
-            example = self.haystack.example(length=length, depth=depth, seed=self.seed, number=index * rows + row)
-            input_ids[row, : len(example.input_ids)] = example.input_ids
-            labels[row, len(example.prompt_ids) : len(example.input_ids)] = example.answer_ids
+            lesson = self.haystack.lesson(
+                length=length, depth=depth, seed=self.seed, number=index * rows + row, num_needles=num_needles
+            )
+            ids = np.array(lesson.input_ids)
+            input_ids[row, : len(ids)] = ids
+            labels[row, : len(ids)] = np.where(lesson.is_answer, ids, IGNORED)
         return {"input_ids": input_ids, "labels": labels}
 
 
@@ -63,7 +77,9 @@ def needle_data(needle: Needle, recipe: Recipe) -> TrainingData:
     steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
 
     def batches(haystack: Haystack, count: int, seed: int) -> NeedleBatches:
-        return NeedleBatches(haystack, needle.train_lengths, needle.tokens_per_step, count, seed)
+        return NeedleBatches(
+            haystack, needle.train_lengths, needle.tokens_per_step, needle.tokens_per_needle, count, seed
+        )
 
     return TrainingData(
         train=batches(
