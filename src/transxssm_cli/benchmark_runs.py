@@ -171,5 +171,7 @@ def _show(results: dict[str, Any], folder: Path, report: Report = OVER_LENGTH) -
             f"[bold]{escape(title)}[/]",
             table_of(columns, ([row[name] for name in columns] for row in rows), num_names=2),
         ]
-    show(*parts, *map(escape, notes(results)))
+    show(*parts)
+    for note in notes(results):
+        typer.echo(note)
     typer.echo(f"Written to {folder}")

@@ -114,8 +114,22 @@ def test_a_lesson_asks_for_every_needle_that_fits(texts, byte_tokenizer):
         lines = byte_tokenizer.decode(lesson.input_ids, skip_special_tokens=True).splitlines()
         assert all(line.endswith(answer) for line, answer in zip(lines[-expected:], answers, strict=True))
         assert lesson == haystack.lesson(length=length, depth=0.5, seed=3, number=7, num_needles=at_most)
-    with pytest.raises(ValueError, match="ask for a longer one"):
-        haystack.lesson(length=40, depth=0.5, seed=3, number=7, num_needles=2)
+    for change, words in [
+        ({"length": 40}, "ask for a longer one"),
+        ({"depth": 2.0}, "depth must lie between"),
+        ({"num_needles": 0}, "names of their own"),
+        ({"num_needles": 1025}, "names of their own"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            haystack.lesson(**{"length": 300, "depth": 0.5, "seed": 3, "number": 7, "num_needles": 2} | change)
+
+
+def test_every_needle_fits_where_the_longest_does(texts, byte_tokenizer):
+    haystack = Haystack(texts, byte_tokenizer, max_tokens=4000)
+    fewest = haystack.fewest_tokens()
+    for number in range(200):
+        haystack.lesson(length=fewest, depth=0.5, seed=3, number=number, num_needles=1)
+        haystack.example(length=fewest, depth=0.5, seed=3, number=number)
 
 
 def test_reading_stops_when_there_is_enough(texts, byte_tokenizer):

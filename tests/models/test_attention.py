@@ -155,8 +155,7 @@ def test_whole_rows_in_half_precision_on_a_cpu(variant, packed, attended, monkey
         packed or kind.startswith("sliding") for kind in kinds
     ]
     attended.clear()
-    for module in ("attention", "modeling_transxssm"):
-        monkeypatch.setattr(f"transxssm.models.{module}.has_attention_kernels", lambda *heads: False)
+    monkeypatch.setattr("transxssm.models.attention.has_attention_kernels", lambda *heads: False)
     expected_loss, expected = loss_and_gradients()
     assert not attended
     assert_close(loss, expected_loss, torch.bfloat16)
@@ -171,12 +170,25 @@ def test_whole_rows_in_half_precision_on_a_cpu(variant, packed, attended, monkey
         ({}, {"attention_mask": torch.tensor([[0] + [1] * 12, [1] * 13])}),
         ({"attention_dropout": 0.1}, {}),
         ({"dtype": torch.float32}, {}),
+        ({}, {"is_causal": False}),
     ],
-    ids=["pads", "dropout", "float32"],
+    ids=["pads", "dropout", "float32", "not causal"],
 )
 def test_what_the_kernels_do_not_know_is_left_to_sdpa(options, arguments, attended):
     assert wide_headed(**options)(tokens(2, 13), use_cache=False, **arguments).logits.isfinite().all()
     assert not attended
+
+
+def test_masks_by_kind_name_every_kind():
+    model = wide_headed("sliding")
+    with pytest.raises(KeyError, match="sliding_attention"):
+        model(tokens(1, 9), attention_mask={"full_attention": None, "linear_attention": None}, use_cache=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_without_memory_has_shapes(dtype):
+    model = wide_headed("all_attention", dtype).eval().to("meta")
+    assert model(tokens(1, 9).to("meta"), use_cache=False).logits.shape == (1, 9, model.config.vocab_size)
 
 
 def test_a_prompt_with_a_cache_takes_the_kernels_and_what_follows_does_not(attended):

@@ -1,5 +1,7 @@
 """Causal attention equals its formula, with gradients, whatever the sizes, the strides, the keys that are hidden and who computes it."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,54 @@ def test_nan_is_seen():
     output = ours()(q, k, v)
     assert output[:, :, 70:].isnan().all()
     assert output[:, :, :64].isfinite().all()
+
+
+def test_negative_first_keys_are_the_first_one():
+    q, k, v, grad = inputs(1, 2, 2, 300, 64)
+    unclamped = (torch.arange(300) - 199).int()[None]
+    for actual, wanted in zip(
+        gradients(ours(unclamped), q, k, v, grad), gradients(ours(unclamped.clamp(min=0)), q, k, v, grad), strict=True
+    ):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -0.3])
+def test_a_scaling_is_positive(scaling):
+    with pytest.raises(ValueError, match="more than 0"):
+        causal_attention(*inputs(1, 2, 2, 4, 64)[:3], scaling=scaling)
+
+
+def test_gradients_of_one_input_alone_and_of_expanded_ones():
+    q, k, v, _ = inputs(2, 2, 2, 40, 64)
+    grad = torch.ones(()).bfloat16().expand(q.shape)
+    _, *expected = gradients(formula(), q.double(), k.double(), v.double(), grad.double())
+    for index, wanted in enumerate(expected):
+        tensors = [q, k, v]
+        tensors[index] = tensors[index].detach().requires_grad_()
+        (actual,) = torch.autograd.grad(ours()(*tensors), tensors[index], grad)
+        assert_close(actual, wanted, torch.bfloat16, scale=wanted.norm().item() or 1.0)
+    shared = k[:, :1].expand(-1, 2, -1, -1)
+    assert_close(ours()(q, shared, shared), formula()(q, shared, shared), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_nothing_gives_nothing(batch, length):
+    assert ours()(*inputs(batch, 2, 2, length, 64)[:3]).shape == (batch, 2, length, 64)
+
+
+def test_the_operator_does_without_kernels_too(monkeypatch):
+    """A program that was exported where there are kernels may run where there are none."""
+    q, k, v, grad = inputs(1, 4, 2, 70, 64)
+    first_keys = window(1, 70).contiguous()
+    monkeypatch.setattr(import_module("transxssm.ops.causal_attention"), "has_tiles", lambda: False)
+
+    def by_operator(q, k, v):
+        return torch.ops.transxssm.causal_attention(q, k, v, first_keys, SCALING)[0]
+
+    got = gradients(by_operator, q, k, v, grad)
+    expected = gradients(formula(first_keys), *(tensor.double() for tensor in (q, k, v, grad)))
+    for actual, wanted in zip(got, expected, strict=True):
+        assert_close(actual, wanted, torch.bfloat16)
 
 
 def test_threads_change_nothing():

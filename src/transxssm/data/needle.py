@@ -21,6 +21,8 @@ NOUNS = (
     *("kettle", "ladder", "lantern", "meadow", "mirror", "orchard", "otter", "pebble", "pigeon", "planet", "river", "saddle"),
     *("spider", "teapot", "thistle", "tunnel", "valley", "violin", "walnut", "window"),
 )  # fmt: skip
+WORDS = (*ADJECTIVES, *NOUNS)
+NUM_NAMES = len(ADJECTIVES) * len(NOUNS)
 DIGITS = 5
 
 
@@ -120,11 +122,10 @@ class Haystack:
         Raises:
             ValueError: a depth out of 0 … 1; more distractors than names; a length that the needle and its question alone exceed.
         """
-        if not 0 <= depth <= 1:
-            raise ValueError(f"a needle's depth must lie between 0 (the beginning) and 1 (the end): got {depth}")
-        if not 0 <= num_distractors < len(ADJECTIVES) * len(NOUNS):
+        _check_depth(depth)
+        if not 0 <= num_distractors < NUM_NAMES:
             raise ValueError(
-                f"distractors need names of their own: got {num_distractors}, expected 0 … {len(ADJECTIVES) * len(NOUNS) - 1}"
+                f"distractors need names of their own: got {num_distractors}, expected 0 … {NUM_NAMES - 1}"
             )
         generator = np.random.default_rng((seed, number, length, round(depth * 1e6), num_distractors))
         wording = WORDINGS[generator.integers(len(WORDINGS))]
@@ -152,8 +153,11 @@ class Haystack:
             num_needles: at most; each has a wording of its own.
 
         Raises:
-            ValueError: a length that one needle and its question alone exceed.
+            ValueError: a depth out of 0 … 1; no needle, or more than names; a length that one needle and its question alone exceed.
         """
+        _check_depth(depth)
+        if not 0 < num_needles <= NUM_NAMES:
+            raise ValueError(f"needles need names of their own: got {num_needles}, expected 1 … {NUM_NAMES}")
         generator = np.random.default_rng((seed, number, length, round(depth * 1e6), num_needles))
         names = _names(generator, num_needles)
         low, high = 10 ** (DIGITS - 1), 10**DIGITS
@@ -164,14 +168,28 @@ class Haystack:
         questions = [(wording.question.format(name=name), f" {value}") for wording, name, value in needles]
         depths = [depth, *generator.random(num_needles - 1)]
         first_line = int(generator.integers(len(self.lines)))
-        for count in range(num_needles, 0, -1):
 
-            def laid(num_lines: int, count: int = count) -> NeedleLesson:
-                return self._laid_lesson(first_line, num_lines, statements[:count], depths[:count], questions[:count])
+        def of_needles(count: int) -> Callable[[int], NeedleLesson]:
+            return lambda num_lines: self._laid_lesson(
+                first_line, num_lines, statements[:count], depths[:count], questions[:count]
+            )
 
-            if count == 1 or len(laid(0).input_ids) <= length:
-                return self._filled(laid, first_line, length)
-        raise AssertionError("a lesson has a needle at least")
+        def is_too_long(count: int) -> bool:
+            return len(of_needles(count)(0).input_ids) > length
+
+        num_fitting = bisect.bisect_left(range(1, num_needles + 1), True, key=is_too_long)
+        return self._filled(of_needles(max(1, num_fitting)), first_line, length)
+
+    def fewest_tokens(self) -> int:
+        """Tokens of a needle and its question in the longest wording, about the longest name: what every prompt needs room for."""
+        sizes = {word: len(ids) for word, ids in zip(WORDS, self._encode([f" {word}" for word in WORDS]), strict=True)}
+        name = " ".join(max(words, key=sizes.__getitem__) for words in (ADJECTIVES, NOUNS))
+        number = f"{10**DIGITS - 1}"
+        texts = [
+            f"{wording.statement.format(name=name, number=number)}\n{wording.question.format(name=name)} {number}"
+            for wording in WORDINGS
+        ]
+        return 1 + max(map(len, self._encode(texts)))
 
     def _filled(self, laid: Callable[[int], _Laid], first_line: int, length: int) -> _Laid:
         """What `laid` makes of as many lines as fit into `length` tokens."""
@@ -265,8 +283,13 @@ class Haystack:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
 
 
+def _check_depth(depth: float) -> None:
+    if not 0 <= depth <= 1:
+        raise ValueError(f"a needle's depth must lie between 0 (the beginning) and 1 (the end): got {depth}")
+
+
 def _names(generator: np.random.Generator, count: int) -> list[str]:
-    chosen = generator.choice(len(ADJECTIVES) * len(NOUNS), count, replace=False)
+    chosen = generator.choice(NUM_NAMES, count, replace=False)
     return [f"{ADJECTIVES[index // len(NOUNS)]} {NOUNS[index % len(NOUNS)]}" for index in chosen]
 
 

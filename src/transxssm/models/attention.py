@@ -72,7 +72,7 @@ class TransXSSMAttention(nn.Module):
         weights = None
         if self._is_slow_in_torch(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
-        elif positions.first_keys is not None or self._is_causal_for_kernels(q, k, v, attention_mask):
+        elif positions.first_keys is not None or self._is_causal_for_kernels(q, k, v, attention_mask, kwargs):
             kind = self.config.layer_types[self.layer_idx]
             first_keys = None if positions.first_keys is None else positions.first_keys[kind]
             output = causal_attention(q, k, v, first_keys, scaling=self.scaling).transpose(1, 2)
@@ -98,15 +98,12 @@ class TransXSSMAttention(nn.Module):
             output = output * torch.sigmoid(self.g_proj(hidden_states))
         return self.o_proj(output), weights
 
-    def _is_causal_for_kernels(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether SDPA is asked for causal attention of whole rows and nothing else, and there are kernels that do it faster."""
-        return (
-            attention_mask is None
-            and 1 < q.shape[2] == k.shape[2]
-            and self.config._attn_implementation == "sdpa"
-            and not (self.training and self.attention_dropout)
-            and has_attention_kernels(q, k, v)
-        )
+    def _is_causal_for_kernels(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+    ) -> bool:
+        """Whether whole rows attend as `has_kernels_for_rows` says, with nothing hidden but what comes later."""
+        is_whole = attention_mask is None and 1 < q.shape[2] == k.shape[2]
+        return is_whole and self.is_causal and has_kernels_for_rows(self.config, self.training, options, q, k, v)
 
     def _is_slow_in_torch(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this is a token that is decoded in half precision on a CPU by SDPA, and nothing but its output is asked for."""
@@ -119,6 +116,19 @@ class TransXSSMAttention(nn.Module):
             and (attention_mask is None or attention_mask.dtype == torch.bool)
             and not (needs_grad or self.training or torch.compiler.is_compiling())
         )
+
+
+def has_kernels_for_rows(
+    config: TransXSSMConfig, is_training: bool, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
+) -> bool:
+    """Whether SDPA is asked for causal attention without dropout, and `causal_attention` has kernels for it.
+
+    Args:
+        options: of the attention function, among them perhaps transformers' `is_causal`.
+    """
+    is_causal = getattr(config, "is_causal", True) and options.get("is_causal") is not False
+    has_dropout = is_training and config.attention_dropout > 0
+    return config._attn_implementation == "sdpa" and is_causal and not has_dropout and has_attention_kernels(q, k, v)
 
 
 @contextmanager

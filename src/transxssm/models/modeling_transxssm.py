@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from transxssm.models.attention import TransXSSMAttention
+from transxssm.models.attention import TransXSSMAttention, has_kernels_for_rows
 from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
@@ -37,14 +37,7 @@ from transxssm.models.positions import (
     local_padding,
 )
 from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
-from transxssm.ops import (
-    has_attention_kernels,
-    keep_pairs,
-    linear_cross_entropy,
-    rotary_cos_sin,
-    subsample_rotary,
-    swiglu,
-)
+from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
 
 SILU = type(ACT2FN["silu"])
 
@@ -230,9 +223,13 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         first_keys = None
         if isinstance(attention_mask, dict):
             masks = attention_mask
-        elif attention_mask is None and past_key_values is None and self._has_attention_kernels(inputs_embeds):
+        elif attention_mask is None and past_key_values is None and self._has_attention_kernels(inputs_embeds, kwargs):
             windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-            first_keys = {kind: first_keys_in(window, seq_idx, inputs_embeds) for kind, window in windows.items()}
+            first_keys = {
+                kind: first_keys_in(window, seq_idx, inputs_embeds)
+                for kind, window in windows.items()
+                if kind in self.config.layer_types
+            }
         else:
             masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, past_length, seq_idx)
         dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
@@ -253,7 +250,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
-                attention_mask=None if is_ssd else masks.get(layer_type),
+                attention_mask=None if is_ssd or first_keys is not None else masks[layer_type],
                 past_key_values=ssd_state_of(past_key_values, index) if is_ssd else past_key_values,
                 **kwargs,
             )
@@ -265,17 +262,13 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                 )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _has_attention_kernels(self, inputs_embeds: Tensor) -> bool:
-        """Whether SDPA of whole rows, which it is then told of by their first keys instead of a mask, has kernels of its own."""
-        device, dtype = inputs_embeds.device.type, inputs_embeds.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        head = inputs_embeds.new_empty(1, 1, 1, self.config.head_dim, dtype=dtype)
-        return (
-            self.config._attn_implementation == "sdpa"
-            and not (self.training and self.config.attention_dropout)
-            and has_attention_kernels(head, head, head)
-        )
+    def _has_attention_kernels(self, inputs_embeds: Tensor, options: dict[str, Any]) -> bool:
+        """Whether rows attend by kernels, which are told of documents and windows by first keys instead of a mask."""
+        if inputs_embeds.device.type != "cpu":
+            return False
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
+        head = inputs_embeds.new_empty(1, 1, 1, self.config.head_dim, dtype=dtype)  # as projections will make them
+        return has_kernels_for_rows(self.config, self.training, options, head, head, head)
 
     def _padding(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, past_length: int, length: int

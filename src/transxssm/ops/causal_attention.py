@@ -1,4 +1,4 @@
-"""Causal attention in bfloat16 on a CPU, forward and backward, at twice the speed of torch's: see ops/cpu/attention.cpp.
+"""Causal attention over ranges of keys, with kernels for bfloat16 on CPUs: see ops/cpu/attention.cpp and decision 58.
 
 Letters: b batch, h heads, k key-value heads, t time, d head_dim.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.cpu import has_tiles, kernels_for, kernels_inside_operator
+from transxssm.ops.cpu import Kernels, has_tiles, kernels_for, kernels_inside_operator
 
 # What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
 _HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
@@ -24,20 +24,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None 
 
     Args:
         q: (b, h, t, d). k, v: (b, k, t, d); heads r·i … r·i + r − 1 of the h = r k share number i.
-        first_keys: (b, t) int32, at most the query's own place and never falling along a row; None: zeros.
-        scaling: of the scores.
+        first_keys: (b, t) int32, at most the query's own place and never falling along a row; None: zeros, as are negative ones.
+        scaling: of the scores, more than 0.
 
     Returns:
         (b, h, t, d) in q's dtype.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit; a scaling of 0 or less, for which torch's kernels give NaN.
     """
     batch, heads, length, _ = q.shape
-    if k.shape != v.shape or k.shape[::2] != (batch, length) or k.shape[3] != q.shape[3] or heads % k.shape[1]:
+    is_fit = k.shape == v.shape and k.shape[::2] == (batch, length) and k.shape[3] == q.shape[3]
+    if not is_fit or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(
             f"expected q (b, h, t, d) and k, v (b, k, t, d), h a multiple of k: got {[*map(tuple, (q, k, v))]}"
         )
+    if scaling <= 0:
+        raise ValueError(f"scaling must be more than 0: got {scaling}")
     if first_keys is not None and first_keys.shape != (batch, length):
         raise ValueError(f"first_keys must have shape {(batch, length)}: got {tuple(first_keys.shape)}")
     if has_attention_kernels(q, k, v):
@@ -55,7 +58,8 @@ def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> Tensor:
-    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    if q.shape[1] != k.shape[1]:
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     if first_keys is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     places = torch.arange(q.shape[2], device=q.device)
@@ -65,10 +69,16 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scalin
 
 @torch.library.custom_op("transxssm::causal_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithms of the sums of exponentials: (b, h, t), float32."""
+    """The output, and the logarithms of the sums of exponentials: (b, h, t), float32.
+
+    Programs are exported where there are kernels and run where there may be none: then torch's attention, without the sums.
+    """
     output, log_sums = _empty_outputs(q, k, v, first_keys, scaling)
+    kernels = _kernels(q, k, v, first_keys)
+    if kernels is None:
+        return output.copy_(_by_torch(q, k, v, first_keys, scaling)), log_sums.zero_()
     call = _Call(q, k, v, first_keys, scaling, output, log_sums)
-    call.run("attend", _room(k), _room(k))
+    kernels.run("attend", call.description, _workspace(k), _workspace(k))
     return output, log_sums
 
 
@@ -90,16 +100,26 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     gradients = _empty_gradients(grad, q, k, v, first_keys, output, log_sums, scaling)
+    kernels = _kernels(q, k, v, first_keys, output, log_sums, grad)
+    if kernels is None:
+        with torch.enable_grad():
+            q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
+            found = torch.autograd.grad(_by_torch(q, k, v, first_keys, scaling), (q, k, v), grad)
+        for gradient, value in zip(gradients, found, strict=True):
+            gradient.copy_(value)
+        return gradients
     call = _Call(q, k, v, first_keys, scaling, output, log_sums, grad)
     rows = (q.shape[0], q.shape[1], _padded(q.shape[2]))
     workspaces = (
-        *(_room(q) for _ in range(4)),
-        _room(k),
-        _room(q, torch.float32),
+        *(_workspace(q) for _ in range(4)),
+        _workspace(k),
+        _workspace(q, torch.float32),
         *(q.new_empty(rows, dtype=torch.float32) for _ in range(2)),
     )
     pointers = zip(_Gradients.NAMES, (*gradients, *workspaces), strict=True)
-    call.run("attend_backward", _Gradients(**{name: tensor.data_ptr() for name, tensor in pointers}))
+    kernels.run(
+        "attend_backward", call.description, _Gradients(**{name: tensor.data_ptr() for name, tensor in pointers})
+    )
     return gradients
 
 
@@ -136,12 +156,16 @@ def _empty_heads(like: Tensor) -> Tensor:
     return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
+def _kernels(q: Tensor, *others: Tensor | None) -> Kernels | None:
+    return kernels_inside_operator(q, *others) if q.dtype == torch.bfloat16 and has_tiles() else None
+
+
 def _padded(length: int) -> int:
     return -(-length // _KEYS) * _KEYS
 
 
-def _room(heads: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A workspace of a head after the other: (b, h, padded t, d)."""
+def _workspace(heads: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """For a head after the other: (b, h, padded t, d)."""
     batch, num_heads, length, head_dim = heads.shape
     return heads.new_empty(batch, num_heads, _padded(length), head_dim, dtype=dtype)
 
@@ -167,7 +191,7 @@ class _Gradients(ctypes.Structure):
     """`struct AttentionGradients` there."""
 
     NAMES = (
-        *("grad_q", "grad_k", "grad_v", "q_columns", "q_pairs", "grad_columns", "grad_pairs", "turned_k", "to_q"),
+        *("grad_q", "grad_k", "grad_v", "q_columns", "q_pairs", "grad_columns", "grad_pairs", "transposed_k", "to_q"),
         *("dots", "log2_sums"),
     )
     _fields_ = tuple((name, ctypes.c_void_p) for name in NAMES)
@@ -187,16 +211,13 @@ class _Call:
         log_sums: Tensor,
         grad: Tensor | None = None,
     ) -> None:
-        kernels = kernels_inside_operator(q, k, v, first_keys, output, log_sums, grad)
-        assert kernels is not None
-        self._kernels = kernels
         given = (q, k, v, output, output if grad is None else grad)
         self._strided = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in given]
-        self._others = (None if first_keys is None else first_keys.to(torch.int32).contiguous(), log_sums.contiguous())
+        self._others = (
+            None if first_keys is None else first_keys.clamp(min=0).to(torch.int32).contiguous(),
+            log_sums.contiguous(),
+        )
         sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], torch.get_num_threads())
         strides = [stride for tensor in self._strided for stride in tensor.stride()[:3]]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*self._strided, *self._others)]
-        self._description = _Attention(*sizes, *strides, *pointers, scaling)
-
-    def run(self, name: str, *arguments: Tensor | ctypes.Structure) -> None:
-        self._kernels.run(name, self._description, *arguments)
+        self.description = _Attention(*sizes, *strides, *pointers, scaling)

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from transxssm.data import RecallTask
+from transxssm.data.needle import NUM_NAMES
 from transxssm.training.recipe import apply_override
 from transxssm.training.yaml_values import load_yaml
 
@@ -320,6 +321,12 @@ def _check_needle(needle: Needle) -> None:
     for depth in needle.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"needle.depths: expected shares from 0 (the beginning) to 1 (the end): got {depth}")
+    if needle.tokens_per_needle is not None:
+        most = max(needle.train_lengths) // max(1, needle.tokens_per_needle)
+        if needle.tokens_per_needle < 1 or most > NUM_NAMES:
+            raise ValueError(
+                f"needle.tokens_per_needle: expected 1 or more, and at most {NUM_NAMES} needles a text: got {needle.tokens_per_needle}"
+            )
     if needle.num_examples < 1 or needle.held_out_steps < 1:
         raise ValueError(
             f"needle: expected num_examples and held_out_steps of at least 1: got {needle.num_examples} and {needle.held_out_steps}"

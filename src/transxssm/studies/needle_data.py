@@ -72,8 +72,11 @@ def needle_data(needle: Needle, recipe: Recipe) -> TrainingData:
     corpus = load_corpus(recipe.data)
     tokenizer = build_tokenizer(recipe.data, corpus)
     held_out = haystack_of(needle, corpus.held_out["text"], tokenizer)
-    for length in (*needle.train_lengths, *needle.lengths):  # refuses, before any training, what is too short
-        held_out.example(length=length, depth=0.5, seed=0, number=0)
+    shortest, fewest = min(*needle.train_lengths, *needle.lengths), held_out.fewest_tokens()
+    if shortest < fewest:
+        raise ValueError(
+            f"a needle and its question may need {fewest} tokens: got length {shortest}; ask for a longer one"
+        )
     steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
 
     def batches(haystack: Haystack, count: int, seed: int) -> NeedleBatches:

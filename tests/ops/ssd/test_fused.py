@@ -41,9 +41,10 @@ def test_a_format_that_the_cpu_does_not_multiply_becomes_float32(monkeypatch):
 
 
 @DTYPES
-def test_views_are_read_where_they_lie(dtype):
+@pytest.mark.parametrize(("head_dim", "size"), [(8, 16), (32, 64)])
+def test_views_are_read_where_they_lie(head_dim, size, dtype):
     """x, B and C out of one projection, as in the model, and a gradient of y that is expanded."""
-    batch, length, groups, heads, head_dim, size = 2, 19, 2, 4, 8, 16
+    batch, length, groups, heads = 2, 19, 2, 4
     torch.manual_seed(0)
     projected = torch.randn(batch, length, heads * head_dim + 2 * groups * size).to(dtype)
     x, B, C = projected.split([heads * head_dim, groups * size, groups * size], dim=-1)

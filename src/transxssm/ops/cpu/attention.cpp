@@ -20,7 +20,7 @@ struct Attention {
     int64_t q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token;
     int64_t output_row, output_head, output_token, grad_row, grad_head, grad_token;
     const void *q, *k, *v, *output, *grad;  // (b, h, t, d)
-    const int32_t* first_keys;  // (b, t) or null: the first key that each query sees, not after itself, never falling
+    const int32_t* first_keys;  // (b, t) or null: the first key that each query sees, 0 … its own, never falling
     float* log_sums;  // (b, h, t): log of the sum of a query's exponentials
     float scaling;
 };
@@ -28,7 +28,7 @@ struct Attention {
 // The gradients, (b, t, h, d), and workspaces: by head, padded t × d each; the last two padded t.
 struct AttentionGradients {
     void *grad_q, *grad_k, *grad_v;
-    void *q_columns, *q_pairs, *grad_columns, *grad_pairs, *turned_k;
+    void *q_columns, *q_pairs, *grad_columns, *grad_pairs, *transposed_k;
     float *to_q, *dots, *log2_sums;
 };
 
@@ -45,16 +45,16 @@ constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f, INF
 
 inline int64_t padded(int64_t length) { return (length + KEYS - 1) / KEYS * KEYS; }
 
-// 2^x to 5e-6, 0 at −∞; NaN stays NaN.
+// 2^x to 3e-6 (the quartic of least relative error around 0), 0 at −∞; NaN stays NaN.
 inline __m512 exp2_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // of NaN and a number it gives the second
     const __m512 power = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, power);
-    __m512 sum = _mm512_set1_ps(9.61812911e-3f);
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+    __m512 sum = _mm512_set1_ps(9.57008179e-3f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.59178587e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40247453e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93121815e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.99999261e-1f));
     return _mm512_scalef_ps(sum, power);
 }
 
@@ -72,7 +72,7 @@ void pairs_of(const bfloat16* from, int64_t token, int64_t length, int64_t head_
 }
 
 // Blocks of KEYS positions, each [d][KEYS]: a left matrix whose columns are positions.
-void turned(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
+void transposed(const bfloat16* from, int64_t token, int64_t length, int64_t head_dim, uint32_t* to) {
     uint32_t pairs[KEYS / 2 * WIDEST];
     for (int64_t first = 0; first < padded(length); first += KEYS) {
         pair_rows(from + first * token, token, length - first, KEYS, head_dim, pairs);
@@ -204,19 +204,19 @@ inline void differentiate_scores(
 // The workspaces hold a key-value head after the other, padded t × d each.
 extern "C" void attend_bfloat16(const Attention* given, void* all_k_columns, void* all_v_pairs) {
     const Attention& a = *given;
-    const int64_t D = a.head_dim, room = padded(a.length) * D / 2;
+    const int64_t D = a.head_dim, head_size = padded(a.length) * D / 2;
     uint32_t *k_columns = static_cast<uint32_t*>(all_k_columns), *v_pairs = static_cast<uint32_t*>(all_v_pairs);
 #pragma omp parallel for num_threads(a.threads)
     for (int64_t task = 0; task < a.batch * a.key_heads; ++task) {
         const int64_t row = task / a.key_heads, head = task % a.key_heads;
-        columns_of(head_of(a.k, a.k_row, row, a.k_head, head), a.k_token, a.length, D, k_columns + task * room);
-        pairs_of(head_of(a.v, a.v_row, row, a.v_head, head), a.v_token, a.length, D, v_pairs + task * room);
+        columns_of(head_of(a.k, a.k_row, row, a.k_head, head), a.k_token, a.length, D, k_columns + task * head_size);
+        pairs_of(head_of(a.v, a.v_row, row, a.v_head, head), a.v_token, a.length, D, v_pairs + task * head_size);
     }
     const int64_t blocks = (a.length + WIDTH - 1) / WIDTH, group = a.heads / a.key_heads;
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t task = 0; task < a.batch * a.heads * blocks; ++task) {
         const int64_t block = blocks - 1 - task % blocks, head = task / blocks % a.heads, row = task / blocks / a.heads;
-        const int64_t keys = (row * a.key_heads + head / group) * room;
+        const int64_t keys = (row * a.key_heads + head / group) * head_size;
         const bfloat16* q = head_of(a.q, a.q_row, row, a.q_head, head);
         bfloat16* output = const_cast<bfloat16*>(head_of(a.output, a.output_row, row, a.output_head, head));
         const int32_t* first_keys = a.first_keys ? a.first_keys + row * a.length : nullptr;
@@ -232,23 +232,23 @@ extern "C" void attend_bfloat16(const Attention* given, void* all_k_columns, voi
 extern "C" void attend_backward_bfloat16(const Attention* given, const AttentionGradients* gradients) {
     const Attention& a = *given;
     const AttentionGradients& to = *gradients;
-    const int64_t D = a.head_dim, length = padded(a.length), room = length * D, group = a.heads / a.key_heads;
+    const int64_t D = a.head_dim, length = padded(a.length), head_size = length * D, group = a.heads / a.key_heads;
 #pragma omp parallel for num_threads(a.threads)
     for (int64_t task = 0; task < a.batch * a.heads; ++task) {
         const int64_t row = task / a.heads, head = task % a.heads;
         const bfloat16* q = head_of(a.q, a.q_row, row, a.q_head, head);
         const bfloat16* grad = head_of(a.grad, a.grad_row, row, a.grad_head, head);
         const bfloat16* output = head_of(a.output, a.output_row, row, a.output_head, head);
-        columns_of(q, a.q_token, a.length, D, static_cast<uint32_t*>(to.q_columns) + task * room / 2);
-        pairs_of(q, a.q_token, a.length, D, static_cast<uint32_t*>(to.q_pairs) + task * room / 2);
-        columns_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_columns) + task * room / 2);
-        pairs_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_pairs) + task * room / 2);
+        columns_of(q, a.q_token, a.length, D, static_cast<uint32_t*>(to.q_columns) + task * head_size / 2);
+        pairs_of(q, a.q_token, a.length, D, static_cast<uint32_t*>(to.q_pairs) + task * head_size / 2);
+        columns_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_columns) + task * head_size / 2);
+        pairs_of(grad, a.grad_token, a.length, D, static_cast<uint32_t*>(to.grad_pairs) + task * head_size / 2);
         if (head % group == 0)
-            turned(
+            transposed(
                 head_of(a.k, a.k_row, row, a.k_head, head / group), a.k_token, a.length, D,
-                static_cast<uint32_t*>(to.turned_k) + task / group * room / 2
+                static_cast<uint32_t*>(to.transposed_k) + task / group * head_size / 2
             );
-        std::fill_n(to.to_q + task * room, room, 0.0f);
+        std::fill_n(to.to_q + task * head_size, head_size, 0.0f);
         for (int64_t t = 0; t < length; ++t) {
             float dot = 0.0f;
             if (t < a.length)
@@ -276,7 +276,7 @@ extern "C" void attend_backward_bfloat16(const Attention* given, const Attention
             if (keys % 2) std::memset(to_scores + keys * WIDTH, 0, WIDTH * sizeof *to_scores);  // the last key's other of the pair
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
                 for (int64_t query = key; query < end; query += WIDTH) {
-                    const int64_t place = row * a.heads + head, at = place * room + query * D;
+                    const int64_t place = row * a.heads + head, at = place * head_size + query * D;
                     const uint32_t *q_columns = static_cast<const uint32_t*>(to.q_columns) + at / 2,
                                    *grad_columns = static_cast<const uint32_t*>(to.grad_columns) + at / 2;
                     const float *log2_sums = to.log2_sums + place * length + query, *dots = to.dots + place * length + query;
@@ -292,7 +292,7 @@ extern "C" void attend_backward_bfloat16(const Attention* given, const Attention
                     add_product(weights, WIDTH, static_cast<const uint32_t*>(to.grad_pairs) + at / 2, D, to_v, seen, WIDTH / 2);
                     add_product(to_scores, WIDTH, static_cast<const uint32_t*>(to.q_pairs) + at / 2, D, to_k, seen, WIDTH / 2);
                     add_product(
-                        static_cast<const bfloat16*>(to.turned_k) + task * room + key * D, KEYS, to_scores_pairs, WIDTH, to.to_q + at, D, even / 2
+                        static_cast<const bfloat16*>(to.transposed_k) + task * head_size + key * D, KEYS, to_scores_pairs, WIDTH, to.to_q + at, D, even / 2
                     );
                 }
             for (int64_t r = 0; r < keys; ++r) {
@@ -305,7 +305,7 @@ extern "C" void attend_backward_bfloat16(const Attention* given, const Attention
         }
         for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
             for (int64_t t = 0; t < a.length; ++t) {
-                const float* from = to.to_q + (row * a.heads + head) * room + t / WIDTH * WIDTH * D + t % WIDTH;
+                const float* from = to.to_q + (row * a.heads + head) * head_size + t / WIDTH * WIDTH * D + t % WIDTH;
                 bfloat16* out = static_cast<bfloat16*>(to.grad_q) + ((row * a.length + t) * a.heads + head) * D;
                 for (int64_t d = 0; d < D; ++d) store(out[d], from[d * WIDTH] * a.scaling);
             }

@@ -1,4 +1,4 @@
-"""How the ops call scan.cpp and rows.cpp: tensors go over as addresses."""
+"""How the ops call what is in the C++ files: tensors go over as addresses."""
 
 import ctypes
 from typing import Any
@@ -29,6 +29,12 @@ class Kernels:
     def on_rows(self, name: str, rows: Tensor, *arguments: Tensor | int | float) -> None:
         """Calls a function of rows.cpp on (n, d)."""
         self.run(name, *rows.shape, torch.get_num_threads(), *arguments)
+
+    def ask(self, name: str, *arguments: Tensor | int | float | ctypes.Structure) -> int:
+        """What a function says that has one form for all formats."""
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_int64
+        return int(function(*map(_converted, arguments)))
 
     def num_tasks(self, num_rows: int) -> int:
         """Tasks that a function of rows.cpp splits n rows into."""

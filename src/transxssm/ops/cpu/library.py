@@ -52,7 +52,7 @@ def compiled_library() -> ctypes.CDLL | None:
 
 @torch.compiler.assume_constant_result
 def has_tiles() -> bool:
-    """Whether there are the kernels that multiply in registers: see tiles.h."""
+    """Whether there are the kernels that multiply in tiles of AVX-512 registers (not AMX's tiles: see tiles.h)."""
     library = compiled_library()
     return library is not None and bool(library.tiles_are_here())
 

@@ -31,6 +31,9 @@ struct Block {
     float* across;  // (a, g, r)
     float* to_log_decay;  // (a, g, r, q)
     float* kept;  // (a, g, r)
+    // For products in tiles: a thread's memory, one thread's after the other.
+    char* arenas;
+    int64_t arena_bytes;
 };
 
 }  // extern "C"

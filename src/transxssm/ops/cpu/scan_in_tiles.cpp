@@ -4,12 +4,23 @@
 // Heads and states are multiples of 32 wide. Every function has a task for each chunk and group, and a task's result does not depend
 // on the number of threads. Letters as in scan.h; "pairs" and "columns" are right matrices, whose rows or columns are what the name says.
 
-#include <cstdlib>
-
 #include "scan.h"
 #include "tiles.h"
 
-extern "C" int64_t tiles_are_here() { return TRANSXSSM_TILES; }
+extern "C" {
+
+int omp_get_thread_num(void);  // of any OpenMP; its header need not be here
+
+int64_t tiles_are_here() { return TRANSXSSM_TILES; }
+
+// Bytes that suffice a thread for the matrices of the largest task, which is `differentiate`'s.
+int64_t arena_bytes(const Block* block) {
+    const int64_t Q = (block->chunk_length + 31) / 32 * 32, N = block->state_size, R = block->heads / block->groups, RP = R * block->head_dim;
+    const int64_t numbers = 2 * Q * N + 4 * Q * RP + 2 * Q * Q + 2 * N * RP + (16 + 8 * R) * Q + 8 * N + 8 * R;
+    return (4 * numbers + 64 * 64 + 63) / 64 * 64;
+}
+
+}  // extern "C"
 
 #if TRANSXSSM_TILES
 
@@ -17,12 +28,10 @@ namespace {
 
 inline int64_t padded(int64_t length) { return (length + 31) / 32 * 32; }
 
-// Memory of a thread, in which matrices lie on borders of lines of the cache.
-class Room {
+// Memory of a thread, out of which a task takes its matrices, on borders of lines of the cache.
+class Arena {
 public:
-    explicit Room(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))), next_(memory_) {}
-    ~Room() { std::free(memory_); }
-    Room(const Room&) = delete;
+    explicit Arena(char* memory) : next_(memory) {}
 
     template <class T>
     T* take(int64_t count) {
@@ -30,10 +39,9 @@ public:
         next_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
         return taken;
     }
-    void clear() { next_ = memory_; }
 
 private:
-    char *memory_, *next_;
+    char* next_;
 };
 
 // A chunk's sizes, and its rows of the inputs.
@@ -106,29 +114,19 @@ struct Task {
 };
 
 template <class Work>
-void for_each_task(const Block& block, int64_t bytes, Work&& work) {
-#pragma omp parallel num_threads(block.threads)
-    {
-        Room room(bytes);
-#pragma omp for
-        for (int64_t task = 0; task < num_tasks(block); ++task) {
-            room.clear();
-            work(Task(block, task), room);
-        }
+void for_each_task(const Block& block, Work&& work) {
+#pragma omp parallel for num_threads(block.threads)
+    for (int64_t task = 0; task < num_tasks(block); ++task) {
+        Arena arena(block.arenas + omp_get_thread_num() * block.arena_bytes);
+        work(Task(block, task), arena);
     }
-}
-
-// Bytes that suffice for a task's matrices: so many of the sizes (q, n), (q, r p), (q, q), (n, r p), of `float`.
-int64_t bytes_for(const Block& block, int64_t maps, int64_t rows, int64_t squares, int64_t states) {
-    const int64_t Q = padded(block.chunk_length) + 16, N = block.state_size, RP = block.heads / block.groups * block.head_dim;
-    return 4 * (maps * Q * N + rows * Q * RP + squares * Q * Q + states * N * RP) + 8192 + 64 * Q * (block.heads / block.groups);
 }
 
 // What a chunk adds to the state, Σ_k to_end_k dt_k B_k x_k^T, or from its end to the state's gradient, Σ_q from_start_q C_q dy_q^T:
 // (a, g, n, r p). Leaves the decays, and the rotated B or C, for what follows.
 template <bool BACKWARDS>
 void update_states(const Block& block, void* updates) {
-    for_each_task(block, bytes_for(block, 2, 2, 0, 0), [&](const Task& task, Room& room) {
+    for_each_task(block, [&](const Task& task, Arena& arena) {
         const int64_t Q = task.Q, N = task.N, RP = task.RP, padded_Q = task.padded_Q;
         bfloat16* maps = static_cast<bfloat16*>(BACKWARDS ? block.rotated_C : block.rotated_B) + task.at.task * Q * N;
         if (BACKWARDS)
@@ -136,7 +134,7 @@ void update_states(const Block& block, void* updates) {
         else
             task.load_maps(block.B, block.B_row, block.B_token, maps);
         load_decays(block, task.at);
-        bfloat16* weighted = room.take<bfloat16>(Q * RP);
+        bfloat16* weighted = arena.take<bfloat16>(Q * RP);
         if (BACKWARDS)
             task.weigh_rows(
                 [&](int64_t q) { return task.grad_y(q); }, [&](int64_t q, int64_t r) { return block.from_start[task.number(r) + q]; }, weighted
@@ -146,8 +144,8 @@ void update_states(const Block& block, void* updates) {
                 [&](int64_t q) { return task.x(q); },
                 [&](int64_t q, int64_t r) { return task.dt(q, r) * block.to_end[task.number(r) + q]; }, weighted
             );
-        uint32_t *pairs = room.take<uint32_t>(padded_Q / 2 * RP), *map_pairs = room.take<uint32_t>(padded_Q / 2 * N),
-                 *turned = room.take<uint32_t>(N * padded_Q / 2);
+        uint32_t *pairs = arena.take<uint32_t>(padded_Q / 2 * RP), *map_pairs = arena.take<uint32_t>(padded_Q / 2 * N),
+                 *turned = arena.take<uint32_t>(N * padded_Q / 2);
         pair_rows(weighted, RP, Q, padded_Q, RP, pairs);
         pair_rows(maps, N, Q, padded_Q, N, map_pairs);
         transpose(as_rows(map_pairs), 2 * N, padded_Q / 2, padded_Q / 2, N, turned);
@@ -165,14 +163,14 @@ void update_states(const Block& block, void* updates) {
 
 // y_q = from_start_q · S C_q + Σ_k (C_q · B_k) L_qk dt_k x_k + D x_q, S the state that enters.
 void finish_outputs(const Block& block, const void* entering, void* y) {
-    for_each_task(block, bytes_for(block, 3, 3, 2, 1), [&](const Task& task, Room& room) {
+    for_each_task(block, [&](const Task& task, Arena& arena) {
         const int64_t Q = task.Q, N = task.N, P = task.P, R = task.R, RP = task.RP, padded_Q = task.padded_Q;
         const bfloat16* B = static_cast<const bfloat16*>(block.rotated_B) + task.at.task * Q * N;
-        bfloat16 *C = room.take<bfloat16>(Q * N), *dt_x = room.take<bfloat16>(Q * RP);
-        uint32_t *B_columns = room.take<uint32_t>(N / 2 * padded_Q), *dt_x_pairs = room.take<uint32_t>(padded_Q / 2 * RP),
-                 *state_pairs = room.take<uint32_t>(N / 2 * RP);
-        float *scores = room.take<float>(4 * padded_Q), *decays = room.take<float>(padded_Q);
-        bfloat16* weights = room.take<bfloat16>(4 * padded_Q);
+        bfloat16 *C = arena.take<bfloat16>(Q * N), *dt_x = arena.take<bfloat16>(Q * RP);
+        uint32_t *B_columns = arena.take<uint32_t>(N / 2 * padded_Q), *dt_x_pairs = arena.take<uint32_t>(padded_Q / 2 * RP),
+                 *state_pairs = arena.take<uint32_t>(N / 2 * RP);
+        float *scores = arena.take<float>(4 * padded_Q), *decays = arena.take<float>(padded_Q);
+        bfloat16* weights = arena.take<bfloat16>(4 * padded_Q);
         task.load_maps(block.C, block.C_row, block.C_token, C);
         task.weigh_rows([&](int64_t q) { return task.x(q); }, [&](int64_t q, int64_t r) { return task.dt(q, r); }, dt_x);
         transpose(B, N, Q, padded_Q, N / 2, B_columns);
@@ -242,7 +240,7 @@ struct Gradients {
 };
 
 void differentiate(const Block& block, const void* all_entering, const void* all_leaving, const Gradients& to) {
-    for_each_task(block, bytes_for(block, 3, 4, 3 + block.heads / block.groups, 2), [&](const Task& task, Room& room) {
+    for_each_task(block, [&](const Task& task, Arena& arena) {
         const int64_t Q = task.Q, N = task.N, P = task.P, R = task.R, RP = task.RP, padded_Q = task.padded_Q;
         const bfloat16 *entering = static_cast<const bfloat16*>(all_entering) + task.at.task * N * RP,
                        *leaving = static_cast<const bfloat16*>(all_leaving) + task.at.task * N * RP,
@@ -250,8 +248,8 @@ void differentiate(const Block& block, const void* all_entering, const void* all
         const int64_t* documents = task.documents();
 
         // The operands, as rows, then as right matrices.
-        bfloat16 *B = room.take<bfloat16>(Q * N), *dy = room.take<bfloat16>(Q * RP), *dt_x = room.take<bfloat16>(Q * RP),
-                 *weighted_x = room.take<bfloat16>(Q * RP), *weighted_dy = room.take<bfloat16>(Q * RP);
+        bfloat16 *B = arena.take<bfloat16>(Q * N), *dy = arena.take<bfloat16>(Q * RP), *dt_x = arena.take<bfloat16>(Q * RP),
+                 *weighted_x = arena.take<bfloat16>(Q * RP), *weighted_dy = arena.take<bfloat16>(Q * RP);
         task.load_maps(block.B, block.B_row, block.B_token, B);
         for (int64_t q = 0; q < Q; ++q) std::memcpy(static_cast<void*>(dy + q * RP), task.grad_y(q), RP * sizeof *dy);
         task.weigh_rows([&](int64_t q) { return task.x(q); }, [&](int64_t q, int64_t r) { return task.dt(q, r); }, dt_x);
@@ -264,12 +262,12 @@ void differentiate(const Block& block, const void* all_entering, const void* all
             weighted_dy
         );
         const auto rows_to_pairs = [&](const bfloat16* rows, int64_t num_rows, int64_t padded_rows, int64_t width) {
-            uint32_t* pairs = room.take<uint32_t>(padded_rows / 2 * width);
+            uint32_t* pairs = arena.take<uint32_t>(padded_rows / 2 * width);
             pair_rows(rows, width, num_rows, padded_rows, width, pairs);
             return pairs;
         };
         const auto rows_to_columns = [&](const bfloat16* rows, int64_t num_rows, int64_t padded_rows, int64_t width) {
-            uint32_t* columns = room.take<uint32_t>(width / 2 * padded_rows);
+            uint32_t* columns = arena.take<uint32_t>(width / 2 * padded_rows);
             transpose(rows, width, num_rows, padded_rows, width / 2, columns);
             return columns;
         };
@@ -279,8 +277,8 @@ void differentiate(const Block& block, const void* all_entering, const void* all
                        *leaving_columns = rows_to_columns(leaving, N, N, RP), *entering_columns = rows_to_columns(entering, N, N, RP);
 
         // What each position has of its own, padded to whole vectors.
-        float *sums = room.take<float>(R * padded_Q), *remainders = room.take<float>(R * padded_Q),
-              *to_log_decay = room.take<float>(R * padded_Q), *to_dt = room.take<float>(R * padded_Q);
+        float *sums = arena.take<float>(R * padded_Q), *remainders = arena.take<float>(R * padded_Q),
+              *to_log_decay = arena.take<float>(R * padded_Q), *to_dt = arena.take<float>(R * padded_Q);
         std::fill_n(sums, R * padded_Q, 0.0f);
         std::fill_n(remainders, R * padded_Q, 0.0f);
         std::fill_n(to_log_decay, R * padded_Q, 0.0f);
@@ -288,14 +286,14 @@ void differentiate(const Block& block, const void* all_entering, const void* all
             std::copy_n(block.sums + task.number(r), Q, sums + r * padded_Q);
             std::copy_n(block.remainders + task.number(r), Q, remainders + r * padded_Q);
         }
-        double *through_end = room.take<double>(R), *to_skip = room.take<double>(R);
+        double *through_end = arena.take<double>(R), *to_skip = arena.take<double>(R);
         std::fill_n(through_end, R, 0.0);
         std::fill_n(to_skip, R, 0.0);
 
         // Key by key, with the queries side by side: weights L_qk (C_q · B_k), and the gradients of the scores summed over the heads.
-        float *scores = room.take<float>(4 * padded_Q), *to_weights = room.take<float>(4 * padded_Q), *sum = room.take<float>(4 * padded_Q),
-              *map = room.take<float>(4 * N);
-        bfloat16 *weights = room.take<bfloat16>(R * 4 * padded_Q), *to_scores = room.take<bfloat16>(padded_Q * padded_Q);
+        float *scores = arena.take<float>(4 * padded_Q), *to_weights = arena.take<float>(4 * padded_Q), *sum = arena.take<float>(4 * padded_Q),
+              *map = arena.take<float>(4 * N);
+        bfloat16 *weights = arena.take<bfloat16>(R * 4 * padded_Q), *to_scores = arena.take<bfloat16>(padded_Q * padded_Q);
         std::memset(static_cast<void*>(to_scores), 0, padded_Q * padded_Q * sizeof *to_scores);
         by_rows(0, Q, [&](auto rows, int64_t k) {
             constexpr int ROWS = decltype(rows)::value;
@@ -384,7 +382,7 @@ void differentiate(const Block& block, const void* all_entering, const void* all
 
         // Query by query: C, and the decays from the state that enters.
         const uint32_t* score_pairs = rows_to_pairs(to_scores, padded_Q, padded_Q, padded_Q);
-        uint32_t* turned = room.take<uint32_t>(padded_Q * padded_Q / 2);  // the scores' gradients, a row a query
+        uint32_t* turned = arena.take<uint32_t>(padded_Q * padded_Q / 2);  // the scores' gradients, a row a query
         transpose(as_rows(score_pairs), 2 * padded_Q, padded_Q / 2, padded_Q / 2, padded_Q, turned);
         by_rows(0, Q, [&](auto rows, int64_t q) {
             constexpr int ROWS = decltype(rows)::value;

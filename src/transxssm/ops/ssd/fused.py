@@ -24,15 +24,19 @@ _INT64S = (
 _POINTERS = (
     "x", "B", "C", "grad_y", "dt", "A", "D", "cos", "sin", "seq_idx",
     "rotated_B", "rotated_C", "dt_x", "weighted_x", "dy", "weighted_dy",
-    "sums", "remainders", "from_start", "to_end", "across", "to_log_decay", "kept",
+    "sums", "remainders", "from_start", "to_end", "across", "to_log_decay", "kept", "arenas",
 )
 # fmt: on
 
 
 class _Block(ctypes.Structure):
-    """`struct Block` of ops/cpu/scan.cpp."""
+    """`struct Block` of ops/cpu/scan.h."""
 
-    _fields_ = [*((name, ctypes.c_int64) for name in _INT64S), *((name, ctypes.c_void_p) for name in _POINTERS)]
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _INT64S),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("arena_bytes", ctypes.c_int64),
+    )
 
 
 def passes_for(inputs: ScanInputs) -> Kernels | None:
@@ -197,8 +201,11 @@ class _Scan:
         maps, rows = (tasks, length, state_size), (tasks, length, per_group * head_dim)
         by_head, square = (tasks * per_group, length, head_dim), (tasks * per_group, length, length)
         states, scores = (tasks, state_size, per_group * head_dim), (tasks, length, length)
-        operands = {"rotated_B": maps, "rotated_C": maps, "updates": states, "entering": states}
+        operands = {"updates": states, "entering": states}
+        operands["rotated_C" if self._with_gradients else "rotated_B"] = maps
         products = {
+            "rotated_B": maps,
+            "rotated_C": maps,
             "dt_x": by_head,
             "weighted_x": rows,
             "rows": rows,
@@ -222,6 +229,10 @@ class _Scan:
         # Named in full: a default dtype or device that somebody has set is not what the passes expect.
         work = {name: torch.empty(shape, dtype=self._operand, device="cpu") for name, shape in operands.items()}
         work |= {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in numbers.items()}
+        if self.is_in_tiles:
+            self._block.chunk_length = chunk_length
+            self._block.arena_bytes = self._passes.ask("arena_bytes", self._block)
+            work["arenas"] = torch.empty(self._block.threads * self._block.arena_bytes, dtype=torch.uint8, device="cpu")
         for name in _POINTERS:
             if name in work:
                 setattr(self._block, name, work[name].data_ptr())
