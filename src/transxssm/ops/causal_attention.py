@@ -62,9 +62,28 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scalin
         k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     if first_keys is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    return F.scaled_dot_product_attention(q, k, v, _seen(q, first_keys), scale=scaling)
+
+
+def _seen(q: Tensor, first_keys: Tensor | None) -> Tensor:
+    """(b or 1, 1, t, t): which keys each query sees."""
     places = torch.arange(q.shape[2], device=q.device)
-    seen = (places <= places[:, None]) & (places >= first_keys[..., None])  # (b, t, t)
-    return F.scaled_dot_product_attention(q, k, v, seen[:, None], scale=scaling)
+    seen = (places <= places[:, None])[None]
+    return (seen if first_keys is None else seen & (places >= first_keys[..., None]))[:, None]
+
+
+def _by_formula(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in float32, from all scores at once: an operator has no autograd inside."""
+    key_heads = k.shape[1]
+    grad, q = (tensor.float().unflatten(1, (key_heads, -1)) for tensor in (grad, q))  # (b, k, r, t, d)
+    k, v = k.float()[:, :, None], v.float()[:, :, None]
+    scores = (scaling * q @ k.mT).masked_fill(~_seen(q[:, :, 0], first_keys)[:, :, None], -torch.inf)
+    weights = scores.softmax(-1)
+    to_weights = grad @ v.mT
+    to_scores = scaling * weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
+    return (to_scores @ k).flatten(1, 2), (to_scores.mT @ q).sum(2), (weights.mT @ grad).sum(2)
 
 
 @torch.library.custom_op("transxssm::causal_attention", mutates_args=())
@@ -102,10 +121,7 @@ def _attention_backward(
     gradients = _empty_gradients(grad, q, k, v, first_keys, output, log_sums, scaling)
     kernels = _kernels(q, k, v, first_keys, output, log_sums, grad)
     if kernels is None:
-        with torch.enable_grad():
-            q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
-            found = torch.autograd.grad(_by_torch(q, k, v, first_keys, scaling), (q, k, v), grad)
-        for gradient, value in zip(gradients, found, strict=True):
+        for gradient, value in zip(gradients, _by_formula(grad, q, k, v, first_keys, scaling), strict=True):
             gradient.copy_(value)
         return gradients
     call = _Call(q, k, v, first_keys, scaling, output, log_sums, grad)
