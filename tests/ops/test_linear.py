@@ -70,3 +70,32 @@ def test_a_strided_input_and_an_empty_one(fast_products):
     weight = torch.randn(5, 6).bfloat16()
     assert linear(torch.randn(0, 6).bfloat16(), weight).shape == (0, 5)
     assert_equals_the_product(torch.randn(6, 12, 40).bfloat16().transpose(0, 2), weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 37), (2, 2, 300), (4, 5), (5, 64)], ids=str)
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_few_tokens_without_gradients(shape):
+    """A decoding step: sums in float32, rounded once."""
+    x, weight = torch.randn(shape).bfloat16(), torch.randn(19, shape[-1]).bfloat16()
+    for given in (x, x.mT.contiguous().mT):
+        assert_close(linear(given, weight), F.linear(x.double(), weight.double()), torch.bfloat16)
+    ones = torch.ones(1, 4096).bfloat16()
+    assert linear(ones, ones) == 4096
+
+
+def test_few_tokens_take_the_kernel_where_it_is_of_use(monkeypatch):
+    module, taken = sys.modules["transxssm.ops.linear"], []
+    ask = module.kernels_for
+    monkeypatch.setattr(module, "kernels_for", lambda *tensors: taken.append(len(tensors)) or ask(*tensors))
+    x, weight = torch.randn(2, 8).bfloat16(), torch.nn.Parameter(torch.randn(5, 8).bfloat16())
+    with torch.no_grad():
+        linear(x, weight)
+        assert len(taken) == 1
+        linear(x.float(), weight.float())
+        linear(x.expand(3, 2, 8), weight)
+        linear(x, weight.detach().T.contiguous().T)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear(x, weight)
+    linear(x, weight).sum().backward()
+    assert len(taken) == 1
+    assert weight.grad is not None

@@ -1,4 +1,4 @@
-"""A linear layer that stays fast in half precision on CPUs that don't multiply it in hardware.
+"""A linear layer that is fast in half precision on a CPU: for a token that is decoded, and where there are no such products.
 
 Letters: n tokens, i input width, o output width.
 """
@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transxssm.ops.cpu import kernels_for
 from transxssm.ops.precision import has_fast_products
 
 _FEW_TOKENS = (
     7  # torch's own product reads a half-precision weight once; raising the weight first would read and write it more
 )
+_TOKENS_BY_KERNEL = 4
 BLOCK_TOKENS = 512  # enough for a product at full speed, few enough that no large tensor is raised whole
 
 
@@ -23,7 +25,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Where the CPU has no bfloat16 (float16) products, torch's reach a seventh of float32's speed, backward less. There, operands
     are raised to float32 on their way into the product, blocks of tokens at a time, and the result is rounded once: sums are as
-    exact as in hardware. Everywhere else, for the few tokens of a decoding step, and in a compiled graph, this is
+    exact as in hardware. One to four bfloat16 tokens without gradients take a kernel that reads the weight at the speed of the memory,
+    where torch's reaches less than half of it; its sums are float32. Everywhere else, and in a compiled graph, this is
     `torch.nn.functional.linear`. In the raised form not twice differentiable.
 
     Args:
@@ -32,14 +35,32 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (…, o) in their dtype.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= _FEW_TOKENS * x.shape[-1]:
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight)
+    if x.numel() <= _FEW_TOKENS * x.shape[-1]:
+        output = _of_few_tokens(x, weight)
+        return F.linear(x, weight) if output is None else output
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if x.dtype == torch.float64 or has_fast_products("cpu", dtype):
         return F.linear(x, weight)
     x, weight = x.to(dtype), weight.to(dtype)
     with torch.autocast("cpu", enabled=False):
         return _RaisedLinear.apply(x, weight)
+
+
+def _of_few_tokens(x: Tensor, weight: Tensor) -> Tensor | None:
+    """By the kernel, where there is one and it is the faster one."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    is_fit = x.dtype == weight.dtype == torch.bfloat16 and 0 < x.numel() <= _TOKENS_BY_KERNEL * x.shape[-1]
+    if not is_fit or needs_grad or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
+        return None
+    kernels = kernels_for(x, weight)
+    if kernels is None:
+        return None
+    output = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    kernels.on_rows("multiply_few", rows, weight.shape[0], rows, weight, output)
+    return output
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-// Elementwise work on rows in one pass: the gate of a feed-forward network, the norm, the loss.
+// Work on rows in one pass: the gate of a feed-forward network, the norm, the loss, the product of a few rows.
 //
 // Letters: n rows, d columns. Rows lie one after the other.
 
@@ -117,6 +117,22 @@ void cross_entropy(int64_t n, int64_t d, int64_t threads, int64_t ignored, int64
     }
 }
 
+// out = x · weightᵀ, (n, width), for so few rows that reading the weight (width, d) is all the work.
+template <class T>
+void multiply_few(int64_t n, int64_t d, int64_t threads, int64_t width, const T* x, const T* weight, T* out) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t column = 0; column < width; ++column) {
+        const T* factors = weight + column * d;
+        for (int64_t row = 0; row < n; ++row) {
+            const T* from = x + row * d;
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < d; ++i) sum += to_float(from[i]) * to_float(factors[i]);
+            store(out[row * width + column], sum);
+        }
+    }
+}
+
 }  // namespace
 
 #define TRANSXSSM_ROWS(SUFFIX, T)                                                                                          \
@@ -144,6 +160,11 @@ void cross_entropy(int64_t n, int64_t d, int64_t threads, int64_t ignored, int64
         float* losses                                                                                                      \
     ) {                                                                                                                    \
         cross_entropy(n, d, threads, ignored, differentiate, logits, labels, losses);                                      \
+    }                                                                                                                      \
+    extern "C" void multiply_few_##SUFFIX(                                                                                 \
+        int64_t n, int64_t d, int64_t threads, int64_t width, const T* x, const T* weight, T* out                          \
+    ) {                                                                                                                    \
+        multiply_few(n, d, threads, width, x, weight, out);                                                                \
     }
 
 TRANSXSSM_ROWS(float32, float)
