@@ -16,7 +16,7 @@ from transxssm.ops.linear import BLOCK_TOKENS
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
 from transxssm.ops.ssd.blocks import BLOCK_SCORES
-from transxssm.ops.ssd.fused import TILE_WIDTH
+from transxssm.ops.ssd.fused import TILE_WIDTH, arena_bytes
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 FLOAT32 = 4  # bytes
@@ -112,9 +112,8 @@ def _scan_workspace(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype
     if kernels_for(torch.empty(0, dtype=dtype)):
         item = dtype.itemsize if has_fast_products("cpu", dtype) else FLOAT32
         if has_tiles() and dtype == torch.bfloat16 and item < FLOAT32 and p % TILE_WIDTH == n % TILE_WIDTH == 0:
-            r = h // g
-            arena = 2 * q * n + 4 * q * r * p + 2 * q * q + 2 * n * r * p + (16 + 8 * r) * q + 8 * (n + r) + 1024
-            return tokens * (item * (g * n + states) + FLOAT32 * 5 * h) + FLOAT32 * arena * torch.get_num_threads()
+            arenas = torch.get_num_threads() * arena_bytes(q, n, h // g, p)
+            return tokens * (item * (g * n + states) + FLOAT32 * 5 * h) + arenas
         return tokens * (item * (4 * h * p + 2 * g * n + (h + g) * q + states) + FLOAT32 * 5 * h)
     return FLOAT32 * tokens * (3 * h * p + 2 * g * n + 2 * h * q + states)
 

@@ -13,25 +13,23 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, LinearAttentionLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from transxssm.models.attention import TransXSSMAttention, has_kernels_for_rows
+from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.masks import attention_masks, first_keys_by_kind, padding_of
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import (
     Positions,
     Rotary,
     default_positions,
     documents_from_positions,
-    first_keys_in,
-    key_documents,
     last_document_start,
     length_scale,
     local_padding,
@@ -206,7 +204,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             past_key_values = TransXSSMCache(config=self.config)
         length = inputs_embeds.shape[1]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        padding = self._padding(attention_mask, past_length, length)
+        padding = padding_of(self.config, attention_mask, past_length, length)
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
             seq_idx = documents_from_positions(position_ids, padding)
         if seq_idx is not None:
@@ -219,19 +217,17 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
             position_ids = default_positions(inputs_embeds, past_length, padding, seq_idx, start)
 
+        first_keys: dict[str, Tensor | None] | None = None
         masks: dict[str, Tensor | None] = {}
-        first_keys = None
         if isinstance(attention_mask, dict):
             masks = attention_mask
-        elif attention_mask is None and past_key_values is None and self._has_attention_kernels(inputs_embeds, kwargs):
-            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-            first_keys = {
-                kind: first_keys_in(window, seq_idx, inputs_embeds)
-                for kind, window in windows.items()
-                if kind in self.config.layer_types
-            }
         else:
-            masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, past_length, seq_idx)
+            if attention_mask is None and past_key_values is None:
+                first_keys = first_keys_by_kind(self.config, self.training, kwargs, inputs_embeds, seq_idx)
+            if first_keys is None:
+                masks = attention_masks(
+                    self.config, inputs_embeds, attention_mask, past_key_values, past_length, seq_idx
+                )
         dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
         ssd_rotary, attention_rotary = self.rotary_emb(position_ids, dtype)
         positions = Positions(
@@ -261,76 +257,6 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                     seq_idx, past_length, past_key_values.document_start
                 )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _has_attention_kernels(self, inputs_embeds: Tensor, options: dict[str, Any]) -> bool:
-        """Whether rows attend by kernels, which are told of documents and windows by first keys instead of a mask."""
-        if inputs_embeds.device.type != "cpu":
-            return False
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
-        head = inputs_embeds.new_empty(1, 1, 1, self.config.head_dim, dtype=dtype)  # as projections will make them
-        return has_kernels_for_rows(self.config, self.training, options, head, head, head)
-
-    def _padding(
-        self, attention_mask: Tensor | dict[str, Tensor | None] | None, past_length: int, length: int
-    ) -> Tensor | None:
-        """The two-dimensional mask, if there is one, after a check that it says what SSD layers need to know."""
-        if not isinstance(attention_mask, Tensor):
-            return None
-        if attention_mask.dim() != 2 and SSD_LAYER_TYPE in self.config.layer_types:
-            raise ValueError(
-                "attention_mask must have shape (b, cached + t), since SSD layers read pads from it: "
-                f"got {tuple(attention_mask.shape)}; pass seq_idx for packed rows"
-            )
-        if attention_mask.dim() == 2 and attention_mask.shape[1] != past_length + length:
-            raise ValueError(
-                f"attention_mask must cover the {past_length} cached and the {length} new tokens: got {attention_mask.shape[1]} columns"
-            )
-        return attention_mask if attention_mask.dim() == 2 else None
-
-    def _attention_masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        past_length: int,
-        seq_idx: Tensor | None,
-    ) -> dict[str, Tensor | None]:
-        """The mask of each kind of attention layer in the model: causal, no pads, no other documents."""
-        documents = None
-        cached_start = cache.document_start if isinstance(cache, TransXSSMCache) else None
-        if seq_idx is not None or cached_start is not None:
-            if cache is not None and not isinstance(cache, TransXSSMCache):
-                raise ValueError(
-                    "packed rows need a cache that remembers where the last document began: "
-                    f"got {type(cache).__name__}, expected TransXSSMCache(config=model.config) or use_cache=False"
-                )
-            if self.config.has_attention and "flash" in self.config._attn_implementation:
-                raise ValueError(
-                    "packed rows need a mask, which flash attention does not take: got attn_implementation="
-                    f"{self.config._attn_implementation!r}, expected 'sdpa', 'eager' or 'flex_attention'"
-                )
-            documents = key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
-
-        same_document = None
-        if documents is not None:
-
-            def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-                return documents[batch_idx, q_idx] == documents[batch_idx, kv_idx]
-
-        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {
-            kind: create[kind](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                and_mask_function=same_document,
-                # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
-                layer_idx=self.config.layer_types.index(kind),
-            )
-            for kind in create
-            if kind in self.config.layer_types
-        }
 
 
 class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):

@@ -30,12 +30,6 @@ class Kernels:
         """Calls a function of rows.cpp on (n, d)."""
         self.run(name, *rows.shape, torch.get_num_threads(), *arguments)
 
-    def ask(self, name: str, *arguments: Tensor | int | float | ctypes.Structure) -> int:
-        """What a function says that has one form for all formats."""
-        function = getattr(self._library, name)
-        function.restype = ctypes.c_int64
-        return int(function(*map(_converted, arguments)))
-
     def num_tasks(self, num_rows: int) -> int:
         """Tasks that a function of rows.cpp splits n rows into."""
         return int(self._library.tasks_of_rows(ctypes.c_int64(num_rows)))

@@ -13,13 +13,6 @@ int omp_get_thread_num(void);  // of any OpenMP; its header need not be here
 
 int64_t tiles_are_here() { return TRANSXSSM_TILES; }
 
-// Bytes that suffice a thread for the matrices of the largest task, which is `differentiate`'s.
-int64_t arena_bytes(const Block* block) {
-    const int64_t Q = (block->chunk_length + 31) / 32 * 32, N = block->state_size, R = block->heads / block->groups, RP = R * block->head_dim;
-    const int64_t numbers = 2 * Q * N + 4 * Q * RP + 2 * Q * Q + 2 * N * RP + (16 + 8 * R) * Q + 8 * N + 8 * R;
-    return (4 * numbers + 64 * 64 + 63) / 64 * 64;
-}
-
 }  // extern "C"
 
 #if TRANSXSSM_TILES
@@ -28,7 +21,8 @@ namespace {
 
 inline int64_t padded(int64_t length) { return (length + 31) / 32 * 32; }
 
-// Memory of a thread, out of which a task takes its matrices, on borders of lines of the cache.
+// Memory of a thread, out of which a task takes its matrices, on borders of lines of the cache: as much as `arena_bytes` of
+// ops/ssd/fused.py says.
 class Arena {
 public:
     explicit Arena(char* memory) : next_(memory) {}

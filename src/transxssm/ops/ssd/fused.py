@@ -230,13 +230,21 @@ class _Scan:
         work = {name: torch.empty(shape, dtype=self._operand, device="cpu") for name, shape in operands.items()}
         work |= {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in numbers.items()}
         if self.is_in_tiles:
-            self._block.chunk_length = chunk_length
-            self._block.arena_bytes = self._passes.ask("arena_bytes", self._block)
+            self._block.arena_bytes = arena_bytes(chunk_length, state_size, per_group, head_dim)
             work["arenas"] = torch.empty(self._block.threads * self._block.arena_bytes, dtype=torch.uint8, device="cpu")
         for name in _POINTERS:
             if name in work:
                 setattr(self._block, name, work[name].data_ptr())
         return work
+
+
+def arena_bytes(chunk_length: int, state_size: int, heads_per_group: int, head_dim: int) -> int:
+    """What suffices a thread for the matrices of one chunk and group in scan_in_tiles.cpp, of which `differentiate` has most."""
+    q, n, r = -(-chunk_length // TILE_WIDTH) * TILE_WIDTH, state_size, heads_per_group
+    width = r * head_dim
+    matrices = 2 * q * n + 4 * q * width + 2 * q * q + 2 * n * width  # as if of float32; most are bfloat16
+    numbers = (16 + 8 * r) * q + 16 * (n + r)
+    return 4 * (matrices + numbers) + 64 * 64  # each begins on a line of its own
 
 
 def _rows(tensor: Tensor) -> Tensor:

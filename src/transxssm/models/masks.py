@@ -1,0 +1,115 @@
+"""What each token attends to: pads, a mask for each kind of attention layer or, where kernels are told, its first key.
+
+Letters: b batch, t time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from transxssm.models.attention import has_kernels_for_rows
+from transxssm.models.cache_transxssm import TransXSSMCache
+from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
+from transxssm.models.positions import first_keys_in, key_documents
+
+
+def padding_of(
+    config: TransXSSMConfig,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    past_length: int,
+    length: int,
+) -> Tensor | None:
+    """The two-dimensional mask, (b, cached + t), if there is one, after a check that it says what SSD layers need to know.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() != 2 and SSD_LAYER_TYPE in config.layer_types:
+        raise ValueError(
+            "attention_mask must have shape (b, cached + t), since SSD layers read pads from it: "
+            f"got {tuple(attention_mask.shape)}; pass seq_idx for packed rows"
+        )
+    if attention_mask.dim() == 2 and attention_mask.shape[1] != past_length + length:
+        raise ValueError(
+            f"attention_mask must cover the {past_length} cached and the {length} new tokens: got {attention_mask.shape[1]} columns"
+        )
+    return attention_mask if attention_mask.dim() == 2 else None
+
+
+def first_keys_by_kind(
+    config: TransXSSMConfig, is_training: bool, options: dict[str, Any], inputs_embeds: Tensor, seq_idx: Tensor | None
+) -> dict[str, Tensor | None] | None:
+    """The first key that each token sees, (b, t), for each kind of attention layer, in place of masks; None: kernels are not there.
+
+    Args:
+        options: of the attention function.
+        inputs_embeds: (b, t, hidden) of whole rows without pads.
+        seq_idx: (b, t) documents of packed rows.
+    """
+    if inputs_embeds.device.type != "cpu":
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
+    head = inputs_embeds.new_empty(1, 1, 1, config.head_dim, dtype=dtype)  # as projections will make them
+    if not has_kernels_for_rows(config, is_training, options, head, head, head):
+        return None
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return {
+        kind: first_keys_in(window, seq_idx, inputs_embeds)
+        for kind, window in windows.items()
+        if kind in config.layer_types
+    }
+
+
+def attention_masks(
+    config: TransXSSMConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    past_length: int,
+    seq_idx: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """The mask of each kind of attention layer in the model: causal, no pads, no other documents.
+
+    Raises:
+        ValueError: packed rows with a cache or an attention implementation that would let documents leak.
+    """
+    documents = None
+    cached_start = cache.document_start if isinstance(cache, TransXSSMCache) else None
+    if seq_idx is not None or cached_start is not None:
+        if cache is not None and not isinstance(cache, TransXSSMCache):
+            raise ValueError(
+                "packed rows need a cache that remembers where the last document began: "
+                f"got {type(cache).__name__}, expected TransXSSMCache(config=model.config) or use_cache=False"
+            )
+        if config.has_attention and "flash" in config._attn_implementation:
+            raise ValueError(
+                "packed rows need a mask, which flash attention does not take: got attn_implementation="
+                f"{config._attn_implementation!r}, expected 'sdpa', 'eager' or 'flex_attention'"
+            )
+        documents = key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
+
+    same_document = None
+    if documents is not None:
+
+        def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return documents[batch_idx, q_idx] == documents[batch_idx, kv_idx]
+
+    create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    return {
+        kind: create[kind](
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            and_mask_function=same_document,
+            # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
+            layer_idx=config.layer_types.index(kind),
+        )
+        for kind in create
+        if kind in config.layer_types
+    }
