@@ -110,6 +110,7 @@ def test_a_lesson_asks_for_every_needle_that_fits(texts, byte_tokenizer):
         assert len(lesson.is_answer) == len(lesson.input_ids)
         ids = [token for token, is_answer in zip(lesson.input_ids, lesson.is_answer, strict=True) if is_answer]
         answers = byte_tokenizer.decode(ids).split()
+        assert byte_tokenizer.decode(ids) == "".join(f" {answer}" for answer in answers)
         assert len(answers) == len(set(answers)) == expected
         lines = byte_tokenizer.decode(lesson.input_ids, skip_special_tokens=True).splitlines()
         assert all(line.endswith(answer) for line, answer in zip(lines[-expected:], answers, strict=True))
