@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from transxssm.inspection import activation_bytes, available_bytes, cache_bytes
-from transxssm.models import TransXSSMForCausalLM, load_model, load_tokenizer, read_device
+from transxssm.models import TransXSSMForCausalLM, load_causal_lm, load_tokenizer, read_device
 from transxssm.serving import Generation, GenerationSettings, encode_prompt, generate_text
 from transxssm_cli.dtypes import read_dtype
 
@@ -24,10 +24,11 @@ def generate_to_stdout(
     dtype = None if dtype_name == "auto" else read_dtype(dtype_name, "auto")
     device = read_device(device_name)
     logging.disable_progress_bar()  # a bar over the loading of weights
-    model = load_model(checkpoint, dtype=dtype, device=device)
+    model = load_causal_lm(checkpoint, dtype=dtype, device=device)
     tokenizer = load_tokenizer(checkpoint, model.config)
-    input_ids = encode_prompt(tokenizer, prompt, model.config.vocab_size)
-    check_memory(model, input_ids.shape[1], settings.max_new_tokens)
+    input_ids = encode_prompt(tokenizer, prompt, model.config.get_text_config().vocab_size)
+    if isinstance(model, TransXSSMForCausalLM):  # what others need is not known here
+        check_memory(model, input_ids.shape[1], settings.max_new_tokens)
 
     console = Console(highlight=False, soft_wrap=True)
     if console.is_terminal:

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 DEBUG_VARIABLE = "TRANSXSSM_DEBUG"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+NETWORK_ERROR = "HTTPError"  # of the client under huggingface_hub: no route, no name, no answer
 # Typer carries click inside itself in newer versions and not in older ones; through its own subclass both are found.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -44,7 +45,7 @@ def is_users(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, MemoryError, _UsageError)):
         return True
     names = {base.__name__ for base in type(error).__mro__}
-    return bool(names & {"StrictDataclassError", "OutOfMemoryError"})
+    return bool(names & {"StrictDataclassError", "OutOfMemoryError", NETWORK_ERROR})
 
 
 def line_of(error: BaseException) -> str:
@@ -55,6 +56,8 @@ def line_of(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
         text = str(error.__cause__)
+    elif not isinstance(error, OSError) and NETWORK_ERROR in {base.__name__ for base in type(error).__mro__}:
+        text = f"the network failed, or the hub of models did not answer: {error}"
     else:
         text = str(error)
     return " ".join(text.split()) or type(error).__name__

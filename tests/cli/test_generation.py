@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.serving.checkpoints import RECITED, byte_tokenizer
+from transxssm.models import TransXSSMConfig
+from transxssm.models.baselines import BASELINES, new_language_model
 from transxssm_cli import generation
 
 NUM_BYTES = len(RECITED.encode())
@@ -58,6 +61,21 @@ def test_a_seed_repeats_a_text_and_one_that_nobody_chose_is_shown(run, random_ch
 def test_a_terminal_shows_the_prompt_dimmed_and_ends_the_line(run, reciting):
     result = run("generate", reciting, "--prompt", "[b]x[/b]", *ROUND, env={"FORCE_COLOR": "1", "TERM": "xterm"})
     assert result.stdout == f"\x1b[2m[b]x[/b]\x1b[0m{RECITED}\n"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba2", "jamba"])
+def test_any_causal_language_model_continues_a_prompt(run, tmp_path, architecture):
+    tokenizer = byte_tokenizer()
+    config = TransXSSMConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, intermediate_size=48, num_hidden_layers=8
+    )
+    torch.manual_seed(0)
+    new_language_model(BASELINES[architecture](config)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = run("generate", tmp_path, "--prompt", "ab", "--max-new-tokens", "12", "--temperature", "0")
+    assert result.exit_code == 0
+    assert "3 prompt tokens" in result.stderr
+    assert "12 new tokens" in result.stderr
 
 
 def test_dtype(run, reciting):

@@ -10,6 +10,10 @@ from transxssm_cli import information
 from transxssm_cli.one_line_errors import DEBUG_VARIABLE
 
 
+class HTTPError(Exception):
+    """As the hub's client has it, whose module's name depends on its version."""
+
+
 @pytest.fixture
 def failing(monkeypatch):
     """Makes `transxssm info tiny` fail with an error."""
@@ -49,6 +53,7 @@ def test_usage(error_of, arguments, words):
         (OSError("in words of its own"), "in words of its own"),
         (MemoryError("too large"), "too large"),
         (torch.OutOfMemoryError("out of memory"), "out of memory"),
+        (HTTPError("no such name"), "the network failed, or the hub of models did not answer: no such name"),
     ],
     ids=repr,
 )

@@ -51,6 +51,17 @@ def test_settings_that_contradict_each_other_are_one_line(recipe):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("metric", ["loss", "eval_perplexity", "bits_per_byte"])
+def test_the_best_model_may_be_chosen_by(recipe, metric):
+    arguments = recipe(f"training.metric_for_best_model={metric}").training_arguments()
+    assert arguments.metric_for_best_model == metric
+
+
+def test_a_metric_that_is_not_measured_is_refused_before_training(recipe):
+    with pytest.raises(ValueError, match="got 'accuracy', expected one of loss, perplexity, bits_per_byte"):
+        recipe("training.metric_for_best_model=accuracy").training_arguments()
+
+
 def test_a_missing_recipe_names_the_bundled_ones():
     with pytest.raises(ValueError, match="did you mean tiny") as caught:
         load_recipe("tinny")

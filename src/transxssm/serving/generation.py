@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from transxssm.models import TransXSSMForCausalLM
 from transxssm.serving.text_stream import TextStream
 
 
@@ -93,7 +98,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, vocab_size: i
 
 
 def generate_text(
-    model: TransXSSMForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     write: Callable[[str], object],
@@ -102,7 +107,7 @@ def generate_text(
     """Continues a prompt until the model ends the document, a stop string appears, or `max_new_tokens` are there.
 
     Args:
-        model, tokenizer: from `load_model`, `load_tokenizer`.
+        model, tokenizer: from `load_causal_lm`, `load_tokenizer`.
         input_ids: (1, t), from `encode_prompt`.
         write: is called with each piece of text as it comes: whole characters, nothing from a stop string on.
         settings: how tokens are chosen, and when to stop.
