@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import yaml
 
 from transxssm.studies import report_study, run_study, runner
 from transxssm.studies.outcome import DIVERGED
@@ -141,6 +142,40 @@ def test_a_rate_that_diverges_loses_the_tuning(study):
     assert [entry["has_diverged"] for entry in one["tuning"]] == [False, True]
     assert one["learning_rate"] == 1e-3
     assert report["status"] == "complete"
+
+
+class TestTuningOnWholeRuns:
+    """`tuning` without `max_steps`."""
+
+    def test_the_best_run_of_its_seed_counts_and_other_seeds_take_its_rate(self, study, tmp_path, batches):
+        perplexity = {"lengths": [32], "max_tokens": 256}
+        report = run_study(study(tuning={"learning_rates": [1e-3, 1e-2]}, perplexity=perplexity, cells={"hybrid": {}}))
+        one = report["contenders"]["hybrid"]
+        assert report["status"] == "complete"
+        assert one["status"] == "finished"
+        first, second = one["tuning"]
+        best = min(first, second, key=lambda entry: entry["eval_loss"])
+        assert one["learning_rate"] == best["learning_rate"] == 1e-2
+        assert {run["folder"]: run["last_step"] for run in one["runs"]} == {
+            "hybrid/tuning-lr-0.01-seed-0": 4,
+            "hybrid/seed-1": 4,
+        }
+        recipe = (tmp_path / "out" / "hybrid" / "seed-1" / "recipe.yaml").read_text()
+        assert yaml.safe_load(recipe)["training"]["learning_rate"] == 1e-2
+        losses = [run["eval_loss"] for run in one["runs"]]
+        assert best["eval_loss"] in losses
+        assert one["mean"]["eval_loss"] == pytest.approx(sum(losses) / 2)
+        assert one["measured"]
+        assert len(batches) == 3
+
+    def test_every_rate_may_diverge(self, study):
+        report = run_study(study("tuning.learning_rates=[1e6]", "tuning.max_steps=null", cells={"hybrid": {}}))
+        one = report["contenders"]["hybrid"]
+        assert (one["status"], one["runs"]) == ("diverged at every learning rate", [])
+
+    def test_its_seed_is_one_of_the_grids(self, study):
+        with pytest.raises(ValueError, match=r"tuning\.seed: got 2, expected one of grid\.seeds \[0, 1\]"):
+            study("tuning.seed=2", "tuning.max_steps=null")
 
 
 def test_not_a_number_is_a_result(study, tmp_path, monkeypatch):

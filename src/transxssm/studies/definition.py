@@ -41,10 +41,16 @@ class Grid:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Tuning:
-    """The learning rate of each contender: that with the least held-out loss after `max_steps` steps of a schedule of its own."""
+    """The learning rate of each contender: that with the least held-out loss after `max_steps` steps of a schedule of its own.
+
+    Args:
+        learning_rates: that are tried.
+        max_steps: None: whole runs; the best one then counts as its seed's, and other seeds take its rate.
+        seed: of these runs.
+    """
 
     learning_rates: list[StrictFloat]
-    max_steps: StrictInt
+    max_steps: StrictInt | None = None
     seed: StrictInt = 0
 
 
@@ -143,6 +149,11 @@ class Study:
     perplexity: Perplexity | None = None
     recall: Recall | None = None
     needle: Needle | None = None
+
+    @property
+    def tunes_on_whole_runs(self) -> bool:
+        """The runs that tune are as long as the others."""
+        return self.tuning is not None and self.tuning.max_steps is None
 
     @property
     def task(self) -> Recall | Needle | None:
@@ -286,6 +297,10 @@ def _check(study: Study) -> None:
         )
     if study.tuning is not None and not study.tuning.learning_rates:
         raise ValueError("tuning.learning_rates: expected at least one rate")
+    if study.tuning is not None and study.tunes_on_whole_runs and study.tuning.seed not in study.grid.seeds:
+        raise ValueError(
+            f"tuning.seed: got {study.tuning.seed}, expected one of grid.seeds {study.grid.seeds}, whose whole runs tune"
+        )
     for name in (*study.cells, *study.sizes):
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"{name!r} names no folder: expected letters, digits, - and _")

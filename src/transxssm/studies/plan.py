@@ -74,7 +74,7 @@ def plan_of(study: Study, contenders: Sequence[Contender]) -> Schedule:
     whole_rates: list[float | None] = [*study.grid.learning_rates] or [None]
     return Schedule(
         tuning=[
-            planned(contender, "tuning", tuning.seed, rate, tuning.max_steps)
+            planned(contender, "tuning", tuning.seed, rate, tuning.max_steps or contender.training["max_steps"])
             for contender in trained
             for rate in tuning.learning_rates
         ]
@@ -83,6 +83,7 @@ def plan_of(study: Study, contenders: Sequence[Contender]) -> Schedule:
         full=[
             planned(contender, "full", seed, rate, contender.training["max_steps"])
             for seed in study.grid.seeds
+            if not (study.tunes_on_whole_runs and tuning and seed == tuning.seed)  # made already
             for contender in trained
             for rate in whole_rates
         ],

@@ -94,7 +94,7 @@ def _machines_of(evidence: Sequence[Evidence]) -> str:
 def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
     contender, cell = one.contender, study.cells[one.contender.cell]
     parameters, flops = size_of(expected_config(study, contender), sequence_length(study))
-    by_rate = _by_rate(one)
+    by_rate = _by_rate(study, one)
     means = {rate: statistics.fmean(outcome.eval_loss for _, outcome in runs) for rate, runs in by_rate.items()}
     rate = min(means, key=means.__getitem__) if means else None
     runs = by_rate.get(rate, [])
@@ -123,7 +123,7 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
         "rates": [
             _rate_report(rate, outcome) | {"seed": run.seed}
             for run, outcome in one.full
-            if (rate := run.learning_rate) is not None
+            if study.tuning is None and (rate := run.learning_rate) is not None
         ],
         "measured": _mean_cells([one.measured[run.folder] for run, outcome in runs if not outcome.has_diverged]),
         "curve": _mean_curve(whole),
@@ -131,10 +131,11 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
     }
 
 
-def _by_rate(one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome]]]:
+def _by_rate(study: Study, one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome]]]:
+    """The whole runs at each rate of the grid; those of a study that tunes are all at the one that it found."""
     by_rate: dict[float | None, list[tuple[PlannedRun, Outcome]]] = {}
     for run, outcome in one.full:
-        by_rate.setdefault(run.learning_rate, []).append((run, outcome))
+        by_rate.setdefault(None if study.tuning else run.learning_rate, []).append((run, outcome))
     return by_rate
 
 

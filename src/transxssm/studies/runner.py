@@ -95,6 +95,12 @@ def collect_evidence(study: Study) -> list[Evidence]:
             for run in schedule.full
             if run.contender.name == source and (outcome := read_outcome(study.output_dir / run.folder)) is not None
         ]
+        if study.tunes_on_whole_runs and (rate := best_rate(tuning)) is not None:
+            full += [
+                (run, tuning[rate])
+                for run in schedule.tuning
+                if (run.contender.name, run.learning_rate) == (source, rate)
+            ]
         measured = {run.folder: _measured(_evaluation_path(study, contender, run)) for run, _ in full}
         evidence.append(Evidence(contender, tuning, full, measured))
     return evidence
@@ -118,6 +124,10 @@ class _Work:
         for run in self.schedule.tuning:
             outcome = self._one(run, run.learning_rate)
             tuned.setdefault(run.contender.name, {})[run.learning_rate] = outcome
+        if self.study.tunes_on_whole_runs:
+            for run in self.schedule.tuning:
+                if run.learning_rate == best_rate(tuned[run.contender.name]):
+                    self._evaluate(run, run.learning_rate, contenders)
         for run in self.schedule.full:
             rate = run.learning_rate
             if self.schedule.tuning:
