@@ -1,5 +1,7 @@
 """Which code made the figures."""
 
+import sys
+
 import torch
 
 from transxssm.benchmarking.metadata import code_version, run_metadata
@@ -26,3 +28,11 @@ def test_a_package_that_cannot_be_imported_counts_as_missing(tmp_path, monkeypat
     assert run_metadata(torch.device("cpu"), None)["mamba_ssm"] is None
     module.write_text("")
     assert run_metadata(torch.device("cpu"), None)["mamba_ssm"] == "2.0"
+
+
+def test_a_package_that_was_put_on_the_path_says_its_version_itself(tmp_path, monkeypatch):
+    (tmp_path / "causal_conv1d.py").write_text("__version__ = '7.8'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    assert run_metadata(torch.device("cpu"), None)["causal_conv1d"] == "7.8"
+    del sys.modules["causal_conv1d"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transxssm.benchmarking.steps import Entry, Step
-from transxssm.benchmarking.workers import Setup, first_run
+from transxssm.benchmarking.workers import Setup, first_run, may_compile
 
 COMPILATION = 0.2
 
@@ -22,3 +22,4 @@ def test_a_second_run_is_made_where_the_first_one_compiles(compiles):
     first = first_run(lambda message: None, Setup(torch.device("cpu")), entry)
     assert first.seconds >= COMPILATION
     assert (first.steady_seconds < COMPILATION / 2) == compiles
+    assert may_compile(entry, torch.device("cuda"))

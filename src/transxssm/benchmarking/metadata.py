@@ -74,12 +74,15 @@ def _has_bfloat16_products() -> bool:
 
 
 def _version_of(package: str, module: str) -> str | None:
-    """An installed package's version; None without it, and where the module that is used of it cannot be imported."""
+    """A package's version, its own word where it was not installed but put on the path; None where the module cannot be imported."""
     try:
-        importlib.import_module(module)
-        return importlib.metadata.version(package)
+        found = importlib.import_module(module)
     except Exception:
         return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(found, "__version__", "unknown"))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -39,7 +39,7 @@ class FirstRun:
     Args:
         build_seconds: what it took to build the model (and, for decoding, to read the prompt).
         seconds: of the run itself, with whatever only a first run does.
-        steady_seconds: of a second run, where the first one compiles; else `seconds`.
+        steady_seconds: of a second run, where the first one may compile; else `seconds`.
         peak_bytes: most memory that weights, the prompt's cache and the run took at once, above the empty process.
         step_bytes: what the run took at its peak above what was there just before it.
     """
@@ -62,9 +62,14 @@ def first_run(send: Send, setup: Setup, entry: Entry) -> FirstRun:
     before = _bytes_now(device)
     seconds = seconds_of(step, device)
     peak = _peak_bytes(device)
-    steady_seconds = seconds_of(step, device) if entry.compiles else seconds
+    steady_seconds = seconds_of(step, device) if may_compile(entry, device) else seconds
     # A run may fit into pages that building has left behind.
     return FirstRun(build_seconds, seconds, steady_seconds, peak - empty, max(0, peak - before))
+
+
+def may_compile(entry: Entry, device: torch.device) -> bool:
+    """Whether a contender's first run may take far longer than others: on a GPU, Triton's kernels are compiled and tuned in it."""
+    return entry.compiles or device.type == "cuda"
 
 
 def race(send: Send, setup: Setup, entries: Sequence[Entry], repeats: int, seconds_left: float) -> None:
