@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -144,38 +145,79 @@ def test_a_rate_that_diverges_loses_the_tuning(study):
     assert report["status"] == "complete"
 
 
-class TestTuningOnWholeRuns:
-    """`tuning` without `max_steps`."""
+class TestRepeatingTheBestRate:
+    """`grid.repeat_rates: best`: the first seed is trained with every rate, the others with its best one."""
 
-    def test_the_best_run_of_its_seed_counts_and_other_seeds_take_its_rate(self, study, tmp_path, batches):
-        perplexity = {"lengths": [32], "max_tokens": 256}
-        report = run_study(study(tuning={"learning_rates": [1e-3, 1e-2]}, perplexity=perplexity, cells={"hybrid": {}}))
+    @pytest.fixture
+    def sweep(self, study):
+        def load(*overrides, seeds=(0, 1), rates=(1e-3, 1e-2), **changes):
+            grid = {"seeds": [*seeds], "learning_rates": [*rates], "repeat_rates": "best"}
+            output = f"grid.output_dir={study().output_dir}"
+            return study(output, *overrides, **({"tuning": None, "grid": grid, "cells": {"hybrid": {}}} | changes))
+
+        return load
+
+    def test_other_seeds_are_trained_with_the_first_ones_best_rate(self, sweep, tmp_path):
+        report = run_study(sweep(seeds=(1, 0, 2), perplexity={"lengths": [32], "max_tokens": 256}))
         one = report["contenders"]["hybrid"]
-        assert report["status"] == "complete"
-        assert one["status"] == "finished"
-        first, second = one["tuning"]
-        best = min(first, second, key=lambda entry: entry["eval_loss"])
-        assert one["learning_rate"] == best["learning_rate"] == 1e-2
-        assert {run["folder"]: run["last_step"] for run in one["runs"]} == {
-            "hybrid/tuning-lr-0.01-seed-0": 4,
-            "hybrid/seed-1": 4,
-        }
-        recipe = (tmp_path / "out" / "hybrid" / "seed-1" / "recipe.yaml").read_text()
-        assert yaml.safe_load(recipe)["training"]["learning_rate"] == 1e-2
-        losses = [run["eval_loss"] for run in one["runs"]]
-        assert best["eval_loss"] in losses
-        assert one["mean"]["eval_loss"] == pytest.approx(sum(losses) / 2)
+        assert (report["status"], one["status"]) == ("complete", "finished")
+        first = {entry["learning_rate"]: entry["eval_loss"] for entry in one["rates"] if entry["seed"] == 1}
+        best = min(first, key=first.get)
+        assert one["learning_rate"] == best
+        assert [run["folder"] for run in one["runs"]] == [
+            "hybrid/lr-0.001-seed-1",
+            "hybrid/lr-0.01-seed-1",
+            f"hybrid/lr-{best:g}-seed-0",
+            f"hybrid/lr-{best:g}-seed-2",
+        ]
+        recipes = [
+            yaml.safe_load((tmp_path / "out" / "hybrid" / f"lr-{best:g}-seed-{seed}" / "recipe.yaml").read_text())
+            for seed in (1, 0, 2)
+        ]
+        for recipe, seed in zip(recipes, (1, 0, 2), strict=True):  # alike but for seed and folder
+            training = recipe["training"]
+            assert (training.pop("seed"), training.pop("data_seed")) == (seed, seed)
+            del training["output_dir"]
+        assert recipes[0] == recipes[1] == recipes[2]
+        losses = [entry["eval_loss"] for entry in one["rates"] if entry["learning_rate"] == best]
+        assert one["mean"]["eval_loss"] == pytest.approx(sum(losses) / 3)
+        assert len(one["held_out"]) == 2
         assert one["measured"]
-        assert len(batches) == 3
+        assert "the luckiest" in (tmp_path / "out" / "README.md").read_text()
 
-    def test_every_rate_may_diverge(self, study):
-        report = run_study(study("tuning.learning_rates=[1e6]", "tuning.max_steps=null", cells={"hybrid": {}}))
-        one = report["contenders"]["hybrid"]
-        assert (one["status"], one["runs"]) == ("diverged at every learning rate", [])
+    def test_a_rate_is_chosen_when_all_have_ended(self, sweep, tmp_path, monkeypatch):
+        clock = iter(range(0, 10**6, 10))
+        monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+        cut = run_study(sweep(), budget_minutes=1.2)
+        assert cut["contenders"]["hybrid"]["status"] == "unfinished"
+        assert len(cut["contenders"]["hybrid"]["runs"]) == 1
+        monkeypatch.undo()
+        stray = tmp_path / "out" / "hybrid" / "lr-0.001-seed-1"  # of a rate that may not be the best
+        shutil.copytree(tmp_path / "out" / "hybrid" / "lr-0.001-seed-0", stray)
+        assert len(report_study(sweep())["contenders"]["hybrid"]["runs"]) == 1
+        shutil.rmtree(stray)
+        assert run_study(sweep())["status"] == "complete"
 
-    def test_its_seed_is_one_of_the_grids(self, study):
-        with pytest.raises(ValueError, match=r"tuning\.seed: got 2, expected one of grid\.seeds \[0, 1\]"):
-            study("tuning.seed=2", "tuning.max_steps=null")
+    def test_every_rate_may_diverge(self, sweep):
+        one = run_study(sweep(rates=[1e6]))["contenders"]["hybrid"]
+        assert (one["status"], len(one["runs"])) == ("diverged at every learning rate", 1)
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (["grid.learning_rates=[]"], "expected several grid.learning_rates to choose from"),
+            (["grid.learning_rates=[1e-3, 1e-3]"], "expected none twice"),
+            (["grid.repeat_rates=first"], "grid.repeat_rates: got 'first'"),
+        ],
+    )
+    def test_refusals(self, sweep, overrides, words):
+        with pytest.raises(ValueError, match=words):
+            sweep(*overrides)
+
+
+def test_tuning_takes_steps(study):
+    with pytest.raises(ValueError, match=r"tuning\.max_steps: got 0, expected at least 1"):
+        study("tuning.max_steps=0")
 
 
 def test_not_a_number_is_a_result(study, tmp_path, monkeypatch):

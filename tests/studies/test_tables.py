@@ -31,7 +31,12 @@ def contender(**values):
 
 
 def report(contenders, status="complete"):
-    return {"contenders": contenders, "equal_time": _equal_time(contenders), "status": status}
+    return {
+        "settings": {"grid": {}},
+        "contenders": contenders,
+        "equal_time": _equal_time(contenders),
+        "status": status,
+    }
 
 
 def test_equal_time_is_that_of_the_fastest():

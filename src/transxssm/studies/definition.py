@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -28,6 +28,7 @@ class Grid:
         seeds: of initialisation and data order; every contender is trained once with each.
         learning_rates: every contender is trained with each, and its best is compared; empty: the one that `tuning` finds, or
             that of `training`.
+        repeat_rates: which of them the seeds after the first are trained with: "all", or the "best" one of the first seed.
         flops_per_second: that the machine is thought to reach, for the estimate of the time before anything has been measured.
         output_dir: folder of the study; None: runs/studies/<name>.
     """
@@ -35,22 +36,17 @@ class Grid:
     title: str = ""
     seeds: list[StrictInt] = dataclasses.field(default_factory=lambda: [0])
     learning_rates: list[StrictFloat] = dataclasses.field(default_factory=list)
+    repeat_rates: Literal["all", "best"] = "all"
     flops_per_second: StrictFloat = 1e11
     output_dir: str | None = None
 
 
 @dataclass(frozen=True, config=_CLOSED)
 class Tuning:
-    """The learning rate of each contender: that with the least held-out loss after `max_steps` steps of a schedule of its own.
-
-    Args:
-        learning_rates: that are tried.
-        max_steps: None: whole runs; the best one then counts as its seed's, and other seeds take its rate.
-        seed: of these runs.
-    """
+    """The learning rate of each contender: that with the least held-out loss after `max_steps` steps of a schedule of its own."""
 
     learning_rates: list[StrictFloat]
-    max_steps: StrictInt | None = None
+    max_steps: StrictInt
     seed: StrictInt = 0
 
 
@@ -151,11 +147,6 @@ class Study:
     needle: Needle | None = None
 
     @property
-    def tunes_on_whole_runs(self) -> bool:
-        """The runs that tune are as long as the others."""
-        return self.tuning is not None and self.tuning.max_steps is None
-
-    @property
     def task(self) -> Recall | Needle | None:
         """What is trained on in place of text, if anything."""
         return self.recall if self.needle is None else self.needle
@@ -170,6 +161,8 @@ class Study:
         settings = dataclasses.asdict(self)
         for key in ("title", "flops_per_second", "output_dir"):
             del settings["grid"][key]
+        if self.grid.repeat_rates == "all":  # as in studies before there was a choice
+            del settings["grid"]["repeat_rates"]
         for cell in settings["cells"].values():
             del cell["slowdown"]
         return settings
@@ -297,10 +290,16 @@ def _check(study: Study) -> None:
         )
     if study.tuning is not None and not study.tuning.learning_rates:
         raise ValueError("tuning.learning_rates: expected at least one rate")
-    if study.tuning is not None and study.tunes_on_whole_runs and study.tuning.seed not in study.grid.seeds:
-        raise ValueError(
-            f"tuning.seed: got {study.tuning.seed}, expected one of grid.seeds {study.grid.seeds}, whose whole runs tune"
-        )
+    if study.tuning is not None and study.tuning.max_steps < 1:
+        raise ValueError(f"tuning.max_steps: got {study.tuning.max_steps}, expected at least 1")
+    for where, rates in (
+        ("grid", study.grid.learning_rates),
+        ("tuning", [] if study.tuning is None else study.tuning.learning_rates),
+    ):
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"{where}.learning_rates: got {rates}, expected none twice")
+    if study.grid.repeat_rates == "best" and not study.grid.learning_rates:
+        raise ValueError("grid.repeat_rates: got 'best', expected several grid.learning_rates to choose from")
     for name in (*study.cells, *study.sizes):
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"{name!r} names no folder: expected letters, digits, - and _")

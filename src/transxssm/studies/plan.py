@@ -17,7 +17,7 @@ class PlannedRun:
         contender: what is trained.
         phase: "tuning" is a short run that compares learning rates, "full" a whole one.
         seed: of weights and data order.
-        learning_rate: None: the one that tuning will find, or that of the training section.
+        learning_rate: None: the one that tuning, or the first seed's whole runs, will find, or that of the training section.
         steps, tokens: that the run takes.
         seconds: that it is thought to take.
     """
@@ -40,7 +40,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The runs: first all that tune, then the whole ones, a seed at a time, so that a budget that ends early leaves comparable ones."""
+    """The runs: first all that tune, then the whole ones, a seed and a rate at a time: a budget that ends early leaves comparable ones."""
 
     tuning: list[PlannedRun]
     full: list[PlannedRun]
@@ -72,9 +72,10 @@ def plan_of(study: Study, contenders: Sequence[Contender]) -> Schedule:
 
     tuning = study.tuning
     whole_rates: list[float | None] = [*study.grid.learning_rates] or [None]
+    repeated: list[float | None] = [None] if study.grid.repeat_rates == "best" else whole_rates
     return Schedule(
         tuning=[
-            planned(contender, "tuning", tuning.seed, rate, tuning.max_steps or contender.training["max_steps"])
+            planned(contender, "tuning", tuning.seed, rate, tuning.max_steps)
             for contender in trained
             for rate in tuning.learning_rates
         ]
@@ -83,9 +84,8 @@ def plan_of(study: Study, contenders: Sequence[Contender]) -> Schedule:
         full=[
             planned(contender, "full", seed, rate, contender.training["max_steps"])
             for seed in study.grid.seeds
-            if not (study.tunes_on_whole_runs and tuning and seed == tuning.seed)  # made already
+            for rate in (whole_rates if seed == study.grid.seeds[0] else repeated)
             for contender in trained
-            for rate in whole_rates
         ],
     )
 

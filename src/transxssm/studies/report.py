@@ -94,8 +94,8 @@ def _machines_of(evidence: Sequence[Evidence]) -> str:
 def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
     contender, cell = one.contender, study.cells[one.contender.cell]
     parameters, flops = size_of(expected_config(study, contender), sequence_length(study))
-    by_rate = _by_rate(study, one)
-    means = {rate: statistics.fmean(outcome.eval_loss for _, outcome in runs) for rate, runs in by_rate.items()}
+    by_rate = _by_rate(one)
+    means = {rate: statistics.fmean(_deciding_losses(study, runs)) for rate, runs in by_rate.items()}
     rate = min(means, key=means.__getitem__) if means else None
     runs = by_rate.get(rate, [])
     whole = [outcome for _, outcome in runs if not outcome.has_diverged]
@@ -104,7 +104,8 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
     tokens = whole[0].summary["train_tokens"] if whole else 0
     tuned_rate = best_rate(one.tuning) if one.tuning else None
     shared_rate = contender.training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"])
-    rates = sorted(rate for rate in one.tuning if rate is not None)
+    tried = sorted(rate for rate in (one.tuning or by_rate) if rate is not None)
+    chosen = tuned_rate if one.tuning else rate
     return {
         "cell": contender.cell,
         "size": contender.size,
@@ -115,7 +116,7 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
         "parameters": parameters,
         "flops": flops * tokens,
         "learning_rate": tuned_rate if study.tuning else rate if study.grid.learning_rates else shared_rate,
-        "rate_is_at_edge": tuned_rate is not None and len(rates) > 1 and tuned_rate in (rates[0], rates[-1]),
+        "rate_is_at_edge": chosen is not None and len(tried) > 1 and chosen in (tried[0], tried[-1]),
         "mean": _statistic(whole, statistics.fmean),
         "spread": _statistic(whole, statistics.stdev) if len(whole) > 1 else {},
         "runs": [_run_report(run, outcome) for run, outcome in one.full],
@@ -123,7 +124,7 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
         "rates": [
             _rate_report(rate, outcome) | {"seed": run.seed}
             for run, outcome in one.full
-            if study.tuning is None and (rate := run.learning_rate) is not None
+            if (rate := run.learning_rate) is not None
         ],
         "measured": _mean_cells([one.measured[run.folder] for run, outcome in runs if not outcome.has_diverged]),
         "curve": _mean_curve(whole),
@@ -131,12 +132,17 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
     }
 
 
-def _by_rate(study: Study, one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome]]]:
-    """The whole runs at each rate of the grid; those of a study that tunes are all at the one that it found."""
+def _by_rate(one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome]]]:
     by_rate: dict[float | None, list[tuple[PlannedRun, Outcome]]] = {}
     for run, outcome in one.full:
-        by_rate.setdefault(None if study.tuning else run.learning_rate, []).append((run, outcome))
+        by_rate.setdefault(run.learning_rate, []).append((run, outcome))
     return by_rate
+
+
+def _deciding_losses(study: Study, runs: Sequence[tuple[PlannedRun, Outcome]]) -> list[float]:
+    """The held-out losses that a rate is chosen by: of all seeds, or of the first where it alone is trained with every rate."""
+    chooses = [run for run in runs if study.grid.repeat_rates == "all" or run[0].seed == study.grid.seeds[0]]
+    return [outcome.eval_loss for _, outcome in chooses]
 
 
 def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcome]]) -> str:
@@ -147,8 +153,13 @@ def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcom
         and best_rate(one.tuning) is None
     ):
         return "diverged at every learning rate"
-    planned = len(study.grid.seeds) * max(1, len(study.grid.learning_rates))
-    if len(one.full) < planned:
+    seeds, rates = len(study.grid.seeds), max(1, len(study.grid.learning_rates))
+    if study.grid.repeat_rates == "best":
+        if len(one.full) == rates and all(outcome.has_diverged for _, outcome in one.full):
+            return "diverged at every learning rate"
+        if len(one.full) < rates + seeds - 1:
+            return "unfinished"
+    elif len(one.full) < seeds * rates:
         return "unfinished"
     if any(
         not wanted_cells(study) <= one.measured[run.folder].keys() for run, outcome in runs if not outcome.has_diverged
@@ -213,14 +224,15 @@ def _mean_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
 
 
 def _mean_held_out(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    curves = [outcome.held_out_curve() for outcome in outcomes]
+    curves = [{tokens: (seconds, loss) for tokens, seconds, loss in outcome.held_out_curve()} for outcome in outcomes]
     return [
         {
-            "tokens": points[0][0],
-            "seconds": statistics.fmean(seconds for _, seconds, _ in points),
-            "loss": statistics.fmean(loss for _, _, loss in points),
+            "tokens": tokens,
+            "seconds": statistics.fmean(curve[tokens][0] for curve in curves),
+            "loss": statistics.fmean(curve[tokens][1] for curve in curves),
         }
-        for points in zip(*curves, strict=False)
+        for tokens in (curves[0] if curves else ())
+        if all(tokens in curve for curve in curves)
     ]
 
 

@@ -1,5 +1,6 @@
 """Runs a study: tunes, trains, evaluates; every run in its own folder, so that nothing is done twice."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -90,17 +91,13 @@ def collect_evidence(study: Study) -> list[Evidence]:
             for run in schedule.tuning
             if run.contender.name == source and (outcome := read_outcome(study.output_dir / run.folder)) is not None
         }
-        full = [
-            (run, outcome)
-            for run in schedule.full
-            if run.contender.name == source and (outcome := read_outcome(study.output_dir / run.folder)) is not None
-        ]
-        if study.tunes_on_whole_runs and (rate := best_rate(tuning)) is not None:
-            full += [
-                (run, tuning[rate])
-                for run in schedule.tuning
-                if (run.contender.name, run.learning_rate) == (source, rate)
-            ]
+        full: list[tuple[PlannedRun, Outcome]] = []
+        for planned in schedule.full:
+            if planned.contender.name != source:
+                continue
+            run = _with_rate(study, planned, full)
+            if run is not None and (outcome := read_outcome(study.output_dir / run.folder)) is not None:
+                full.append((run, outcome))
         measured = {run.folder: _measured(_evaluation_path(study, contender, run)) for run, _ in full}
         evidence.append(Evidence(contender, tuning, full, measured))
     return evidence
@@ -121,21 +118,21 @@ class _Work:
 
     def run(self, contenders: Sequence[Contender]) -> None:
         tuned: dict[str, dict[float | None, Outcome]] = {}
-        for run in self.schedule.tuning:
-            outcome = self._one(run, run.learning_rate)
-            tuned.setdefault(run.contender.name, {})[run.learning_rate] = outcome
-        if self.study.tunes_on_whole_runs:
-            for run in self.schedule.tuning:
-                if run.learning_rate == best_rate(tuned[run.contender.name]):
-                    self._evaluate(run, run.learning_rate, contenders)
-        for run in self.schedule.full:
-            rate = run.learning_rate
+        for short in self.schedule.tuning:
+            outcome = self._one(short, short.learning_rate)
+            tuned.setdefault(short.contender.name, {})[short.learning_rate] = outcome
+        whole: dict[str, list[tuple[PlannedRun, Outcome]]] = {}
+        for planned in self.schedule.full:
+            name = planned.contender.name
+            run = _with_rate(self.study, planned, whole.setdefault(name, []))
+            rate = None if run is None else run.learning_rate
             if self.schedule.tuning:
-                rate = best_rate(tuned[run.contender.name])
-                if rate is None:  # none of the rates came through: that is the result
-                    self.done_seconds += run.seconds
-                    continue
+                rate = best_rate(tuned[name])
+            if run is None or (self.schedule.tuning and rate is None):  # none came through: that is the result
+                self.done_seconds += planned.seconds
+                continue
             outcome = self._one(run, rate)
+            whole[name].append((run, outcome))
             if not outcome.has_diverged:
                 self._evaluate(run, rate, contenders)
 
@@ -204,6 +201,15 @@ class _Work:
 
     def _tell(self, what: str, seconds: float) -> None:
         self.notify(what, (self.done_seconds + seconds) / max(self.schedule.seconds, 1e-9))
+
+
+def _with_rate(study: Study, run: PlannedRun, whole: Sequence[tuple[PlannedRun, Outcome]]) -> PlannedRun | None:
+    """A whole run, with the first seed's best rate where that is what it takes; None: not all of these have ended, or all diverged."""
+    if study.grid.repeat_rates == "all" or run.seed == study.grid.seeds[0]:
+        return run
+    first = {other.learning_rate: outcome for other, outcome in whole if other.seed == study.grid.seeds[0]}
+    rate = best_rate(first) if len(first) == len(study.grid.learning_rates) else None
+    return None if rate is None else dataclasses.replace(run, learning_rate=rate)
 
 
 class _Steps(TrainerCallback):

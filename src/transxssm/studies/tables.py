@@ -34,6 +34,10 @@ def notes_of(report: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     contenders = report["contenders"]
     notes = ["± is the standard deviation over seeds; FLOPs are those of training, without elementwise work."]
+    if report["settings"]["grid"].get("repeat_rates") == "best":
+        notes.append(
+            "The learning rate was chosen by whole runs of the first seed, whose best one counts in the mean: of several, the luckiest."
+        )
     if any(one["rate_is_at_edge"] for one in contenders.values()):
         names = [name for name, one in contenders.items() if one["rate_is_at_edge"]]
         notes.append(
