@@ -109,7 +109,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
-    """Continue a prompt, token by token as they come.
+    """Continue a prompt with a language model of this package or any other causal one, token by token as they come.
 
     The completion alone goes to standard output (on a terminal, after the prompt), timing to standard error.
     """

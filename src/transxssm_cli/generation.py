@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from transxssm.inspection import activation_bytes, available_bytes, cache_bytes
@@ -26,9 +27,12 @@ def generate_to_stdout(
     logging.disable_progress_bar()  # a bar over the loading of weights
     model = load_causal_lm(checkpoint, dtype=dtype, device=device)
     tokenizer = load_tokenizer(checkpoint, model.config)
-    input_ids = encode_prompt(tokenizer, prompt, model.config.get_text_config().vocab_size)
-    if isinstance(model, TransXSSMForCausalLM):  # what others need is not known here
+    is_ours = isinstance(model, TransXSSMForCausalLM)
+    input_ids = encode_prompt(tokenizer, prompt, model.config.get_text_config().vocab_size, trained_here=is_ours)
+    if is_ours:
         check_memory(model, input_ids.shape[1], settings.max_new_tokens)
+    else:  # whose memory is not known here
+        check_positions(model.config, input_ids.shape[1], settings.max_new_tokens)
 
     console = Console(highlight=False, soft_wrap=True)
     if console.is_terminal:
@@ -80,6 +84,23 @@ def check_memory(model: TransXSSMForCausalLM, num_prompt_tokens: int, max_new_to
             f"a prompt of {num_prompt_tokens:,} tokens and {max_new_tokens:,} new ones need about {megabytes(cache + activations)} "
             f"(activations {megabytes(activations)}, cache {megabytes(cache)}), but {model.device} has {megabytes(available)} left: "
             "shorten the prompt, or choose a smaller --dtype"
+        )
+
+
+def check_positions(config: PreTrainedConfig, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuses to leave a table of learned positions half-way.
+
+    Raises:
+        ValueError: the text would be longer than the table.
+    """
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or getattr(config, "rope_parameters", None):
+        return
+    if num_prompt_tokens + max_new_tokens > longest:
+        raise ValueError(
+            f"the model has {longest:,} positions: got a prompt of {num_prompt_tokens:,} tokens and {max_new_tokens:,} new ones; "
+            "shorten the prompt, or give a smaller --max-new-tokens"
         )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 import typer
 
-from transxssm.models.baselines import BASELINES
 from transxssm.training import Recipe, load_recipe, train
 
 DEFAULT_RECIPE = "tiny"
@@ -48,14 +47,8 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 
 def result_line(recipe: Recipe, summary: dict[str, float]) -> str:
     """A finished run in two lines: how good the model is, and how to hear it."""
-    is_baseline = recipe.model.get("architecture") in BASELINES  # which `generate` does not know
-    next_step = (
-        f"evaluate {recipe.output_dir} perplexity"
-        if is_baseline
-        else f'generate {recipe.output_dir} --prompt "import "'
-    )
     return (
         f"{recipe.output_dir}: held-out loss {summary['eval_loss']:.4f}, perplexity {summary['perplexity']:.2f}, "
         f"{summary['bits_per_byte']:.4f} bits per byte after {summary['train_tokens']:,} tokens\n"
-        f"try it: transxssm {next_step}"
+        f'try it: transxssm generate {recipe.output_dir} --prompt "import "'
     )

@@ -1,7 +1,10 @@
 """Which code made the figures."""
 
+import importlib.metadata
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from transxssm.benchmarking.metadata import code_version, run_metadata
@@ -30,9 +33,22 @@ def test_a_package_that_cannot_be_imported_counts_as_missing(tmp_path, monkeypat
     assert run_metadata(torch.device("cpu"), None)["mamba_ssm"] == "2.0"
 
 
-def test_a_package_that_was_put_on_the_path_says_its_version_itself(tmp_path, monkeypatch):
-    (tmp_path / "causal_conv1d.py").write_text("__version__ = '7.8'\n")
+@pytest.mark.parametrize(("package", "module"), [("causal_conv1d", ""), ("mamba_ssm", "ops/triton/ssd_combined")])
+def test_a_package_that_was_put_on_the_path_says_its_version_itself(tmp_path, monkeypatch, package, module):
+    (tmp_path / package / Path(module).parent).mkdir(parents=True)
+    (tmp_path / package / "__init__.py").write_text("__version__ = '7.8'\n")
+    if module:
+        (tmp_path / package / f"{module}.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
-    assert run_metadata(torch.device("cpu"), None)["causal_conv1d"] == "7.8"
-    del sys.modules["causal_conv1d"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", not_installed)
+        found = run_metadata(torch.device("cpu"), None)[package]
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    assert found == "7.8"
+
+
+def not_installed(package):
+    raise importlib.metadata.PackageNotFoundError(package)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.serving.checkpoints import RECITED, byte_tokenizer
 from transxssm.models import TransXSSMConfig
@@ -70,12 +71,15 @@ def test_any_causal_language_model_continues_a_prompt(run, tmp_path, architectur
         vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, intermediate_size=48, num_hidden_layers=8
     )
     torch.manual_seed(0)
-    new_language_model(BASELINES[architecture](config)).save_pretrained(tmp_path)
+    model = new_language_model(BASELINES[architecture](config)).eval()
+    model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     result = run("generate", tmp_path, "--prompt", "ab", "--max-new-tokens", "12", "--temperature", "0")
-    assert result.exit_code == 0
-    assert "3 prompt tokens" in result.stderr
-    assert "12 new tokens" in result.stderr
+    prompt = torch.tensor([tokenizer("ab")["input_ids"]])
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    assert (result.exit_code, result.stdout) == (0, tokenizer.decode(expected, skip_special_tokens=True))
+    assert result.stdout
+    assert result.stderr.startswith("3 prompt tokens")
 
 
 def test_dtype(run, reciting):
@@ -133,6 +137,16 @@ class TestRefusals:
         # One attention layer keeps 1024 · 2 · 264 floats; one SSD layer four heads of 66 × 132.
         assert f"cache {(1024 * 2 * 264 + 264 * 132) * 4 / 1e6:,.1f} MB" in words
         assert "cpu has 2.5 MB left: shorten the prompt" in words
+
+    def test_more_text_than_a_table_of_positions_has(self, error_of, tmp_path):
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=258, bos_token_id=256, eos_token_id=256, n_positions=16, n_embd=16, n_layer=1, n_head=2
+            )
+        ).save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        words = error_of("generate", tmp_path, "--prompt", "abcde", "--max-new-tokens", "12")
+        assert words.startswith("the model has 16 positions: got a prompt of 6 tokens and 12 new ones")
 
     def test_a_tokenizer_of_another_model(self, error_of, reciting, tmp_path):
         folder = shutil.copytree(reciting, tmp_path / "run")

@@ -4,14 +4,13 @@ import errno
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassFieldValidationError
 
 from transxssm_cli import information
-from transxssm_cli.one_line_errors import DEBUG_VARIABLE
+from transxssm_cli.one_line_errors import DEBUG_VARIABLE, NETWORK_ERROR
 
-
-class HTTPError(Exception):
-    """As the hub's client has it, whose module's name depends on its version."""
+# Of the hub's client, whose module's name depends on its version.
+NetworkError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == NETWORK_ERROR)
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_usage(error_of, arguments, words):
         (OSError("in words of its own"), "in words of its own"),
         (MemoryError("too large"), "too large"),
         (torch.OutOfMemoryError("out of memory"), "out of memory"),
-        (HTTPError("no such name"), "the network failed, or the hub of models did not answer: no such name"),
+        (NetworkError("no such name"), "the network failed, or the hub of models did not answer: no such name"),
     ],
     ids=repr,
 )

@@ -127,15 +127,11 @@ def test_a_full_disk_is_told_as_it_comes(error_of, recipe, monkeypatch):
     assert error_of("train", recipe).endswith("checkpoint-1 is whole")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "command"),
-    [([], "transxssm generate"), (["model.architecture=llama"], "transxssm evaluate")],
-    ids=str,
-)
-def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, monkeypatch, overrides, command):
+@pytest.mark.parametrize("overrides", [[], ["model.architecture=llama"]], ids=str)
+def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, monkeypatch, overrides):
     summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}
     monkeypatch.setattr(training, "train", lambda recipe, resume: summary)
-    assert f"try it: {command}" in run("train", recipe, *overrides).stdout
+    assert "try it: transxssm generate" in run("train", recipe, *overrides).stdout
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, T5Config
 
 from tests.serving.checkpoints import byte_tokenizer, write_random_checkpoint
 from transxssm.models import TransXSSMForCausalLM, load_causal_lm, load_model, load_tokenizer, read_config, read_device
@@ -180,6 +180,16 @@ class TestOtherModels:
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-7])
         assert "is truncated or damaged" in refusal(load_causal_lm, folder, dtype=None, device=CPU)
+
+    def test_a_masked_model_is_none(self, tmp_path):
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        BertForMaskedLM(BertConfig(vocab_size=258, **sizes)).save_pretrained(tmp_path)
+        assert "'bert', a masked model: expected a causal" in refusal(load_causal_lm, tmp_path, dtype=None, device=CPU)
+
+    def test_an_encoder_decoder_is_none(self, tmp_path):
+        T5Config(vocab_size=258).save_pretrained(tmp_path)
+        words = "'t5', an encoder-decoder model: expected a causal"
+        assert words in refusal(load_causal_lm, tmp_path, dtype=None, device=CPU)
 
     @pytest.mark.parametrize(("kind", "words"), [("no-such-kind", "no-such-kind"), ("vit", "cannot be loaded")])
     def test_what_is_no_language_model(self, folder, kind, words):

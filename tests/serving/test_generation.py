@@ -1,7 +1,10 @@
 """A prompt is continued as asked: what comes, when it stops, what it was."""
 
+import copy
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from tests.serving.checkpoints import RECITED, byte_tokenizer, write_random_checkpoint, write_reciting_checkpoint
 from transxssm.models import load_model
@@ -110,3 +113,56 @@ class TestEncodePrompt:
     def test_refuses_ids_outside_the_vocabulary(self):
         with pytest.raises(ValueError, match="got 256, expected 0 … 255"):
             encode_prompt(TOKENIZER, "a", 256)
+
+
+class TestPrompts:
+    """Byte b is token b, and `<|endoftext|>`, 256, is both bos and eos; the tokenizer begins with it."""
+
+    @pytest.mark.parametrize(
+        ("prompt", "trained_here", "ids"),
+        [
+            ("ab", True, [256, 97, 98]),
+            ("ab", False, [256, 97, 98]),
+            ("", False, [256]),
+            ("<|endoftext|>ab", True, [256, 97, 98]),
+            ("ab<|endoftext|>", True, [256, 97, 98, 256]),
+        ],
+    )
+    def test_a_document_begins_once(self, prompt, trained_here, ids):
+        assert encode_prompt(TOKENIZER, prompt, 258, trained_here=trained_here).tolist() == [ids]
+
+    @pytest.mark.parametrize(("prompt", "here", "elsewhere"), [("ab", [256, 97, 98], [97, 98]), ("", [256], [256])])
+    def test_a_tokenizer_that_adds_nothing_is_trusted_where_it_was_trained(self, prompt, here, elsewhere):
+        tokenizer = byte_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+        assert encode_prompt(tokenizer, prompt, 258).tolist() == [here]
+        assert encode_prompt(tokenizer, prompt, 258, trained_here=False).tolist() == [elsewhere]
+
+    def test_an_end_that_the_tokenizer_adds_is_not_one(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 256)]
+        )
+        assert tokenizer("ab")["input_ids"] == [97, 98, 256]
+        assert encode_prompt(tokenizer, "ab", 258).tolist() == [[256, 97, 98]]
+
+
+class TestTheModelsOwnSettings:
+    @pytest.fixture
+    def own(self, random_model):
+        kept = copy.deepcopy(random_model.generation_config)
+        yield random_model.generation_config
+        random_model.generation_config = kept
+
+    def test_its_ends_end_a_text(self, random_model, own):
+        prompt = encode_prompt(TOKENIZER, "a", 258)
+        tokens = random_model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
+        own.eos_token_id = [TOKENIZER.eos_token_id, tokens[3]]
+        _, generation = complete(random_model, "a", max_new_tokens=12, **GREEDY)
+        assert generation.num_new_tokens == tokens.index(tokens[3]) + 1 < 12
+
+    @pytest.mark.parametrize("setting", [{"num_beams": 3}, {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}])
+    def test_greedy_is_the_likeliest_token_whatever_they_say(self, random_model, own, setting):
+        plain, _ = complete(random_model, "a", max_new_tokens=12, **GREEDY)
+        own.update(**setting)
+        assert complete(random_model, "a", max_new_tokens=12, **GREEDY)[0] == plain

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transxssm.data import build_datasets
-from transxssm.training import NonFiniteError, SaveError, TransXSSMTrainer, load_recipe, train
+from transxssm.training import NonFiniteError, SaveError, TransXSSMTrainer, load_recipe, text_data, train
 from transxssm.training.checkpoints import last_complete_checkpoint
 
 SAME_WEIGHTS = 1e-6
@@ -359,6 +359,23 @@ def test_the_best_model_is_the_one_saved_and_summed_up_if_asked_for(recipe):
     final = load_file(run_dir / "model.safetensors")
     for name, value in load_file(run_dir / "checkpoint-5" / "model.safetensors").items():
         assert torch.equal(final[name], value)
+
+
+def test_the_best_by_bits_per_byte_has_the_fewest(recipe):
+    best = ["training.load_best_model_at_end=true", "training.metric_for_best_model=bits_per_byte"]
+    summary = train(recipe(*best, "training.eval_steps=5", "training.save_total_limit=1"))
+    losses = [row["eval_loss"] for row in metrics_of(recipe().output_dir) if "eval_loss" in row]
+    assert len(losses) > 1
+    assert summary["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert min(losses) < losses[0]
+
+
+def test_bits_per_byte_of_what_is_no_text_choose_nothing(recipe):
+    def source(recipe):
+        return dataclasses.replace(text_data(recipe), held_out_bytes=None)
+
+    with pytest.raises(ValueError, match="expected loss or perplexity: what is held out is no text"):
+        train(recipe("training.metric_for_best_model=eval_bits_per_byte"), source=source)
 
 
 def test_a_stream_trains_and_resumes_like_a_table(recipe, monkeypatch):

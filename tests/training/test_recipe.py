@@ -55,6 +55,7 @@ def test_settings_that_contradict_each_other_are_one_line(recipe):
 def test_the_best_model_may_be_chosen_by(recipe, metric):
     arguments = recipe(f"training.metric_for_best_model={metric}").training_arguments()
     assert arguments.metric_for_best_model == metric
+    assert arguments.greater_is_better is False
 
 
 def test_a_metric_that_is_not_measured_is_refused_before_training(recipe):

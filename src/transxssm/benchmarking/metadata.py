@@ -76,13 +76,13 @@ def _has_bfloat16_products() -> bool:
 def _version_of(package: str, module: str) -> str | None:
     """A package's version, its own word where it was not installed but put on the path; None where the module cannot be imported."""
     try:
-        found = importlib.import_module(module)
+        importlib.import_module(module)
     except Exception:
         return None
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return str(getattr(found, "__version__", "unknown"))
+        return str(getattr(sys.modules[package], "__version__", "unknown"))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -62,12 +62,12 @@ def first_run(send: Send, setup: Setup, entry: Entry) -> FirstRun:
     before = _bytes_now(device)
     seconds = seconds_of(step, device)
     peak = _peak_bytes(device)
-    steady_seconds = seconds_of(step, device) if may_compile(entry, device) else seconds
+    steady_seconds = seconds_of(step, device) if first_run_may_compile(entry, device) else seconds
     # A run may fit into pages that building has left behind.
     return FirstRun(build_seconds, seconds, steady_seconds, peak - empty, max(0, peak - before))
 
 
-def may_compile(entry: Entry, device: torch.device) -> bool:
+def first_run_may_compile(entry: Entry, device: torch.device) -> bool:
     """Whether a contender's first run may take far longer than others: on a GPU, Triton's kernels are compiled and tuned in it."""
     return entry.compiles or device.type == "cuda"
 

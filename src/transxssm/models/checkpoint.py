@@ -68,6 +68,10 @@ def load_causal_lm(folder: Path, *, dtype: torch.dtype | None, device: torch.dev
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG}: {_one_line(error)}") from error
+    is_masked = any(str(name).endswith("ForMaskedLM") for name in config.architectures or ())
+    if is_masked or getattr(config, "is_encoder_decoder", False):
+        kind = "a masked" if is_masked else "an encoder-decoder"
+        raise ValueError(f"{folder} holds {config.model_type!r}, {kind} model: expected a causal language model")
     return _load(AutoModelForCausalLM, folder, config, dtype, device)
 
 

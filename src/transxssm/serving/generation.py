@@ -74,15 +74,24 @@ class Generation:
     decode_seconds: float
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, vocab_size: int) -> Tensor:
-    """(1, t) ids of a prompt that begins a document: bos first, or eos where there is no bos, as in training.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, vocab_size: int, *, trained_here: bool = True
+) -> Tensor:
+    """(1, t) ids of a prompt that begins a document.
+
+    Args:
+        trained_here: the document begins as in this package's training, with bos, or with eos where there is no bos; else as the
+            tokenizer has it, except for an empty prompt.
 
     Raises:
         ValueError: an id outside the model's vocabulary; an empty prompt where the tokenizer has neither bos nor eos.
     """
-    ids = tokenizer(prompt)["input_ids"]
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # the document goes on
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is not None and ids[:1] != [begin]:
+    if begin is not None and ids[:1] != [begin] and (trained_here or not ids):
         ids = [begin, *ids]
     if not ids:
         raise ValueError(
@@ -118,8 +127,12 @@ def generate_text(
     generation_config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer) or None,
         pad_token_id=pad,
+        num_beams=1,  # what is None here is taken from the model's own settings
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         **settings.sampling_arguments(),
     )
     torch.manual_seed(settings.seed)
@@ -139,6 +152,13 @@ def generate_text(
         prompt_seconds=follower.first_token_at - started,
         decode_seconds=ended - follower.first_token_at,
     )
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: the tokenizer's and, of a chat model for instance, those in its own settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in ends if token is not None))
 
 
 class _Follower(StoppingCriteria):

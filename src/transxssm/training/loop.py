@@ -137,6 +137,10 @@ def _build_trainer(
     checkpoint: Path | None,
     display: TrainerCallback,
 ) -> TransXSSMTrainer:
+    if data.held_out_bytes is None and "bits_per_byte" in (arguments.metric_for_best_model or ""):
+        raise ValueError(
+            "training.metric_for_best_model: got bits_per_byte, expected loss or perplexity: what is held out is no text"
+        )
     set_seed(arguments.seed)
     model = new_language_model(_config_for(recipe, data.tokenizer))
     use_our_scan(model)

@@ -37,7 +37,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "tensorboard",
     "ddp_find_unused_parameters": False,  # every parameter has a part in every step
 }
-METRICS = ("loss", "perplexity", "bits_per_byte")  # of held-out text
+HELD_OUT_METRICS = ("loss", "perplexity", "bits_per_byte")  # less is better
 # Kwargs of the default schedule; another lr_scheduler_type would choke on them.
 COSINE_TO_A_TENTH = {"min_lr_rate": 0.1}
 # Settings that the run's own parts stand on, and why they may not be changed.
@@ -107,14 +107,17 @@ class Recipe:
         """
         settings = {name: value for name, (value, _) in FIXED_TRAINING.items()}
         settings |= {"disable_tqdm": True}  # the run shows its own progress
+        metric = self.training.get("metric_for_best_model")
+        if metric is not None:
+            if str(metric).removeprefix("eval_") not in HELD_OUT_METRICS:
+                raise ValueError(
+                    f"training.metric_for_best_model: got {metric!r}, expected one of {', '.join(HELD_OUT_METRICS)}"
+                )
+            settings |= {"greater_is_better": False}  # transformers would think so of all but a loss
         try:
-            arguments = TrainingArguments(**(settings | deepcopy(self.training)))
+            return TrainingArguments(**(settings | deepcopy(self.training)))
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ValueError(f"training: {_one_line(error)}") from error
-        metric = arguments.metric_for_best_model
-        if metric is not None and metric.removeprefix("eval_") not in METRICS:
-            raise ValueError(f"training.metric_for_best_model: got {metric!r}, expected one of {', '.join(METRICS)}")
-        return arguments
 
     def to_dict(self) -> dict[str, Any]:
         """The three sections as plain values; `load_recipe` reads them back from `to_yaml()`."""
