@@ -13,6 +13,7 @@ from transformers.utils import logging
 from transxssm.inspection import activation_bytes, available_bytes, cache_bytes
 from transxssm.models import TransXSSMForCausalLM, load_causal_lm, load_tokenizer, read_device
 from transxssm.serving import Generation, GenerationSettings, encode_prompt, generate_text
+from transxssm.training import run_folder
 from transxssm_cli.dtypes import read_dtype
 
 STDIN = "-"
@@ -28,7 +29,8 @@ def generate_to_stdout(
     model = load_causal_lm(checkpoint, dtype=dtype, device=device)
     tokenizer = load_tokenizer(checkpoint, model.config)
     is_ours = isinstance(model, TransXSSMForCausalLM)
-    input_ids = encode_prompt(tokenizer, prompt, model.config.get_text_config().vocab_size, trained_here=is_ours)
+    trained_here = is_ours or (checkpoint / run_folder.RECIPE).is_file()
+    input_ids = encode_prompt(tokenizer, prompt, model.config.get_text_config().vocab_size, trained_here=trained_here)
     if is_ours:
         check_memory(model, input_ids.shape[1], settings.max_new_tokens)
     else:  # whose memory is not known here
