@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.serving.checkpoints import RECITED, byte_tokenizer
 from transxssm.models import TransXSSMConfig
@@ -80,6 +81,20 @@ def test_any_causal_language_model_continues_a_prompt(run, tmp_path, architectur
     assert (result.exit_code, result.stdout) == (0, tokenizer.decode(expected, skip_special_tokens=True))
     assert result.stdout
     assert result.stderr.startswith("3 prompt tokens")
+
+
+def test_a_baseline_that_was_trained_here_begins_a_document_as_in_training(run, tmp_path):
+    """With eos, where the tokenizer has no bos and adds nothing; another's begins as its tokenizer has it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, **sizes)).save_pretrained(tmp_path)
+    command = ("generate", tmp_path, "--prompt", "ab", "--max-new-tokens", "1")
+    assert run(*command).stderr.startswith("2 prompt tokens")
+    (tmp_path / "recipe.yaml").touch()
+    assert run(*command).stderr.startswith("3 prompt tokens")
 
 
 def test_dtype(run, reciting):

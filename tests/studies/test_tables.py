@@ -100,3 +100,14 @@ def test_rates_say_where_a_cell_diverged_and_notes_where_the_best_is_at_the_edge
     notes = "\n".join(notes_of(one))
     assert "at the edge of those tried" in notes
     assert "Not everything was run: the budget" in notes
+
+
+def test_runs_are_those_behind_the_mean():
+    rates = [
+        {"learning_rate": rate, "eval_loss": 2.0, "has_diverged": has_diverged, "last_step": 8}
+        for rate, has_diverged in ((1e-3, False), (1e-3, False), (1e-3, True), (1e-2, False))
+    ]
+    table = tables_of(
+        report({"swept": contender(rates=rates), "tuned": contender(runs=4 * [{"has_diverged": False}])})
+    )["Results"]
+    assert [row[table.headings.index("runs")] for row in table.rows] == ["2", "4"]

@@ -81,7 +81,7 @@ def _results(contenders: Reports) -> ResultTable:
             NONE if one["learning_rate"] is None else f"{one['learning_rate']:g}",
             *(_with_spread(one, key, FORMS[key]) for key in measures),
             _with_spread(one, "train_seconds", ",.0f"),
-            str(sum(not run["has_diverged"] for run in one["runs"])),
+            str(_num_averaged(one)),
             one["status"],
         ]
         for name, one in contenders.items()
@@ -99,6 +99,12 @@ def _results(contenders: Reports) -> ResultTable:
         "status",
     ]
     return ResultTable(headings, rows)
+
+
+def _num_averaged(one: Mapping[str, Any]) -> int:
+    """The runs behind a contender's mean: where rates are swept, those at the best one."""
+    swept = [entry for entry in one["rates"] if entry["learning_rate"] == one["learning_rate"]]
+    return sum(not run["has_diverged"] for run in (swept or one["runs"]))
 
 
 def _two_ways(contenders: Reports) -> ResultTable | None:
