@@ -406,6 +406,11 @@ def test_bfloat16_autocast_trains_close_to_float32(recipe, finished_run):
 def test_a_compiled_model_trains_to_the_same_end(recipe, finished_run):
     """Captured only: generating code would take longer than all other tests of this file."""
     torch.compiler.reset()
-    summary = train(recipe("training.torch_compile=true", "training.torch_compile_backend=aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    compiled = recipe("training.torch_compile=true", "training.torch_compile_backend=aot_eager")
+    summary = train(compiled)
+    assert_same_run(compiled.output_dir, finished_run)
+    assert len(text_data(compiled).train) % 20, "the last batch of an epoch is to be a smaller one"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     exact = json.loads((finished_run / "summary.json").read_text())["eval_loss"]
     assert summary["eval_loss"] == pytest.approx(exact, rel=1e-5)

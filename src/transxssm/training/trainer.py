@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
+from transxssm.data.collator import IGNORED_LABEL
 from transxssm.models import TransXSSMConfig
 from transxssm.training.checkpoints import (
     PREFIX,
@@ -73,9 +74,23 @@ class TransXSSMTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._step_batches.append((inputs, num_items_in_batch))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, self._filled_batch(inputs), num_items_in_batch)
         self._step_losses.append(loss)
         return loss
+
+    def _filled_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Under `torch.compile` an epoch's last batch repeats its first row, without labels, to the size of the others.
+
+        A smaller one would be compiled anew in the middle of the run, for minutes. Evaluation is not compiled.
+        """
+        is_sized = isinstance(self.train_dataset, Sized)
+        num_rows = min(self._train_batch_size, len(self.train_dataset)) if is_sized else self._train_batch_size
+        missing = num_rows - len(inputs["labels"])
+        if not self.args.torch_compile or missing <= 0:
+            return inputs
+        filled = {name: torch.cat((rows, rows[:1].expand(missing, -1))) for name, rows in inputs.items()}
+        filled["labels"][-missing:] = IGNORED_LABEL
+        return filled
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer calls this once a step, with the gradients complete and the weights untouched.
@@ -142,11 +157,11 @@ class TransXSSMTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"].clone()
-        labels[self._rows_of_their_own(len(labels)) :] = -100
+        labels[self._rows_of_their_own(len(labels)) :] = IGNORED_LABEL
         with torch.no_grad(), self.compute_loss_context_manager():
             # A loss divided by one item is the sum.
             nats = model(**{**inputs, "labels": labels}, num_items_in_batch=1, **self._loss_options).loss
-        tokens = (labels[:, 1:] != -100).sum()
+        tokens = (labels[:, 1:] != IGNORED_LABEL).sum()
         self._held_out_sums += torch.stack((nats, tokens)).to(self._held_out_sums)
         return nats / tokens.clamp(min=1), None, None
 
