@@ -4,9 +4,9 @@ set -euo pipefail
 out=${1:?a folder for the results}
 benchmark=(python3 -m transxssm benchmark)
 size=(--preset "${PRESET:-1.3b}" --device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}" --budget-minutes "${MINUTES:-9}")
-"${benchmark[@]}" throughput "${size[@]}" --modes train,prefill --lengths "${LENGTHS:-4K,16K}" --repeats 10 \
-    --contenders transxssm-compiled,llama,llama-compiled --output "$out/figure4"
+"${benchmark[@]}" throughput "${size[@]}" --modes train,prefill,decode --lengths "${LENGTHS:-4K,16K}" --repeats 10 \
+    --contenders transxssm-compiled,llama,llama-compiled,mamba2,jamba --output "$out/figure4"
 "${benchmark[@]}" decode "${size[@]}" --length "${PROMPT:-4K}" --batches "${BATCHES:-1,4,16,64,256}" --repeats 3 \
-    --contenders transxssm,llama,llama-static --output "$out/decode"
-"${benchmark[@]}" throughput "${size[@]}" --modes train,prefill --lengths "${EDGES:-1K,64K}" --repeats 10 \
+    --contenders transxssm,transxssm-compiled,llama,llama-static,mamba2,jamba --output "$out/decode"
+"${benchmark[@]}" throughput "${size[@]}" --modes train,prefill,decode --lengths "${EDGES:-1K,64K}" --repeats 10 \
     --contenders transxssm-compiled,transxssm,llama,llama-compiled,llama-eager,mamba2,jamba --output "$out/figure4-edges"

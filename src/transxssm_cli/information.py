@@ -1,31 +1,28 @@
 """`transxssm info`."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+from transformers import Mamba2Config, PreTrainedConfig
 
-from transxssm.inspection import all_attention, cache_bytes, count_parameters, flops_per_token
-from transxssm.models import PRESETS, TransXSSMConfig, read_config
+from transxssm.inspection import (
+    AttentionLayer,
+    ScanLayer,
+    all_attention_bytes,
+    cache_bytes,
+    count_parameters,
+    flops_per_token,
+    layers_of,
+)
+from transxssm.models import PRESETS, TransXSSMConfig, read_causal_lm_config
 from transxssm_cli.dtypes import read_dtype
 
 CONTEXTS = tuple(1024 * 2**power for power in range(2, 8))  # 4K … 128K
 LAYER_LABELS = {"linear_attention": "SSD", "full_attention": "attention", "sliding_attention": "sliding attention"}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "ssd_num_heads",
-    "ssd_head_dim",
-    "ssd_state_size",
-    "ssd_num_groups",
-)
 OPTIONS = (
     "ssd_position_embedding",
     "ssd_partial_rotary_factor",
@@ -47,12 +44,12 @@ def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
     """Everything that the command shows, as plain values: FLOPs for one token, bytes for one sequence.
 
     Args:
-        model: a preset's name, or a checkpoint folder.
+        model: a preset's name, or a checkpoint folder: of this package's model, or of a baseline (Llama, Mamba-2, Bamba).
         context: tokens of the sequence that FLOPs are counted for.
         dtype: of keys and values.
 
     Raises:
-        ValueError: neither a preset nor a checkpoint; an unknown dtype; a context of less than one token.
+        ValueError: neither a preset nor a checkpoint, or one of another kind; an unknown dtype; a context of less than one token.
     """
     kv_dtype = read_dtype(dtype)
     config = _config_of(model)
@@ -60,9 +57,9 @@ def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
     parameters = count_parameters(config)
     return {
         "model": model,
-        "layers": {kind: config.layer_types.count(kind) for kind in dict.fromkeys(config.layer_types)},
-        "sizes": {name: getattr(config, name) for name in SIZES},
-        "options": {name: getattr(config, name) for name in OPTIONS},
+        "layers": dict(Counter(map(_kind_of, layers_of(config)))),
+        "sizes": _sizes(config),
+        "options": {name: getattr(config, name) for name in OPTIONS if isinstance(config, TransXSSMConfig)},
         "tied_head": config.tie_word_embeddings,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "flops_per_token": {
@@ -78,7 +75,7 @@ def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
                 "kv": (own := cache_bytes(config, length, kv_dtype)).kv,
                 "state": own.state,
                 "total": own.total,
-                "all_attention": cache_bytes(all_attention(config), length, kv_dtype).total,
+                "all_attention": all_attention_bytes(config, length, kv_dtype),
             }
             for length in CONTEXTS
         ],
@@ -115,18 +112,44 @@ def tables(description: dict[str, Any]) -> Iterator[str | Table]:
     yield f"\nCache of one sequence in MB: keys and values in {description['cache_dtype']}, states in float32"
     table = _table("tokens", "keys, values", "states", "total", "all-attention", "ratio")
     for row in description["cache_bytes_per_sequence"]:
-        megabytes = (f"{row[name] / 1e6:,.1f}" for name in ("kv", "state", "total", "all_attention"))
-        ratio = f"{row['all_attention'] / row['total']:.1f}×" if row["total"] else "–"
+        megabytes = (
+            "–" if row[name] is None else f"{row[name] / 1e6:,.1f}"
+            for name in ("kv", "state", "total", "all_attention")
+        )
+        ratio = f"{row['all_attention'] / row['total']:.1f}×" if row["all_attention"] and row["total"] else "–"
         table.add_row(f"{row['context'] // 1024}K", *megabytes, ratio)
     yield table
 
 
-def _config_of(model: str) -> TransXSSMConfig:
+def _kind_of(layer: AttentionLayer | ScanLayer) -> str:
+    if isinstance(layer, ScanLayer):
+        return "linear_attention"
+    return "full_attention" if layer.window is None else "sliding_attention"
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Widths and numbers under the names that our own configuration has for them; None for what a model has not."""
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    has_ffn = not isinstance(config, Mamba2Config)  # which calls the width of its heads so
+    sizes["intermediate_size"] = config.intermediate_size if has_ffn else None
+    attention = next((layer for layer in layers_of(config) if isinstance(layer, AttentionLayer)), None)
+    scan = next((layer for layer in layers_of(config) if isinstance(layer, ScanLayer)), None)
+    sizes["num_attention_heads"] = attention and attention.num_heads
+    sizes["num_key_value_heads"] = attention and attention.num_key_value_heads
+    sizes["head_dim"] = attention and attention.head_dim
+    sizes["ssd_num_heads"] = scan and scan.num_heads
+    sizes["ssd_head_dim"] = scan and scan.head_dim
+    sizes["ssd_state_size"] = scan and scan.state_size
+    sizes["ssd_num_groups"] = scan and scan.num_groups
+    return sizes
+
+
+def _config_of(model: str) -> PreTrainedConfig:
     if model in PRESETS:
         return TransXSSMConfig.from_preset(model)
     if not Path(model).exists():
         raise ValueError(f"{model!r} is neither a preset ({', '.join(PRESETS)}) nor a checkpoint folder")
-    return read_config(Path(model))
+    return read_causal_lm_config(Path(model))
 
 
 def _label(kind: str) -> str:

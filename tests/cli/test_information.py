@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from transxssm.inspection import cache_bytes, count_parameters, flops_per_token
 from transxssm.models import TransXSSMConfig, read_config
+from transxssm.models.baselines import BASELINES
 
 
 @pytest.fixture
@@ -51,6 +53,24 @@ def test_a_checkpoint_is_described_without_its_weights(described, reciting, tmp_
     assert description["parameters"] == {**counts, "total": sum(counts.values())}
     assert description["tied_head"] is False
     assert counts["head"] == 258 * 264
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_described_too(run, described, tmp_path, name):
+    hybrid = TransXSSMConfig.from_preset("tiny")
+    config = BASELINES[name](hybrid)
+    config.save_pretrained(tmp_path)
+    description, ours = described(tmp_path), described("tiny")
+    assert description["parameters"]["total"] == pytest.approx(ours["parameters"]["total"], rel=0.02)
+    assert sum(description["layers"].values()) == description["sizes"]["num_hidden_layers"]
+    assert description["flops_per_token"]["forward"] == flops_per_token(config, 4096).forward
+    missing = {size for size, value in description["sizes"].items() if value is None}
+    ssd = {"ssd_num_heads", "ssd_head_dim", "ssd_state_size", "ssd_num_groups"}
+    attention = {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
+    assert missing == {"llama": ssd, "mamba2": attention, "jamba": set()}[name]
+    text = run("info", tmp_path).stdout
+    assert f"{description['flops_per_token']['training'] / 1e6:,.1f}" in text
+    assert "options" not in text
 
 
 def test_tables_say_the_same(run, described):
@@ -98,6 +118,11 @@ def test_an_all_ssd_model_keeps_the_same_bytes_at_every_length(described, tmp_pa
 )
 def test_refusals(error_of, arguments, words):
     assert words in error_of("info", *arguments)
+
+
+def test_a_model_without_a_formula_is_refused(error_of, tmp_path):
+    GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9).save_pretrained(tmp_path)
+    assert "costs are known of TransXSSM, Llama, Mamba-2 and Bamba: got 'gpt2'" in error_of("info", tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(error_of, tmp_path):

@@ -8,18 +8,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from tests.models.tiny import ALL_VARIANTS, tiny_config, tiny_model, tokens
-from transxssm.inspection import activation_bytes, all_attention, available_bytes, cache_bytes, memory
+from transxssm.inspection import activation_bytes, all_attention_bytes, available_bytes, cache_bytes, memory
 from transxssm.models import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.baselines import BASELINES, new_language_model
 from transxssm.ops.cpu import kernels_for
 from transxssm.ops.ssd import fused, ssd_chunk_scan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def bytes_of(cache: TransXSSMCache) -> tuple[int, int]:
+def bytes_of(cache: Cache) -> tuple[int, int]:
     """(keys and values, states) that a cache holds."""
     kv = state = 0
     for layer in cache.layers:
@@ -43,12 +44,24 @@ def test_a_real_cache(variant, length, dtype):
     assert cache_bytes(model.config, length, dtype) == bytes_of(cache)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_real_cache_of_a_baseline(name, dtype):
+    model = new_language_model(BASELINES[name](tiny_config()), dtype=dtype).eval()
+    with torch.no_grad():
+        output = model(input_ids=tokens(1, 9), use_cache=True)
+    cache = output.cache_params if name == "mamba2" else output.past_key_values
+    assert cache_bytes(model.config, 9, dtype) == bytes_of(cache)
+
+
 def test_all_attention_keeps_keys_and_values_in_every_layer():
     config = tiny_config("hybrid")  # one attention layer of three
-    assert all_attention(config).layer_types == ["full_attention"] * 3
     assert config.layer_types.count("full_attention") == 1
-    own, other = (cache_bytes(each, 100, torch.bfloat16) for each in (config, all_attention(config)))
-    assert (other.kv, other.state) == (3 * own.kv, 0)
+    assert all_attention_bytes(config, 100, torch.bfloat16) == 3 * cache_bytes(config, 100, torch.bfloat16).kv
+    llama, jamba, mamba2 = (BASELINES[name](config) for name in ("llama", "jamba", "mamba2"))
+    assert all_attention_bytes(llama, 100, torch.bfloat16) == cache_bytes(llama, 100, torch.bfloat16).total
+    assert all_attention_bytes(jamba, 100, torch.bfloat16) == 3 * cache_bytes(jamba, 100, torch.bfloat16).kv
+    assert all_attention_bytes(mamba2, 100, torch.bfloat16) is None
 
 
 class PeakBytes(TorchDispatchMode):

@@ -5,6 +5,7 @@ import pytest
 from tests.models.tiny import ALL_VARIANTS, tiny_config
 from transxssm.inspection import count_parameters
 from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.baselines import BASELINES, count_baseline_parameters
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -15,6 +16,16 @@ def test_kinds_add_up(variant, tied):
     assert sum(counts.values()) == TransXSSMForCausalLM(config).num_parameters()
     assert counts["embeddings"] == config.vocab_size * config.hidden_size
     assert counts["head"] == (0 if tied else counts["embeddings"])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_kinds_of_a_baseline_add_up(name):
+    config = BASELINES[name](tiny_config())
+    counts = count_parameters(config)
+    assert sum(counts.values()) == count_baseline_parameters(config)
+    assert counts["embeddings"] == config.vocab_size * config.hidden_size
+    has_ssd, has_attention = name != "llama", name != "mamba2"
+    assert [counts[kind] > 0 for kind in ("ssd", "attention", "ffn")] == [has_ssd, has_attention, has_attention]
 
 
 def test_kinds_are_told_apart():

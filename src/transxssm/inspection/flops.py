@@ -6,9 +6,10 @@ Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state
 from typing import NamedTuple
 
 from torch import nn
+from transformers import PreTrainedConfig
 
-from transxssm.inspection.parameters import model_on_meta
-from transxssm.models import TransXSSMConfig
+from transxssm.inspection.layers import AttentionLayer, layers_of
+from transxssm.models.baselines import language_model_on_meta
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 # The backward pass has two products for each of the forward pass: one for the input's gradient, one for the weight's.
@@ -33,34 +34,39 @@ class FlopsPerToken(NamedTuple):
         return TRAINING_PER_FORWARD * self.forward
 
 
-def flops_per_token(config: TransXSSMConfig, context: int) -> FlopsPerToken:
+def flops_per_token(config: PreTrainedConfig, context: int) -> FlopsPerToken:
     """FLOPs per token of a sequence of `context` tokens.
 
     Attention counts what causality leaves, (context + 1) / 2 keys for the mean token, as fused kernels skip the rest. The scan
-    counts whole chunks, as it computes them, in chunks of `config.ssd_chunk_size`, or the CPU's default where that is None.
+    counts whole chunks, as it computes them, in chunks of the configuration's size, or the CPU's default where that is None.
+
+    Args:
+        config: of a model of this package, or a baseline.
+        context: tokens.
 
     Raises:
-        ValueError: `context` is less than one token.
+        ValueError: `context` is less than one token; another kind of model.
     """
     if context < 1:
         raise ValueError(f"context must be at least 1 token: got {context}")
+    attention = ssd = 0.0
+    for layer in layers_of(config):
+        if isinstance(layer, AttentionLayer):
+            attention += attention_flops(layer.num_heads, layer.head_dim, mean_keys(context, layer.window))
+        else:
+            ssd += scan_flops(
+                chunk_size=min(layer.chunk_size or DEFAULT_CHUNK_SIZE["cpu"], context),
+                num_heads=layer.num_heads,
+                num_groups=layer.num_groups,
+                head_dim=layer.head_dim,
+                state_size=layer.state_size,
+            )
     linear = sum(
-        2 * module.weight.numel() for module in model_on_meta(config).modules() if isinstance(module, nn.Linear)
+        2 * module.weight.numel()
+        for module in language_model_on_meta(config).modules()
+        if isinstance(module, nn.Linear)
     )
-    attention = 0.0
-    for layer_type in config.layer_types:
-        if layer_type in ("full_attention", "sliding_attention"):
-            window = config.sliding_window if layer_type == "sliding_attention" else None
-            attention += attention_flops(config.num_attention_heads, config.head_dim, mean_keys(context, window))
-    num_ssd_layers = config.layer_types.count("linear_attention")
-    scan = scan_flops(
-        chunk_size=min(config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"], context),
-        num_heads=config.ssd_num_heads,
-        num_groups=config.ssd_num_groups,
-        head_dim=config.ssd_head_dim,
-        state_size=config.ssd_state_size,
-    )
-    return FlopsPerToken(linear, attention, num_ssd_layers * scan)
+    return FlopsPerToken(linear, attention, ssd)
 
 
 def mean_keys(context: int, window: int | None = None) -> float:

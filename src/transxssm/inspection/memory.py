@@ -3,13 +3,14 @@
 Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state size, d head_dim of attention.
 """
 
-import copy
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from transformers import Mamba2Config, PreTrainedConfig
 
+from transxssm.inspection.layers import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
 from transxssm.ops.cpu import has_tiles, kernels_for
 from transxssm.ops.linear import BLOCK_TOKENS
@@ -35,31 +36,39 @@ class CacheBytes(NamedTuple):
         return sum(self)
 
 
-def cache_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype) -> CacheBytes:
-    """Bytes in the cache of one sequence of `num_tokens` tokens.
+def cache_bytes(config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> CacheBytes:
+    """Bytes in the cache of one sequence of `num_tokens` tokens, of a model of this package or a baseline.
 
     Keys, values and the convolutions' inputs have the model's `dtype`, the states are float32. A sliding window keeps one token
     less than it sees: the next token is the last one it sees.
+
+    Raises:
+        ValueError: another kind of model.
     """
-    kept = {
-        "full_attention": num_tokens,
-        "sliding_attention": min(num_tokens, (config.sliding_window or 1) - 1),
-        "linear_attention": 0,
-    }
-    per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    kv = per_token * sum(kept[layer_type] for layer_type in config.layer_types)
-
-    x_size, state_size = config.ssd_num_heads * config.ssd_head_dim, config.ssd_num_groups * config.ssd_state_size
-    state = FLOAT32 * x_size * config.ssd_state_size
-    window = dtype.itemsize * (x_size + 2 * state_size) * max(config.ssd_conv_kernel_size - 1, 0)
-    return CacheBytes(kv, config.layer_types.count("linear_attention") * (state + window))
+    kv = state = 0
+    for layer in layers_of(config):
+        if isinstance(layer, AttentionLayer):
+            kv += _key_value_bytes(layer, num_tokens, dtype)
+        else:
+            x_size = layer.num_heads * layer.head_dim
+            channels = x_size + 2 * layer.num_groups * layer.state_size
+            state += FLOAT32 * x_size * layer.state_size + dtype.itemsize * channels * layer.conv_state_size
+    return CacheBytes(kv, state)
 
 
-def all_attention(config: TransXSSMConfig) -> TransXSSMConfig:
-    """The same sizes with a full attention layer in place of every layer: what the cache is compared with."""
-    changed = copy.deepcopy(config)
-    changed.layer_types = ["full_attention"] * config.num_hidden_layers
-    return changed
+def all_attention_bytes(config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int | None:
+    """What the cache is compared with: the same, with a full attention layer in place of every layer.
+
+    None for Mamba-2, which does not say what its attention would be.
+    """
+    if isinstance(config, Mamba2Config):
+        return None
+    return len(layers_of(config)) * _key_value_bytes(attention_of(config), num_tokens, dtype)
+
+
+def _key_value_bytes(layer: AttentionLayer, num_tokens: int, dtype: torch.dtype) -> int:
+    kept = num_tokens if layer.window is None else min(num_tokens, layer.window - 1)
+    return 2 * layer.num_key_value_heads * layer.head_dim * dtype.itemsize * kept
 
 
 def activation_bytes(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype) -> int:

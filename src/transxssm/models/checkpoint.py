@@ -60,10 +60,22 @@ def load_causal_lm(folder: Path, *, dtype: torch.dtype | None, device: torch.dev
         folder, dtype, device: as for `load_model`.
 
     Raises:
-        ValueError: see `load_model`; a kind of model that transformers does not know, or that is no causal language model.
+        ValueError: see `load_model` and `read_causal_lm_config`.
+    """
+    config = read_causal_lm_config(folder)
+    if isinstance(config, TransXSSMConfig):
+        return load_model(folder, dtype=dtype, device=device)
+    return _load(AutoModelForCausalLM, folder, config, dtype, device)
+
+
+def read_causal_lm_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a causal language model in a folder, ours or any other that transformers knows; no weight is read.
+
+    Raises:
+        ValueError: see `read_config`; a kind of model that transformers does not know, or that is no causal language model.
     """
     if _model_type(folder) == TransXSSMConfig.model_type:
-        return load_model(folder, dtype=dtype, device=device)
+        return read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -72,7 +84,7 @@ def load_causal_lm(folder: Path, *, dtype: torch.dtype | None, device: torch.dev
     if is_masked or getattr(config, "is_encoder_decoder", False):
         kind = "a masked" if is_masked else "an encoder-decoder"
         raise ValueError(f"{folder} holds {config.model_type!r}, {kind} model: expected a causal language model")
-    return _load(AutoModelForCausalLM, folder, config, dtype, device)
+    return config
 
 
 def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
