@@ -129,7 +129,9 @@ def generate(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="PRESET|CHECKPOINT", help="tiny, small, 320m, 1.3b, or a folder, a baseline's too.")],
+    model: Annotated[
+        str, typer.Argument(metavar="PRESET|CHECKPOINT", help="tiny, small, 320m, 1.3b, or a model's folder.")
+    ],
     context: Annotated[int, typer.Option(help="Tokens in the sequence that FLOPs are counted for.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Of keys and values: float32, bfloat16 or float16.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of tables.")] = False,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from transformers import Mamba2Config, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from transxssm.inspection import (
     AttentionLayer,
@@ -59,7 +59,7 @@ def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
         "model": model,
         "layers": dict(Counter(map(_kind_of, layers_of(config)))),
         "sizes": _sizes(config),
-        "options": {name: getattr(config, name) for name in OPTIONS if isinstance(config, TransXSSMConfig)},
+        "options": {name: getattr(config, name) for name in OPTIONS} if isinstance(config, TransXSSMConfig) else {},
         "tied_head": config.tie_word_embeddings,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "flops_per_token": {
@@ -130,8 +130,7 @@ def _kind_of(layer: AttentionLayer | ScanLayer) -> str:
 def _sizes(config: PreTrainedConfig) -> dict[str, int | None]:
     """Widths and numbers under the names that our own configuration has for them; None for what a model has not."""
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    has_ffn = not isinstance(config, Mamba2Config)  # which calls the width of its heads so
-    sizes["intermediate_size"] = config.intermediate_size if has_ffn else None
+    sizes["intermediate_size"] = getattr(config, "intermediate_size", None)
     attention = next((layer for layer in layers_of(config) if isinstance(layer, AttentionLayer)), None)
     scan = next((layer for layer in layers_of(config) if isinstance(layer, ScanLayer)), None)
     sizes["num_attention_heads"] = attention and attention.num_heads

@@ -82,6 +82,12 @@ def test_modes(name):
         assert later.attention / decode.attention == pytest.approx((2 * LENGTH + 1) / (LENGTH + 1))
 
 
+def test_a_decoded_token_sees_a_windows_keys():
+    config = tiny_config("sliding", layer_types=["sliding_attention"] * 3)  # windows of 4
+    long, short = (step_flops(config, "decode", length, 1).attention for length in (LENGTH, 1))
+    assert (long, short) == (3 * 4 * 32 * 4, 3 * 4 * 32 * 2)
+
+
 def test_ours_are_those_that_inspection_counts():
     config = tiny_config()
     assert step_flops(config, "train", LENGTH, 1).total == pytest.approx(

@@ -71,6 +71,7 @@ def test_a_baseline_is_described_too(run, described, tmp_path, name):
     text = run("info", tmp_path).stdout
     assert f"{description['flops_per_token']['training'] / 1e6:,.1f}" in text
     assert "options" not in text
+    assert ("–" in text) == (name == "mamba2")  # what its attention would take is not known
 
 
 def test_tables_say_the_same(run, described):
@@ -102,6 +103,7 @@ def test_an_all_ssd_model_keeps_the_same_bytes_at_every_length(described, tmp_pa
     config.save_pretrained(tmp_path)
     rows = described(tmp_path)["cache_bytes_per_sequence"]
     assert {row["total"] for row in rows} == {cache_bytes(config, 1, torch.bfloat16).state}
+    assert described(tmp_path)["sizes"]["num_attention_heads"] is None
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,13 @@ def test_refusals(error_of, arguments, words):
 def test_a_model_without_a_formula_is_refused(error_of, tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9).save_pretrained(tmp_path)
     assert "costs are known of TransXSSM, Llama, Mamba-2 and Bamba: got 'gpt2'" in error_of("info", tmp_path)
+
+
+def test_a_baseline_whose_sizes_do_not_fit_is_refused(error_of, tmp_path):
+    BASELINES["llama"](TransXSSMConfig.from_preset("tiny")).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 65}))
+    assert f"{path}: " in error_of("info", tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(error_of, tmp_path):

@@ -1,6 +1,7 @@
 """Parameters by kind add up to what the model holds."""
 
 import pytest
+from transformers import GPT2Config
 
 from tests.models.tiny import ALL_VARIANTS, tiny_config
 from transxssm.inspection import count_parameters
@@ -50,3 +51,8 @@ def test_the_papers_sizes(preset, millions):
     assert sum(count_parameters(TransXSSMConfig.from_preset(preset)).values()) / 1e6 == pytest.approx(
         millions, abs=0.05
     )
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(ValueError, match="got 'gpt2'"):
+        count_parameters(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))

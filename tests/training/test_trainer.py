@@ -46,6 +46,32 @@ def test_vectors_do_not_decay_and_matrices_do(build_trainer):
         assert by_name[f"model.{matrix}"] == 0.3
 
 
+def rows(count: int, length: int = 4) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.ones(count, length, dtype=torch.long), "labels": torch.ones(count, length).long()}
+
+
+def test_a_smaller_batch_is_filled_up_for_a_compiled_model_alone(build_trainer):
+    size = "training.per_device_train_batch_size=5"
+    plain, compiled = build_trainer(size), build_trainer(size, "training.torch_compile=true")
+    whole, last = rows(5), rows(2)
+    assert plain._filled_batch(whole) is whole
+    assert plain._filled_batch(last) is last
+    assert compiled._filled_batch(last) is last  # nothing larger has been seen: a data set of two rows
+    assert compiled._filled_batch(whole) is whole
+    filled = compiled._filled_batch(last)
+    assert filled["input_ids"].tolist() == [[1] * 4] * 5
+    assert filled["labels"].tolist() == [[1] * 4] * 2 + [[-100] * 4] * 3
+    assert last["labels"].tolist() == [[1] * 4] * 2
+
+
+def test_rows_that_a_collator_makes_are_not_filled_up(build_trainer):
+    """As where each item is a batch: sixteen short rows, then two long ones."""
+    compiled = build_trainer("training.per_device_train_batch_size=1", "training.torch_compile=true")
+    compiled._filled_batch(rows(16))
+    long = rows(2, 32)
+    assert compiled._filled_batch(long) is long
+
+
 def exact_held_out_nats(trainer):
     """Summed token by token from the logits, one row at a time."""
     nats, tokens = 0.0, 0

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 
 from transxssm.inspection import AttentionLayer, attention_flops, flops_per_token, layers_of
 from transxssm.inspection.flops import TRAINING_PER_FORWARD
-from transxssm.models.baselines import language_model_on_meta
 
 
 class Flops(NamedTuple):
@@ -38,7 +37,6 @@ def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> 
         ValueError: a kind of model that is no contender.
     """
     forward = flops_per_token(config, length)
-    head = 2 * language_model_on_meta(config).get_output_embeddings().weight.numel()
     if mode == "decode":
         attention = ssd = 0.0
         for layer in layers_of(config):
@@ -50,5 +48,6 @@ def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> 
         return Flops(forward.linear, attention, ssd).times(batch)
     whole = Flops(*forward).times(length)
     if mode == "prefill":
+        head = 2 * config.hidden_size * config.vocab_size
         return whole._replace(linear=whole.linear - (length - 1) * head).times(batch)
     return whole.times(TRAINING_PER_FORWARD * batch)

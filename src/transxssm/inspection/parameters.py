@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 
+from transxssm.inspection.layers import layers_of
 from transxssm.models.baselines import language_model_on_meta
 
 # Which kind the parameters under a name belong to: the first of these names on a path, which every module of the models has.
@@ -31,7 +32,11 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
 
     Args:
         config: of a model of this package, or a baseline.
+
+    Raises:
+        ValueError: another kind of model.
     """
+    layers_of(config)  # knows which models have the names above
     counts = dict.fromkeys(KIND_OF_NAME.values(), 0)
     for name, parameter in language_model_on_meta(config).named_parameters():
         kind = next(KIND_OF_NAME[part] for part in name.split(".") if part in KIND_OF_NAME)

@@ -78,8 +78,8 @@ def read_causal_lm_config(folder: Path) -> PreTrainedConfig:
         return read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / CONFIG}: {_one_line(error)}") from error
+    except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
+        raise ValueError(f"{folder / CONFIG}: {_one_line(error.__cause__ or error)}") from error
     is_masked = any(str(name).endswith("ForMaskedLM") for name in config.architectures or ())
     if is_masked or getattr(config, "is_encoder_decoder", False):
         kind = "a masked" if is_masked else "an encoder-decoder"

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class TransXSSMTrainer(Trainer):
         self._staging: Path | None = None
         self._step_losses: list[Tensor] = []
         self._step_batches: list[tuple[dict[str, Any], Any]] = []
+        self._most_rows = 0  # of a batch so far
         self._held_out_sums = torch.zeros(2)
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -81,15 +82,18 @@ class TransXSSMTrainer(Trainer):
     def _filled_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Under `torch.compile` an epoch's last batch repeats its first row, without labels, to the size of the others.
 
-        A smaller one would be compiled anew in the middle of the run, for minutes. Evaluation is not compiled.
+        A smaller one would be compiled anew in the middle of the run, for minutes.
         """
-        is_sized = isinstance(self.train_dataset, Sized)
-        num_rows = min(self._train_batch_size, len(self.train_dataset)) if is_sized else self._train_batch_size
-        missing = num_rows - len(inputs["labels"])
-        if not self.args.torch_compile or missing <= 0:
+        if not self.args.torch_compile:
             return inputs
-        filled = {name: torch.cat((rows, rows[:1].expand(missing, -1))) for name, rows in inputs.items()}
-        filled["labels"][-missing:] = IGNORED_LABEL
+        num_rows = len(inputs["labels"])
+        self._most_rows = max(self._most_rows, num_rows)
+        # A collator that makes many rows of one may make them of any number.
+        missing = min(self._most_rows, self._train_batch_size) - num_rows
+        if missing <= 0:
+            return inputs
+        filled = {name: torch.cat((rows, rows[:1].expand(missing, *rows.shape[1:]))) for name, rows in inputs.items()}
+        filled["labels"][num_rows:] = IGNORED_LABEL
         return filled
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
