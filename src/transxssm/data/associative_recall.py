@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-IGNORED = -100  # the label that losses leave out
+from transxssm.data.labels import IGNORED_LABEL
 
 
 class RecallBatch(NamedTuple):
@@ -79,7 +79,7 @@ class RecallTask:
         places = generator.choice(num_places, num_pairs, replace=False, p=weights / weights.sum())
         input_ids = generator.integers(self.vocab_size, size=self.length)
         input_ids[0:begin:2], input_ids[1:begin:2] = keys, values
-        targets = np.full(self.length, IGNORED)
+        targets = np.full(self.length, IGNORED_LABEL)
         questions = begin + 2 * places
         input_ids[questions], targets[questions] = keys, values
         return input_ids, targets

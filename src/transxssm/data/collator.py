@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-IGNORED_LABEL = -100
+from transxssm.data.labels import IGNORED_LABEL
 
 
 class PackedCollator:

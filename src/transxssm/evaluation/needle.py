@@ -8,8 +8,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from transxssm.data import Haystack, NeedleExample
+from transxssm.data.labels import IGNORED_LABEL
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
-from transxssm.evaluation.scoring import IGNORED, TokenScorer
+from transxssm.evaluation.scoring import TokenScorer
 
 Judge = Callable[[NeedleExample], bool]
 
@@ -61,7 +62,7 @@ def greedy_continuation(model: PreTrainedModel, prompt_ids: Sequence[int], num_t
 def expects_answer(scorer: TokenScorer, example: NeedleExample) -> bool:
     """Whether every token of the answer is the likeliest after the prompt and the tokens before it."""
     input_ids = torch.tensor([example.input_ids])
-    targets = torch.full_like(input_ids, IGNORED)
+    targets = torch.full_like(input_ids, IGNORED_LABEL)
     targets[:, len(example.prompt_ids) - 1 : -1] = torch.tensor(example.answer_ids)
     return bool(scorer(input_ids, targets).hits.all())
 

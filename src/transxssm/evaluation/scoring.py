@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from transxssm.data.labels import IGNORED_LABEL
+
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 BLOCK_LOGITS = 2**24  # logits that exist at once
 PROBE_TOKENS = 8
 
@@ -65,7 +66,7 @@ class TokenScorer:
                 "or the vocabulary size that the model was trained with"
             )
         input_ids, targets = input_ids.to(self.model.device), targets.to(self.model.device)
-        counted = targets != IGNORED
+        counted = targets != IGNORED_LABEL
         states = self._states(input_ids)[counted]  # (n, d), or (n, v) where the model makes its logits itself
         rows = max(1, BLOCK_LOGITS // self.vocab_size)
         parts = [

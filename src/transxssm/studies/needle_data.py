@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from transxssm.data import Haystack, build_tokenizer, load_corpus
-from transxssm.data.associative_recall import IGNORED
+from transxssm.data.labels import IGNORED_LABEL
 from transxssm.studies.definition import Needle
 from transxssm.studies.recall_data import HELD_OUT_SEED, TRAINING_SEED, only_batch
 from transxssm.training import Recipe, TrainingData
@@ -50,7 +50,7 @@ class NeedleBatches(Dataset):
         length = self.lengths[index % len(self.lengths)]
         rows = max(1, self.tokens // length)
         input_ids = np.zeros((rows, length), dtype=np.int64)
-        labels = np.full((rows, length), IGNORED, dtype=np.int64)
+        labels = np.full((rows, length), IGNORED_LABEL, dtype=np.int64)
         depths = np.random.default_rng((self.seed, index)).random(rows)
         num_needles = 1 if self.tokens_per_needle is None else max(1, length // self.tokens_per_needle)
         for row, depth in enumerate(depths):
@@ -59,7 +59,7 @@ class NeedleBatches(Dataset):
             )
             ids = np.array(lesson.input_ids)
             input_ids[row, : len(ids)] = ids
-            labels[row, : len(ids)] = np.where(lesson.is_answer, ids, IGNORED)
+            labels[row, : len(ids)] = np.where(lesson.is_answer, ids, IGNORED_LABEL)
         return {"input_ids": input_ids, "labels": labels}
 
 

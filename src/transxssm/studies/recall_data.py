@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transxssm.data import RecallTask
-from transxssm.data.associative_recall import IGNORED
+from transxssm.data.labels import IGNORED_LABEL
 from transxssm.studies.definition import Recall
 from transxssm.training import Recipe, TrainingData
 
@@ -39,7 +39,7 @@ class RecallBatches(Dataset):
         rows = max(1, self.tokens // task.length)
         batch = task.sequences(self.seed, index // len(self.tasks) * rows, rows)
         # The last position asks for nothing: a question's place is two tokens wide.
-        labels = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
+        labels = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED_LABEL)
         return {"input_ids": batch.input_ids, "labels": labels}
 
 

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
-from transxssm.data.collator import IGNORED_LABEL
+from transxssm.data.labels import IGNORED_LABEL
 from transxssm.models import TransXSSMConfig
 from transxssm.training.checkpoints import (
     PREFIX,
