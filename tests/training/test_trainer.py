@@ -12,7 +12,7 @@ from transxssm.training import TransXSSMTrainer
 @pytest.fixture
 def build_trainer(recipe):
     def build(*overrides):
-        chosen = recipe(*overrides)
+        chosen = recipe("training.report_to=none", *overrides)  # TensorBoard's folder would be beside the tests
         corpus = load_corpus(chosen.data)
         tokenizer = build_tokenizer(chosen.data, corpus)
         rows = build_datasets(chosen.data, corpus, tokenizer)
