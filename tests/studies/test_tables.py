@@ -20,7 +20,7 @@ def contender(**values):
         "rate_is_at_edge": False,
         "mean": {"eval_loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5, "train_seconds": 10.0, "train_tokens": 64},
         "spread": {},
-        "runs": [{"has_diverged": False}],
+        "runs": [{"seed": 0, "learning_rate": 1e-3, "has_diverged": False, "bits_per_byte": 1.5, "eval_loss": 2.0}],
         "tuning": [],
         "rates": [],
         "measured": {},
@@ -102,12 +102,48 @@ def test_rates_say_where_a_cell_diverged_and_notes_where_the_best_is_at_the_edge
     assert "Not everything was run: the budget" in notes
 
 
-def test_runs_are_those_behind_the_mean():
-    rates = [
-        {"learning_rate": rate, "eval_loss": 2.0, "has_diverged": has_diverged, "last_step": 8}
-        for rate, has_diverged in ((1e-3, False), (1e-3, False), (1e-3, True), (1e-2, False))
+def runs_of(*figures):
+    """(seed, rate, bits per byte; None: diverged)."""
+    return [
+        {"seed": seed, "learning_rate": rate, "has_diverged": value is None, "bits_per_byte": value, "eval_loss": value}
+        for seed, rate, value in figures
     ]
-    table = tables_of(
-        report({"swept": contender(rates=rates), "tuned": contender(runs=4 * [{"has_diverged": False}])})
-    )["Results"]
+
+
+def test_runs_are_those_behind_the_mean():
+    swept = runs_of((0, 1e-3, 1.5), (1, 1e-3, 1.6), (2, 1e-3, None), (0, 1e-2, 1.4))
+    tuned = runs_of(*((seed, None, 1.5) for seed in range(4)))
+    table = tables_of(report({"swept": contender(runs=swept), "tuned": contender(runs=tuned)}))["Results"]
     assert [row[table.headings.index("runs")] for row in table.rows] == ["2", "4"]
+
+
+def test_seeds_are_compared_with_the_best_of_the_size_one_by_one():
+    best = runs_of((0, 1e-3, 1.5), (1, 1e-3, 1.7), (2, 1e-3, 1.2), (0, 1e-2, 1.9))  # another rate's does not count
+    other = runs_of((0, None, 1.6), (1, None, 1.6), (3, None, 9.0))
+    large = runs_of((0, 1e-3, 1.1))
+    contenders = {
+        "best": contender(size="small", runs=best, mean={"bits_per_byte": 1.47}),
+        "other": contender(size="small", runs=other, mean={"bits_per_byte": 4.07}),
+        "large": contender(size="large", runs=large, mean={"bits_per_byte": 1.1}),
+        "none": contender(size="large", runs=[], mean={}),
+    }
+    table = tables_of(report(contenders))["Seed by seed"]
+    assert table.headings == ["bits per byte, seed", "0", "1", "2", "3", "behind the best of its size"]
+    assert table.rows == [
+        ["best", "1.5000", "1.7000", "1.2000", "–", "–"],
+        ["other", "1.6000", "1.6000", "–", "9.0000", "0.0000 ± 0.1414 (1 of 2)"],
+        ["large", "1.1000", "–", "–", "–", "–"],
+        ["none", "–", "–", "–", "–", "–"],
+    ]
+
+
+def test_one_seed_has_no_table_of_seeds():
+    one = contender(runs=runs_of((0, 1e-3, 1.5), (0, 1e-2, 1.6)))
+    assert "Seed by seed" not in tables_of(report({"one": one}))
+
+
+def test_figures_of_no_text_are_losses():
+    runs = [run | {"bits_per_byte": None} for run in runs_of((0, None, 2.0), (1, None, 2.5))]
+    table = tables_of(report({"a": contender(runs=runs, mean={"eval_loss": 2.25})}))["Seed by seed"]
+    assert table.headings[0] == "held-out loss, seed"
+    assert table.rows == [["a", "2.0000", "2.5000", "–"]]

@@ -181,6 +181,7 @@ def _run_report(run: PlannedRun, outcome: Outcome) -> dict[str, Any]:
     return {
         "folder": run.folder.as_posix(),
         "seed": run.seed,
+        "learning_rate": run.learning_rate,
         "has_diverged": outcome.has_diverged,
         "failure": outcome.failure,
         "last_step": outcome.last_step,

@@ -20,6 +20,7 @@ def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
     tables = {
         "Results": _results(contenders),
         "Two ways": _two_ways(contenders),
+        "Seed by seed": _seed_by_seed(contenders),
         "Gain by scale": _gain_by_scale(contenders),
         "At equal wall time": _equal_time(report["equal_time"], contenders),
         "Training loss over tokens": _stretches(contenders),
@@ -81,7 +82,7 @@ def _results(contenders: Reports) -> ResultTable:
             NONE if one["learning_rate"] is None else f"{one['learning_rate']:g}",
             *(_with_spread(one, key, FORMS[key]) for key in measures),
             _with_spread(one, "train_seconds", ",.0f"),
-            str(_num_averaged(one)),
+            str(len(_averaged(one))),
             one["status"],
         ]
         for name, one in contenders.items()
@@ -101,10 +102,42 @@ def _results(contenders: Reports) -> ResultTable:
     return ResultTable(headings, rows)
 
 
-def _num_averaged(one: Mapping[str, Any]) -> int:
+def _averaged(one: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs behind a contender's mean: where rates are swept, those at the best one."""
-    swept = [entry for entry in one["rates"] if entry["learning_rate"] == one["learning_rate"]]
-    return sum(not run["has_diverged"] for run in (swept or one["runs"]))
+    rates = (None, one["learning_rate"])  # a tuned run's rate is the contender's
+    return [run for run in one["runs"] if run["learning_rate"] in rates and not run["has_diverged"]]
+
+
+def _seed_by_seed(contenders: Reports) -> ResultTable | None:
+    """Every seed's figure, and how far each contender is behind the best of its size with the same seed.
+
+    A seed is the same rows in the same order for all: within one, differences are smaller than over seeds.
+    """
+    trained = {name: one for name, one in contenders.items() if one["weights_of"] is None}
+    runs = {name: {run["seed"]: run for run in _averaged(one)} for name, one in trained.items()}
+    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
+    if len(seeds) < 2:
+        return None
+    found = [run for by_seed in runs.values() for run in by_seed.values()]
+    key = "eval_loss" if any(run.get("bits_per_byte") is None for run in found) else "bits_per_byte"
+    rows = []
+    for name, one in trained.items():
+        rivals = [other for other in trained if trained[other]["size"] == one["size"] and key in trained[other]["mean"]]
+        best = min(rivals, key=lambda other: trained[other]["mean"][key], default=name)
+        shared = [seed for seed in seeds if seed in runs[name] and seed in runs[best]]
+        behind = [runs[name][seed][key] - runs[best][seed][key] for seed in shared]
+        values = (_number(runs[name][seed][key], FORMS[key]) if seed in runs[name] else NONE for seed in seeds)
+        rows.append([name, *values, NONE if best == name else _paired(behind)])
+    return ResultTable([f"{MEASURES[key]}, seed", *(str(seed) for seed in seeds), "behind the best of its size"], rows)
+
+
+def _paired(differences: Sequence[float]) -> str:
+    """Mean and spread of differences, and with how many seeds they are positive."""
+    if not differences:
+        return NONE
+    spread = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""
+    positive = sum(difference > 0 for difference in differences)
+    return f"{statistics.fmean(differences):.4f}{spread} ({positive} of {len(differences)})"
 
 
 def _two_ways(contenders: Reports) -> ResultTable | None:
