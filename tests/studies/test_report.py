@@ -44,6 +44,7 @@ def test_the_first_seed_chooses_the_rate_where_it_alone_tries_them_all(sweep):
     report = report_of(sweep("best"), {key: outcome(loss) for key, loss in LOSSES.items()})
     assert report["learning_rate"] == 1e-2
     assert report["mean"]["eval_loss"] == pytest.approx(3.3)
+    assert {(run["seed"], run["learning_rate"]): run["eval_loss"] for run in report["runs"]} == LOSSES
     assert report["status"] == "finished"
 
 
