@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_config
+from transxssm.benchmarking import contenders
 from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, build_step
 from transxssm.benchmarking.decoding import DECODE_TOKENS
 from transxssm.benchmarking.steps import seconds_of
@@ -33,6 +34,22 @@ def test_a_training_step_leaves_no_gradients(monkeypatch):
     assert all(p.grad is not None for p in models[-1].parameters())
     step.clean()
     assert all(p.grad is None for p in models[-1].parameters())
+
+
+@pytest.mark.parametrize("name", DEFAULT_CONTENDERS)
+@pytest.mark.parametrize(("mode", "times"), [("train", 1), ("train-checkpointed", 2)])
+def test_checkpointing_runs_every_layer_twice(name, mode, times, monkeypatch):
+    models, calls, training_step = [], [], contenders._training_step
+    monkeypatch.setattr(
+        contenders, "_training_step", lambda model, *rest: models.append(model) or training_step(model, *rest)
+    )
+    step = build_step(name, CONTENDERS[name].config(tiny_config()), mode, 6, 1, torch.float32, device=CPU)
+    layers = list(models[0].base_model.layers)
+    for index, layer in enumerate(layers):
+        part = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+        part.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    step.run()
+    assert sorted(calls) == sorted(times * list(range(len(layers))))
 
 
 @pytest.mark.parametrize("name", ["transxssm", "llama", "llama-static", "mamba2", "jamba"])

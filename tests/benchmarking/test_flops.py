@@ -76,6 +76,8 @@ def test_modes(name):
     assert (prefill.attention, prefill.ssd) == pytest.approx((train.attention / 3, train.ssd / 3))
     assert decode.linear == train.linear / 3 / LENGTH
     assert step_flops(config, "train", LENGTH, 5).total == pytest.approx(5 * train.total)
+    checkpointed = step_flops(config, "train-checkpointed", LENGTH, 1)
+    assert checkpointed.total == pytest.approx(train.total * 4 / 3 - LENGTH * head)
     later = step_flops(config, "decode", 2 * LENGTH, 1)
     assert later.ssd == decode.ssd
     if decode.attention:  # the new token sees itself too

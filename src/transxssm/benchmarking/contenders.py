@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache
 
 from transxssm.benchmarking.decoding import Prompt, read_prompt
@@ -23,7 +23,8 @@ from transxssm.models.baselines import (
 )
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
 
-MODES = ("train", "prefill", "decode", "train-autocast", "optimizer")
+TRAINING_MODES = ("train", "train-autocast", "train-checkpointed")
+MODES = (*TRAINING_MODES, "prefill", "decode", "optimizer")
 DEFAULT_MODES = ("train", "prefill", "decode")
 REFERENCE = "transxssm"  # whose time others are divided by
 STATIC_CACHE_ROOM = 1024  # tokens that a static cache holds beyond the prompt
@@ -80,12 +81,12 @@ CONTENDERS = {
         "TransXSSM, torch.compile",
         lambda config: config,
         is_compiled=True,
-        modes=("train", "prefill", "decode", "train-autocast"),
+        modes=(*TRAINING_MODES, "prefill", "decode"),
     ),
     "transxssm-ssd": Contender("TransXSSM, SSD layers only", _all_ssd),
     "llama": Contender("Llama, SDPA", llama_config),
     "llama-compiled": Contender(
-        "Llama, torch.compile", llama_config, is_compiled=True, modes=("train", "prefill", "train-autocast")
+        "Llama, torch.compile", llama_config, is_compiled=True, modes=(*TRAINING_MODES, "prefill")
     ),
     "llama-eager": Contender("Llama, eager attention", llama_config, attention="eager"),
     "llama-static": Contender("Llama, SDPA, static cache", llama_config, new_cache=_static_cache, modes=("decode",)),
@@ -100,9 +101,9 @@ def build_step(
 ) -> Step:
     """A contender with new weights on a device, ready to be timed.
 
-    train: forward with labels and backward, weights in `dtype`. prefill: the prompt through an empty cache, logits of its last
-    token. decode: `DECODE_TOKENS` tokens, one at a time, after the prompt. train-autocast: as train, float32 weights under
-    autocast to `dtype`. optimizer: a step of AdamW.
+    train: forward with labels and backward, weights in `dtype`. train-autocast: as train, float32 weights under autocast to
+    `dtype`. train-checkpointed: as train, with gradient checkpointing of every layer. prefill: the prompt through an empty
+    cache, logits of its last token. decode: `DECODE_TOKENS` tokens, one at a time, after the prompt. optimizer: a step of AdamW.
     """
     if mode == "decode":
         return build_prompt(name, config, length, batch, dtype, STATIC_CACHE_ROOM, device=device).step()
@@ -110,7 +111,9 @@ def build_step(
     input_ids = _new_tokens(config, batch, length, device)
     if mode == "optimizer":
         return _optimizer_step(model)
-    if mode in ("train", "train-autocast"):
+    if mode in TRAINING_MODES:
+        if mode == "train-checkpointed":
+            model.gradient_checkpointing_enable()
         autocast_dtype = dtype if mode == "train-autocast" else None
         return _training_step(model.train(), input_ids, autocast_dtype)
     assert mode == "prefill"
@@ -192,7 +195,9 @@ def json_config(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _new_model(name: str, config: PreTrainedConfig, mode: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _new_model(
+    name: str, config: PreTrainedConfig, mode: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     options = {"attn_implementation": CONTENDERS[name].attention} if hasattr(config, "num_attention_heads") else {}
     torch.manual_seed(SEED)
     with torch.device(device):

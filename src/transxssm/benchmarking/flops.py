@@ -31,7 +31,8 @@ class Flops(NamedTuple):
 def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> Flops:
     """FLOPs of a training step or a prefill over (batch, length) tokens, or of decoding one token in each row after `length`.
 
-    A prefill needs the head for its last token only. A decoded token reads every key, and a state once in and once out.
+    A prefill needs the head for its last token only. Gradient checkpointing repeats the layers' forward pass, not the head's. A
+    decoded token reads every key, and a state once in and once out.
 
     Raises:
         ValueError: a kind of model that is no contender.
@@ -47,7 +48,10 @@ def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> 
                 ssd += 4 * layer.num_heads * layer.head_dim * layer.state_size
         return Flops(forward.linear, attention, ssd).times(batch)
     whole = Flops(*forward).times(length)
+    head = 2 * config.hidden_size * config.vocab_size
     if mode == "prefill":
-        head = 2 * config.hidden_size * config.vocab_size
         return whole._replace(linear=whole.linear - (length - 1) * head).times(batch)
+    if mode == "train-checkpointed":
+        repeated = whole.times(TRAINING_PER_FORWARD + 1)
+        return repeated._replace(linear=repeated.linear - length * head).times(batch)
     return whole.times(TRAINING_PER_FORWARD * batch)
