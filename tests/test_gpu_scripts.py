@@ -65,15 +65,18 @@ def test_laws(commands_of, tmp_path):
 
 
 def test_figure_4(commands_of, tmp_path):
-    batches, edges, middle = (parse(command) for command in sorted(commands_of("figure4.sh", str(tmp_path))))
-    for options in (edges, middle):
-        ThroughputSettings(
-            preset=options["preset"],
-            contenders=tuple(options["contenders"].split(",")),
-            modes=tuple(options["modes"].split(",")),
-            lengths=tuple(map(parse_length, options["lengths"].split(","))),
-            dtype=options["dtype"],
-        )
+    commands = commands_of("figure4.sh", str(tmp_path))
+    parsed = [parse(command) for command in commands]
+    (batches,) = (options for options in parsed if "batches" in options)
+    for options in parsed:
+        if options is not batches:
+            ThroughputSettings(
+                preset=options["preset"],
+                contenders=tuple(options["contenders"].split(",")),
+                modes=tuple(options["modes"].split(",")),
+                lengths=tuple(map(parse_length, options["lengths"].split(","))),
+                dtype=options["dtype"],
+            )
     DecodeSettings(
         preset=batches["preset"],
         contenders=tuple(batches["contenders"].split(",")),
@@ -81,8 +84,8 @@ def test_figure_4(commands_of, tmp_path):
         batches=tuple(map(int, batches["batches"].split(","))),
         dtype=batches["dtype"],
     )
-    assert {options["device"] for options in (edges, batches, middle)} == {"cuda"}
-    assert len({options["output"] for options in (edges, batches, middle)}) == 3
+    assert {options["device"] for options in parsed} == {"cuda"}
+    assert len({options["output"] for options in parsed}) == len(commands) == 4
 
 
 def test_an_archive_has_no_weights(tmp_path):
