@@ -46,7 +46,7 @@ def throughput(
         ),
     ] = "transxssm,llama,mamba2,jamba",
     modes: Annotated[
-        str, typer.Option(help="Of train, prefill, decode, train-autocast, optimizer.")
+        str, typer.Option(help="Of train, prefill, decode, train-autocast, train-checkpointed, optimizer.")
     ] = "train,prefill,decode",
     lengths: Annotated[str, typer.Option(help="Tokens of a sequence, such as 1K,4096,64K.")] = "1K,4K,16K",
     batch: Batch = 1,

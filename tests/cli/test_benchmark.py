@@ -65,7 +65,7 @@ def test_refusals_of_throughput(error_of, arguments, words):
         (["--contenders", "transxssm,gpt2"], "unknown contender 'gpt2': expected one of transxssm, "),
         (
             ["--contenders", "llama-compiled"],
-            "llama-compiled can be measured in train, prefill, train-autocast only: got modes decode",
+            "llama-compiled can be measured in train, train-autocast, train-checkpointed, prefill only: got modes decode",
         ),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),

@@ -23,8 +23,8 @@ from transxssm.models.baselines import (
 )
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
 
+MODES = ("train", "prefill", "decode", "train-autocast", "train-checkpointed", "optimizer")
 TRAINING_MODES = ("train", "train-autocast", "train-checkpointed")
-MODES = (*TRAINING_MODES, "prefill", "decode", "optimizer")
 DEFAULT_MODES = ("train", "prefill", "decode")
 REFERENCE = "transxssm"  # whose time others are divided by
 STATIC_CACHE_ROOM = 1024  # tokens that a static cache holds beyond the prompt
