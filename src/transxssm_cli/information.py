@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from transxssm.inspection import (
+    TRAINING_PER_FORWARD,
     AttentionLayer,
     ScanLayer,
     all_attention_bytes,
@@ -65,8 +66,8 @@ def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
         "flops_per_token": {
             "context": context,
             **flops._asdict(),
-            "forward": flops.forward,
-            "training": flops.training,
+            "forward": flops.total,
+            "training": TRAINING_PER_FORWARD * flops.total,
         },
         "cache_dtype": dtype,
         "cache_bytes_per_sequence": [

@@ -93,7 +93,7 @@ def test_a_decoded_token_sees_a_windows_keys():
 def test_ours_are_those_that_inspection_counts():
     config = tiny_config()
     assert step_flops(config, "train", LENGTH, 1).total == pytest.approx(
-        LENGTH * flops_per_token(config, LENGTH).training
+        3 * LENGTH * flops_per_token(config, LENGTH).total
     )
 
 

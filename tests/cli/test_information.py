@@ -38,7 +38,7 @@ def test_options_reach_the_counts(described):
     config = TransXSSMConfig.from_preset("tiny")
     flops = described("tiny", "--context", 100)["flops_per_token"]
     expected = flops_per_token(config, 100)
-    assert flops == {"context": 100, **expected._asdict(), "forward": expected.forward, "training": expected.training}
+    assert flops == {"context": 100, **expected._asdict(), "forward": expected.total, "training": 3 * expected.total}
     half, full = (
         described("tiny", "--dtype", dtype)["cache_bytes_per_sequence"][0]["kv"] for dtype in ("float16", "float32")
     )
@@ -63,7 +63,7 @@ def test_a_baseline_is_described_too(run, described, tmp_path, name):
     description, ours = described(tmp_path), described("tiny")
     assert description["parameters"]["total"] == pytest.approx(ours["parameters"]["total"], rel=0.02)
     assert sum(description["layers"].values()) == description["sizes"]["num_hidden_layers"]
-    assert description["flops_per_token"]["forward"] == flops_per_token(config, 4096).forward
+    assert description["flops_per_token"]["forward"] == flops_per_token(config, 4096).total
     missing = {size for size, value in description["sizes"].items() if value is None}
     ssd = {"ssd_num_heads", "ssd_head_dim", "ssd_state_size", "ssd_num_groups"}
     attention = {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}

@@ -4,28 +4,16 @@ Elementwise work, norms, the convolution and the softmax are left out: the time 
 matrix product is a floor for everything that multiplies in the same dtype.
 """
 
-from typing import NamedTuple
-
 from transformers import PreTrainedConfig
 
-from transxssm.inspection import AttentionLayer, attention_flops, flops_per_token, layers_of
-from transxssm.inspection.flops import TRAINING_PER_FORWARD
-
-
-class Flops(NamedTuple):
-    """FLOPs by kind."""
-
-    linear: float
-    attention: float
-    ssd: float
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-    def times(self, factor: float) -> "Flops":
-        """Each kind, multiplied."""
-        return Flops(*(factor * kind for kind in self))
+from transxssm.inspection import (
+    TRAINING_PER_FORWARD,
+    AttentionLayer,
+    Flops,
+    attention_flops,
+    flops_per_token,
+    layers_of,
+)
 
 
 def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> Flops:
@@ -47,7 +35,7 @@ def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> 
             else:
                 ssd += 4 * layer.num_heads * layer.head_dim * layer.state_size
         return Flops(forward.linear, attention, ssd).times(batch)
-    whole = Flops(*forward).times(length)
+    whole = forward.times(length)
     head = 2 * config.hidden_size * config.vocab_size
     if mode == "prefill":
         return whole._replace(linear=whole.linear - (length - 1) * head).times(batch)

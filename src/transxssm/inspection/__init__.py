@@ -1,14 +1,22 @@
 """What a model is made of and costs, from its configuration alone: parameters, FLOPs, bytes. No weight is loaded."""
 
-from transxssm.inspection.flops import FlopsPerToken, attention_flops, flops_per_token, mean_keys, scan_flops
+from transxssm.inspection.flops import (
+    TRAINING_PER_FORWARD,
+    Flops,
+    attention_flops,
+    flops_per_token,
+    mean_keys,
+    scan_flops,
+)
 from transxssm.inspection.layers import AttentionLayer, ScanLayer, layers_of
 from transxssm.inspection.memory import CacheBytes, activation_bytes, all_attention_bytes, available_bytes, cache_bytes
 from transxssm.inspection.parameters import count_parameters
 
 __all__ = [
+    "TRAINING_PER_FORWARD",
     "AttentionLayer",
     "CacheBytes",
-    "FlopsPerToken",
+    "Flops",
     "ScanLayer",
     "activation_bytes",
     "all_attention_bytes",

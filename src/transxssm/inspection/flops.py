@@ -12,30 +12,29 @@ from transxssm.inspection.layers import AttentionLayer, layers_of
 from transxssm.models.baselines import language_model_on_meta
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
-# The backward pass has two products for each of the forward pass: one for the input's gradient, one for the weight's.
+# The backward pass has two products for each of the forward pass: one for the input's gradient, one for the weight's. Nothing is
+# computed twice (no gradient checkpointing).
 TRAINING_PER_FORWARD = 3
 
 
-class FlopsPerToken(NamedTuple):
-    """FLOPs of a forward pass over a whole sequence, divided by its tokens."""
+class Flops(NamedTuple):
+    """FLOPs by kind."""
 
     linear: float  # projections, FFN and head
     attention: float  # scores and weighted values
     ssd: float  # the chunked scan
 
     @property
-    def forward(self) -> float:
-        """Of a forward pass."""
+    def total(self) -> float:
         return sum(self)
 
-    @property
-    def training(self) -> float:
-        """Of a forward and a backward pass; nothing is computed twice (no gradient checkpointing)."""
-        return TRAINING_PER_FORWARD * self.forward
+    def times(self, factor: float) -> "Flops":
+        """Each kind, multiplied."""
+        return Flops(*(factor * kind for kind in self))
 
 
-def flops_per_token(config: PreTrainedConfig, context: int) -> FlopsPerToken:
-    """FLOPs per token of a sequence of `context` tokens.
+def flops_per_token(config: PreTrainedConfig, context: int) -> Flops:
+    """FLOPs of a forward pass over a sequence of `context` tokens, divided by them; training takes `TRAINING_PER_FORWARD` times as many.
 
     Attention counts what causality leaves, (context + 1) / 2 keys for the mean token, as fused kernels skip the rest. The scan
     counts whole chunks, as it computes them, in chunks of the configuration's size, or the CPU's default where that is None.
@@ -66,7 +65,7 @@ def flops_per_token(config: PreTrainedConfig, context: int) -> FlopsPerToken:
         for module in language_model_on_meta(config).modules()
         if isinstance(module, nn.Linear)
     )
-    return FlopsPerToken(linear, attention, ssd)
+    return Flops(linear, attention, ssd)
 
 
 def mean_keys(context: int, window: int | None = None) -> float:
