@@ -90,7 +90,7 @@ def test_an_interruption_says_how_to_go_on(run, study_file, monkeypatch):
         (["table2-cpu", "model.hidden_sizee=3"], "did you mean model.hidden_size?"),
         (["table2-cpu", "grid.seeds=[zero]"], "grid.seeds.0: got 'zero'"),
         (["table2-cpu", "grid.seeds=[]"], "expected at least one seed"),
-        (["options-cpu", "grid.learning_rates=[1e-3]"], "leave one out"),
+        (["options-gpu", "grid.learning_rates=[1e-3]"], "leave one out"),
         (["table2-cpu", "training.max_steps=-1"], "training.max_steps: got -1"),
         (["table2-cpu", "model.num_attention_heads=7"], "multiple of num_attention_heads"),
         (["table2-cpu", "cells.hybrid-rope.model.architecture=lama"], "model.architecture: got 'lama'"),
