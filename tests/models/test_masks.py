@@ -1,11 +1,14 @@
 """Kernels are told of documents and windows by first keys, where they know all that is asked; masks say the same elsewhere."""
 
+import functools
+
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from tests.models.tiny import gradients_of, tiny_config, tokens
 from tests.tolerances import assert_close
-from transxssm import TransXSSMForCausalLM
+from transxssm import TransXSSMCache, TransXSSMForCausalLM
 from transxssm.ops import causal_attention, has_attention_kernels
 
 WIDE_HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "sdpa"}
@@ -30,25 +33,37 @@ def wide_headed(variant="hybrid", dtype=torch.bfloat16, **overrides):
     return TransXSSMForCausalLM(tiny_config(variant, **WIDE_HEADS, **overrides)).to(dtype).train()
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
+DOCUMENTS = torch.tensor([[0] * 5 + [1] + [4] * 7, [2] * 13])
+PADS = torch.tensor([[0] * 4 + [1] * 9, [0] * 1 + [1] * 9 + [0] * 3])
+ROWS = {
+    "one document": {},
+    "packed": {"seq_idx": DOCUMENTS},
+    "padded": {"attention_mask": PADS},
+    "packed and padded": {"seq_idx": DOCUMENTS, "attention_mask": PADS},
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("variant", ["hybrid", "sliding"])
-def test_whole_rows_in_half_precision_on_a_cpu(variant, packed, attended, monkeypatch):
-    """They take the kernels, which are told of documents and windows by first keys, and agree with SDPA's masks to the rounding."""
+def test_whole_rows_in_half_precision_on_a_cpu(variant, rows, attended, monkeypatch):
+    """They take the kernels, which are told of documents, pads and windows by first keys, and agree with SDPA's masks to the rounding."""
     head = torch.empty(1, 1, 1, 32, dtype=torch.bfloat16)
     if not has_attention_kernels(head, head, head):
         pytest.skip(NO_KERNELS)
-    model, ids = wide_headed(variant, initializer_range=0.1), tokens(2, 13)
-    documents = {"seq_idx": torch.tensor([[0] * 5 + [1] + [4] * 7, [2] * 13])} if packed else {}
+    model, ids, options = wide_headed(variant, initializer_range=0.1), tokens(2, 13), ROWS[rows]
+    mask = options.get("attention_mask", torch.ones_like(ids))
+    is_first = mask.cumsum(-1) * mask == 1  # which a pad would predict
+    labels = ids.masked_fill((mask == 0) | is_first, -100)
 
     def loss_and_gradients():
-        loss = model(ids, labels=ids, use_cache=False, **documents).loss
+        loss = model(ids, labels=labels, use_cache=False, **options).loss
         loss.backward()
         return loss.detach(), gradients_of(model)
 
     loss, gradients = loss_and_gradients()
     kinds = [kind for kind in model.config.layer_types if kind != "linear_attention"]
     assert [first_keys is not None for first_keys in attended] == [
-        packed or kind.startswith("sliding") for kind in kinds
+        bool(options) or kind.startswith("sliding") for kind in kinds
     ]
     attended.clear()
     monkeypatch.setattr("transxssm.models.attention.has_attention_kernels", lambda *heads: False)
@@ -63,12 +78,12 @@ def test_whole_rows_in_half_precision_on_a_cpu(variant, packed, attended, monkey
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
-        ({}, {"attention_mask": torch.tensor([[0] + [1] * 12, [1] * 13])}),
+        ({}, {"attention_mask": torch.tensor([[1] * 3 + [0] + [1] * 9, [1] * 13])}),
         ({"attention_dropout": 0.1}, {}),
         ({"dtype": torch.float32}, {}),
         ({}, {"is_causal": False}),
     ],
-    ids=["pads", "dropout", "float32", "not causal"],
+    ids=["pads between tokens", "dropout", "float32", "not causal"],
 )
 def test_what_the_kernels_do_not_know_is_left_to_sdpa(options, arguments, attended):
     assert wide_headed(**options)(tokens(2, 13), use_cache=False, **arguments).logits.isfinite().all()
@@ -97,3 +112,29 @@ def test_a_prompt_with_a_cache_takes_the_kernels_and_what_follows_does_not(atten
         assert attended == [None]
         model(ids[:, 9:], past_key_values=cache)
     assert attended == [None]
+
+
+@pytest.mark.parametrize("new_cache", [TransXSSMCache, DynamicCache, functools.partial(StaticCache, max_cache_len=24)])
+def test_a_batch_of_prompts_padded_on_the_left_takes_the_kernels(new_cache, attended, monkeypatch):
+    """And what is decoded after it agrees with what follows the masked prompt; a static cache is masked as ever."""
+    head = torch.empty(1, 1, 1, 32, dtype=torch.bfloat16)
+    if not has_attention_kernels(head, head, head):
+        pytest.skip(NO_KERNELS)
+    model, ids = wide_headed(initializer_range=0.1).eval(), tokens(2, 12)
+    mask = torch.tensor([[0] * 4 + [1] * 8, [1] * 12])
+
+    @torch.no_grad()
+    def logits():
+        cache = new_cache(config=model.config)
+        prompt = model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache, use_cache=True).logits
+        more = model(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits
+        return torch.cat((prompt, more), dim=1)[mask.bool()]
+
+    got = logits()
+    if isinstance(new_cache, type):
+        (first_keys,) = attended
+        assert first_keys.tolist() == [[0, 1, 2, 3] + [4] * 5, [0] * 9]
+    attended.clear()
+    monkeypatch.setattr("transxssm.models.attention.has_attention_kernels", lambda *heads: False)
+    assert_close(got, logits(), torch.bfloat16, num_ops=16)
+    assert not attended

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transxssm.models.attention import has_kernels_for_rows
 from transxssm.models.cache_transxssm import TransXSSMCache
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
-from transxssm.models.positions import first_keys_in, key_documents
+from transxssm.models.positions import first_keys_in, key_documents, left_pads
 
 
 def padding_of(
@@ -42,24 +42,36 @@ def padding_of(
 
 
 def first_keys_by_kind(
-    config: TransXSSMConfig, is_training: bool, options: dict[str, Any], inputs_embeds: Tensor, seq_idx: Tensor | None
+    config: TransXSSMConfig,
+    is_training: bool,
+    options: dict[str, Any],
+    inputs_embeds: Tensor,
+    seq_idx: Tensor | None,
+    padding: Tensor | None,
 ) -> dict[str, Tensor | None] | None:
-    """The first key that each token sees, (b, t), for each kind of attention layer, in place of masks; None: kernels are not there.
+    """The first key that each token sees, (b, t), for each kind of attention layer, in place of masks; None: kernels are not there,
+    or a token sees other keys than a range.
 
     Args:
         options: of the attention function.
-        inputs_embeds: (b, t, hidden) of whole rows without pads.
+        inputs_embeds: (b, t, hidden) of whole rows.
         seq_idx: (b, t) documents of packed rows.
+        padding: (b, t), 0 at pads. What is on the right no token sees anyhow. While tracing it can't be looked at.
     """
-    if inputs_embeds.device.type != "cpu":
+    if inputs_embeds.device.type != "cpu" or (padding is not None and torch.compiler.is_compiling()):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
     head = inputs_embeds.new_empty(1, 1, 1, config.head_dim, dtype=dtype)  # as projections will make them
     if not has_kernels_for_rows(config, is_training, options, head, head, head):
         return None
+    num_left_pads = None
+    if padding is not None and not padding.all():
+        num_left_pads = left_pads(padding)
+        if num_left_pads is None:
+            return None
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     return {
-        kind: first_keys_in(window, seq_idx, inputs_embeds)
+        kind: first_keys_in(window, seq_idx, num_left_pads, inputs_embeds)
         for kind, window in windows.items()
         if kind in config.layer_types
     }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -217,13 +217,17 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
             position_ids = default_positions(inputs_embeds, past_length, padding, seq_idx, start)
 
+        # A static cache answers with all its places, and what is packed needs more of a cache than keys.
+        is_whole = past_key_values is None or (
+            past_length == 0 and seq_idx is None and isinstance(past_key_values, DynamicCache)
+        )
         first_keys: dict[str, Tensor | None] | None = None
         masks: dict[str, Tensor | None] = {}
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            if attention_mask is None and past_key_values is None:
-                first_keys = first_keys_by_kind(self.config, self.training, kwargs, inputs_embeds, seq_idx)
+            if is_whole and (attention_mask is None or padding is not None):
+                first_keys = first_keys_by_kind(self.config, self.training, kwargs, inputs_embeds, seq_idx, padding)
             if first_keys is None:
                 masks = attention_masks(
                     self.config, inputs_embeds, attention_mask, past_key_values, past_length, seq_idx

@@ -3,6 +3,7 @@
 Letters: b batch, t time, n state size, d head_dim of attention.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -50,16 +51,36 @@ def document_begins(seq_idx: Tensor, index: Tensor) -> Tensor:
     return (index * restarts).cummax(dim=1).values
 
 
-def first_keys_in(window: int | None, seq_idx: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """(b, t) int32: the first token that each one sees of its own document and among the last `window`; None: the first of all."""
+def first_keys_in(
+    window: int | None, seq_idx: Tensor | None, num_left_pads: Tensor | None, hidden_states: Tensor
+) -> Tensor | None:
+    """(b, t) int32: the first token that each one sees of its own document, behind the pads on the left and among the last `window`;
+    None: the first of all. A pad there sees itself."""
     batch, length = hidden_states.shape[:2]
     index = torch.arange(length, device=hidden_states.device)[None]
-    first = torch.zeros_like(index) if seq_idx is None else document_begins(seq_idx, index)
+    bounds = []
+    if seq_idx is not None:
+        bounds.append(document_begins(seq_idx, index))
+    if num_left_pads is not None:
+        bounds.append(torch.minimum(index, num_left_pads[:, None]))
     if window is not None and window < length:
-        first = torch.maximum(first, index - window + 1)
-    elif seq_idx is None:
+        bounds.append(index - window + 1)
+    if not bounds:
         return None
-    return first.expand(batch, length).to(torch.int32)
+    return functools.reduce(torch.maximum, bounds).expand(batch, length).to(torch.int32)
+
+
+def left_pads(padding: Tensor) -> Tensor | None:
+    """(b,) the number of pads before each row's first token; None: a row has pads between its tokens.
+
+    Args:
+        padding: (b, t), 0 at pads. A row of nothing else counts as one of tokens.
+    """
+    real = padding.bool()
+    starts = real & ~F.pad(real[:, :-1], (1, 0))
+    if (starts.sum(-1) > 1).any():
+        return None
+    return starts.int().argmax(-1)
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
