@@ -13,7 +13,7 @@ from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
-from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, swiglu
+from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
 
 
 class TransXSSMSSDMixer(nn.Module):
@@ -88,7 +88,11 @@ class TransXSSMSSDMixer(nn.Module):
         rotary = positions.ssd_rotary
         if state is not None and length == 1:
             step_rotary = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
-            y, state = ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], rotary=step_rotary, D=self.D)
+            token = (state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
+            if torch.is_grad_enabled() or state.dtype != dt.dtype:
+                y, state = ssd_step(*token, rotary=step_rotary, D=self.D)
+            else:
+                y = ssd_step_(*token, rotary=step_rotary, D=self.D)  # in the cache's own buffer
         else:
             y, state = ssd_chunk_scan(
                 x,

@@ -7,7 +7,7 @@ from transxssm.ops.rms_norm import rms_norm
 from transxssm.ops.rotary import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.single_query_attention import single_query_attention
-from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step
+from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step, ssd_step_
 from transxssm.ops.swiglu import swiglu
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "single_query_attention",
     "ssd_chunk_scan",
     "ssd_step",
+    "ssd_step_",
     "subsample_rotary",
     "swiglu",
 ]

@@ -1,4 +1,4 @@
-"""State-space duality: argument checks and the choice of backend. Contracts and shapes: `ssd_chunk_scan`, `ssd_step`.
+"""State-space duality: argument checks and the choice of backend. Contracts and shapes: `ssd_chunk_scan`, `ssd_step`, `ssd_step_`.
 
 Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 """
@@ -8,9 +8,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from transxssm.ops.rotary import apply_rotary
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.reference import ssd_recurrence
+from transxssm.ops.ssd.step import TokenInputs, step, step_in_place
 
 # By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
 DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
@@ -109,26 +109,58 @@ def ssd_step(
     Raises:
         ValueError: shapes do not fit.
     """
+    token = _token(state, x, dt, A, B, C, rotary, D)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return step(state, token)
+
+
+def ssd_step_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    D: Tensor | None = None,
+) -> Tensor:
+    """`ssd_step` over the old state: the new one is written into `state`, which is read and written once where there are kernels.
+
+    For decoding without gradients: nothing here is differentiable.
+
+    Args:
+        state: (b, h, p, n), float32, float64 for float64 inputs.
+
+    Returns:
+        y: (b, h, p) in x's dtype.
+
+    Raises:
+        ValueError: shapes or the state's dtype do not fit; gradients are on for one of the inputs.
+    """
+    token = _token(state, x, dt, A, B, C, rotary, D)
+    if state.dtype != token.accumulate:
+        raise ValueError(f"the state must be {token.accumulate} to be written in place: got {state.dtype}")
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (state, x, dt, A, B, C)):
+        raise ValueError("a step in place has no gradients: got inputs that require them, expected torch.no_grad()")
+    with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
+        return step_in_place(state, token)
+
+
+def _token(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    D: Tensor | None,
+) -> TokenInputs:
     if x.dim() != 3:
         raise ValueError(f"x must have shape (b, h, p): got {tuple(x.shape)}")
     _check_shapes(x, dt, A, B, C, rotary, D, state, time=())
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        batch, heads, head_dim = x.shape
-        groups, state_size = B.shape[1:]
-        B_and_C = torch.stack((B, C), dim=1).to(accumulate)  # (b, 2, g, n): one rotation for both
-        if rotary is not None:
-            B_and_C = apply_rotary(B_and_C, *(table[:, None] for table in rotary))
-        B, C = B_and_C.unbind(1)
-        grouped = state.to(accumulate).view(batch, groups, -1, head_dim, state_size)  # (b, g, r, p, n)
-        dt = dt.to(accumulate)
-        decay = torch.exp(dt * A.to(accumulate)).view(batch, groups, -1, 1, 1)
-        x_dt = (dt[..., None] * x).view(batch, groups, -1, head_dim, 1)
-        new_state = torch.addcmul(decay * grouped, x_dt, B[:, :, None, None, :])
-        y = (new_state.flatten(2, 3) @ C[..., None]).view(batch, heads, head_dim)
-        if D is not None:
-            y = y + D.to(accumulate)[:, None] * x
-        return y.to(x.dtype), new_state.view(batch, heads, head_dim, state_size)
+    return TokenInputs(x, dt, A, B, C, rotary, D)
 
 
 def _parse_backend(backend: SSDBackend | str) -> SSDBackend:

@@ -1,0 +1,79 @@
+// One token of the recurrence, S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x: the state is read and written once.
+//
+// A task is a row of the batch and a group; its result does not depend on the number of threads.
+
+#include <vector>
+
+#include "numbers.h"
+
+// What ops/ssd/step.py fills in. All arrays lie in memory one after the other; x, B, C and y are of the format in the function's name.
+struct Step {
+    int64_t batch, heads, groups, head_dim, state_size, rotary_rows, threads;
+    const void* x;     // (batch, heads, head_dim)
+    const float* dt;   // (batch, heads)
+    const float* A;    // (heads)
+    const void *B, *C; // (batch, groups, state_size)
+    const float *cos, *sin;  // (rotary_rows, state_size / 2), or null
+    const float* D;    // (heads), or null
+    float* state;      // (batch, heads, head_dim, state_size), in place
+    void* y;           // (batch, heads, head_dim)
+};
+
+namespace {
+
+template <class T>
+void load_turned(const Step& step, int64_t row, const T* from, float* to) {
+    const int64_t size = step.state_size, half = size / 2;
+    if (!step.cos) {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]);
+        return;
+    }
+    const int64_t angle = (step.rotary_rows == 1 ? 0 : row) * half;
+    const float *cos = step.cos + angle, *sin = step.sin + angle;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = to_float(from[i]), second = to_float(from[half + i]);
+        to[i] = first * cos[i] - second * sin[i];
+        to[half + i] = second * cos[i] + first * sin[i];
+    }
+}
+
+template <class T>
+void run(const Step& step) {
+    const int64_t N = step.state_size, P = step.head_dim, R = step.heads / step.groups;
+#pragma omp parallel num_threads(step.threads)
+    {
+        std::vector<float> maps(2 * N);
+        float *B = maps.data(), *C = maps.data() + N;
+#pragma omp for
+        for (int64_t task = 0; task < step.batch * step.groups; ++task) {
+            const int64_t row = task / step.groups, first_head = task % step.groups * R;
+            load_turned(step, row, static_cast<const T*>(step.B) + task * N, B);
+            load_turned(step, row, static_cast<const T*>(step.C) + task * N, C);
+            for (int64_t head = first_head; head < first_head + R; ++head) {
+                const int64_t place = row * step.heads + head;
+                const float dt = step.dt[place], decay = exp_of_nonpositive(dt * step.A[head]);
+                const float skip = step.D ? step.D[head] : 0.0f;
+                const T* x = static_cast<const T*>(step.x) + place * P;
+                T* y = static_cast<T*>(step.y) + place * P;
+                for (int64_t i = 0; i < P; ++i) {
+                    float* state = step.state + (place * P + i) * N;
+                    const float input = to_float(x[i]), added = dt * input;
+                    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t j = 0; j < N; ++j) {
+                        state[j] = decay * state[j] + added * B[j];
+                        sum += state[j] * C[j];
+                    }
+                    store(y[i], sum + skip * input);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void step_float32(const Step* step) { run<float>(*step); }
+extern "C" void step_bfloat16(const Step* step) { run<bfloat16>(*step); }

@@ -1,0 +1,112 @@
+"""One token of the recurrence: in torch's operations, and over the old state in one pass of compiled code (ops/cpu/step.cpp).
+
+Letters: b batch, h heads, g groups, r = h/g heads of a group, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step`.
+"""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transxssm.ops.cpu import Kernels, kernels_for
+from transxssm.ops.rotary import apply_rotary
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class TokenInputs(NamedTuple):
+    """What one token brings, checked."""
+
+    x: Tensor  # (b, h, p)
+    dt: Tensor  # (b, h)
+    A: Tensor  # (h,)
+    B: Tensor  # (b, g, n)
+    C: Tensor  # (b, g, n)
+    rotary: Rotary | None  # cos, sin (b or 1, n/2)
+    D: Tensor | None  # (h,)
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Of the state, and what is computed in."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+
+def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
+    """y and the new state, a new tensor."""
+    decay, x_dt, B, C = _operands(token)
+    grouped = state.to(token.accumulate).view(*x_dt.shape[:-1], state.shape[-1])
+    new_state = torch.addcmul(decay * grouped, x_dt, B)
+    return _output(new_state, C, token), new_state.view_as(state)
+
+
+def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
+    """y; the new state is written over the old one. Not differentiable."""
+    passes = _passes_for(state, token)
+    if passes is not None:
+        return _step_fused(passes, state, token)
+    decay, x_dt, B, C = _operands(token)
+    grouped = state.view(*x_dt.shape[:-1], state.shape[-1])
+    grouped.mul_(decay).addcmul_(x_dt, B)
+    return _output(grouped, C, token)
+
+
+def _operands(token: TokenInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(dt A) (b, g, r, 1, 1), dt x (b, g, r, p, 1), rotated B (b, g, 1, 1, n) and rotated C (b, g, n, 1)."""
+    batch, _, head_dim = token.x.shape
+    groups = token.B.shape[1]
+    B_and_C = torch.stack((token.B, token.C), dim=1).to(token.accumulate)  # (b, 2, g, n): one rotation for both
+    if token.rotary is not None:
+        B_and_C = apply_rotary(B_and_C, *(table[:, None] for table in token.rotary))
+    B, C = B_and_C.unbind(1)
+    dt = token.dt.to(token.accumulate)
+    decay = torch.exp(dt * token.A.to(token.accumulate)).view(batch, groups, -1, 1, 1)
+    x_dt = (dt[..., None] * token.x).view(batch, groups, -1, head_dim, 1)
+    return decay, x_dt, B[:, :, None, None, :], C[..., None]
+
+
+def _output(new_state: Tensor, C: Tensor, token: TokenInputs) -> Tensor:
+    y = (new_state.flatten(2, 3) @ C).view(token.x.shape)
+    if token.D is not None:
+        y = y + token.D.to(token.accumulate)[:, None] * token.x
+    return y.to(token.x.dtype)
+
+
+class _Step(ctypes.Structure):
+    """`struct Step` of ops/cpu/step.cpp."""
+
+    SIZES = ("batch", "heads", "groups", "head_dim", "state_size", "rotary_rows", "threads")
+    POINTERS = ("x", "dt", "A", "B", "C", "cos", "sin", "D", "state", "y")
+    _fields_ = (*((name, ctypes.c_int64) for name in SIZES), *((name, ctypes.c_void_p) for name in POINTERS))
+
+
+def _passes_for(state: Tensor, token: TokenInputs) -> Kernels | None:
+    same_format = token.x.dtype == token.B.dtype == token.C.dtype
+    if not (same_format and state.dtype == torch.float32 and state.is_contiguous()):
+        return None
+    *inputs, rotary, D = token
+    return kernels_for(*inputs, state, D, *(rotary or ()))
+
+
+def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
+    y = torch.empty_like(token.x, memory_format=torch.contiguous_format)
+    cos, sin = (None, None) if token.rotary is None else torch.broadcast_tensors(*token.rotary)
+    numbers = {"dt": token.dt, "A": token.A, "D": token.D, "cos": cos, "sin": sin}
+    tensors = {"x": token.x, "B": token.B, "C": token.C}
+    tensors |= {name: tensor.float() for name, tensor in numbers.items() if tensor is not None}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    batch, heads, head_dim, state_size = state.shape
+    call = _Step(
+        batch=batch,
+        heads=heads,
+        groups=token.B.shape[1],
+        head_dim=head_dim,
+        state_size=state_size,
+        rotary_rows=1 if cos is None else cos.shape[0],
+        threads=torch.get_num_threads(),
+        state=state.data_ptr(),
+        y=y.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+    passes.run("step", call)
+    return y

@@ -1,0 +1,116 @@
+"""The step in place is the pure step: the same y, the new state where the old one was, by kernels and by torch's operations."""
+
+import pytest
+import torch
+
+from tests.ops.ssd.cases import make_case
+from tests.ops.ssd.ways import chunks_of
+from tests.tolerances import assert_close
+from transxssm.ops.cpu import compiled_library
+from transxssm.ops.ssd import ssd_step, ssd_step_, step
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+SIZES = pytest.mark.parametrize(
+    ("groups", "heads_per_group", "head_dim", "state_size"),
+    [(2, 2, 3, 4), (1, 4, 8, 16), (3, 1, 5, 6), (4, 2, 64, 128)],
+)
+
+
+def token_of(case, t=0):
+    """The arguments of a step behind the state, and its options."""
+    rotary = None if case.rotary is None else tuple(table[:, t] for table in case.rotary)
+    return (case.x[:, t], case.dt[:, t], case.A, case.B[:, t], case.C[:, t]), {"rotary": rotary, "D": case.D}
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("without", [(), ("rotary",), ("D",)], ids=str)
+def test_in_place_is_pure(
+    without, groups, heads_per_group, head_dim, state_size, dtype, device, with_and_without_kernels
+):
+    sizes = {"groups": groups, "heads_per_group": heads_per_group, "head_dim": head_dim, "state_size": state_size}
+    case = make_case(length=1, batch=3, dtype=dtype, device=device, without=without, **sizes)
+    arguments, options = token_of(case)
+    expected_y, expected_state = ssd_step(case.initial_state, *arguments, **options)
+    state = case.initial_state.clone()
+    place = state.data_ptr()
+    y = ssd_step_(state, *arguments, **options)
+    assert state.data_ptr() == place
+    assert (y.dtype, state.dtype) == (expected_y.dtype, expected_state.dtype)
+    assert_close(y, expected_y, dtype, "y")
+    assert_close(state, expected_state, torch.float64 if dtype == torch.float64 else torch.float32, "state")
+
+
+@DTYPES
+def test_many_steps_keep_to_the_scan(dtype, device, with_and_without_kernels):
+    case = make_case(length=101, batch=2, dtype=dtype, device=device)
+    expected_y, expected_state = chunks_of(16)(case)
+    state, outputs = case.initial_state.clone(), []
+    for t in range(101):
+        arguments, options = token_of(case, t)
+        outputs.append(ssd_step_(state, *arguments, **options))
+    assert_close(torch.stack(outputs, dim=1), expected_y, dtype, "y")
+    assert_close(state, expected_state, dtype, "state")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads):
+    case = make_case(length=1, batch=3, groups=3, head_dim=8, state_size=16, dtype=torch.float32)
+    arguments, options = token_of(case)
+    results, before = [], torch.get_num_threads()
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        try:
+            state = case.initial_state.clone()
+            results.append((ssd_step_(state, *arguments, **options), state))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_takes_the_kernel_and_reads_views(dtype, monkeypatch):
+    """x, B and C as the model splits them out of one projection."""
+    taken, fused = [], step._step_fused
+    monkeypatch.setattr(step, "_step_fused", lambda *arguments: taken.append(1) or fused(*arguments))
+    torch.manual_seed(0)
+    x, B, C = torch.randn(3, 4 * 8 + 2 * 2 * 16).to(dtype).split([32, 32, 32], dim=-1)
+    views = x.unflatten(-1, (4, 8)), B.unflatten(-1, (2, 16)), C.unflatten(-1, (2, 16))
+    dt, A, states = torch.rand(3, 4), -torch.rand(4), torch.randn(3, 4, 8, 16).repeat(2, 1, 1, 1, 1)
+    from_views = ssd_step_(states[0], views[0], dt, A, *views[1:])
+    from_copies = ssd_step_(states[1], views[0].contiguous(), dt, A, *(view.contiguous() for view in views[1:]))
+    assert torch.equal(from_views, from_copies)
+    assert torch.equal(*states)
+    assert len(taken) == 2
+
+
+def test_a_strided_state_is_written_where_it_lies(device):
+    case = make_case(length=1, dtype=torch.float32, device=device)
+    arguments, options = token_of(case)
+    expected_y, expected_state = ssd_step(case.initial_state, *arguments, **options)
+    strided = case.initial_state.transpose(2, 3).contiguous().transpose(2, 3)
+    assert_close(ssd_step_(strided, *arguments, **options), expected_y, torch.float32)
+    assert_close(strided, expected_state, torch.float32)
+
+
+def test_a_padded_step_leaves_the_state_alone(device, with_and_without_kernels):
+    case = make_case(length=1, dtype=torch.float32, device=device)
+    (x, dt, *maps), options = token_of(case)
+    state = case.initial_state.clone()
+    ssd_step_(state, x, torch.zeros_like(dt), *maps, **options)
+    assert torch.equal(state, case.initial_state)
+
+
+def test_a_state_of_another_precision_is_refused():
+    case = make_case(length=1, dtype=torch.bfloat16)
+    arguments, options = token_of(case)
+    with pytest.raises(ValueError, match=r"must be torch.float32 to be written in place: got torch.bfloat16"):
+        ssd_step_(case.initial_state.bfloat16(), *arguments, **options)
+
+
+def test_gradients_are_refused():
+    case = make_case(length=1, dtype=torch.float32)
+    (x, *others), options = token_of(case)
+    with pytest.raises(ValueError, match="a step in place has no gradients"):
+        ssd_step_(case.initial_state, x.requires_grad_(), *others, **options)
