@@ -226,6 +226,8 @@ def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, T
 def _last_inputs(history: Tensor, documents: Tensor | None, mask: Tensor | None, memory: int) -> Tensor:
     """The k−1 inputs up to each row's last token that is no pad."""
     batch, total, _ = history.shape
+    if documents is None and mask is None:
+        return history[:, total - memory :].clone()  # not a view, which would hold the whole row's memory
     steps = torch.arange(memory, device=history.device)
     if mask is None:
         rows = (total - memory + steps).expand(batch, -1)  # (b, k−1)
