@@ -53,6 +53,18 @@ def test_many_steps_keep_to_the_scan(dtype, device, with_and_without_kernels):
     assert_close(state, expected_state, dtype, "state")
 
 
+@pytest.mark.parametrize("without", [(), ("rotary",), ("D",)], ids=str)
+def test_compiled_it_is_the_same(without, device):
+    case = make_case(length=1, batch=3, dtype=torch.float32, device=device, without=without)
+    arguments, options = token_of(case)
+    expected_y, expected_state = ssd_step(case.initial_state, *arguments, **options)
+    state = case.initial_state.clone()
+    with torch.no_grad():
+        y = torch.compile(ssd_step_, fullgraph=True)(state, *arguments, **options)
+    assert_close(y, expected_y, torch.float32, "y")
+    assert_close(state, expected_state, torch.float32, "state")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_nothing(threads):
     case = make_case(length=1, batch=3, groups=3, head_dim=8, state_size=16, dtype=torch.float32)

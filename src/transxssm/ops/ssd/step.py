@@ -37,7 +37,7 @@ def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
     decay, x_dt, B, C = _operands(token)
     grouped = state.to(token.accumulate).view(*x_dt.shape[:-1], state.shape[-1])
     new_state = torch.addcmul(decay * grouped, x_dt, B)
-    return _output(new_state, C, token), new_state.view_as(state)
+    return _finished(_read(new_state, C), token), new_state.view_as(state)
 
 
 def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
@@ -47,12 +47,18 @@ def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
         return _step_fused(passes, state, token)
     decay, x_dt, B, C = _operands(token)
     grouped = state.view(*x_dt.shape[:-1], state.shape[-1])
-    grouped.mul_(decay).addcmul_(x_dt, B)
-    return _output(grouped, C, token)
+    if torch.compiler.is_compiling():
+        # The compiler would keep a new state apart for whoever reads it and copy it over the old one: so y is read off the old one.
+        y = decay * (grouped * C).sum(-1, keepdim=True) + x_dt * (B * C).sum(-1, keepdim=True)
+        grouped.mul_(decay).addcmul_(x_dt, B)
+    else:
+        grouped.mul_(decay).addcmul_(x_dt, B)
+        y = _read(grouped, C)
+    return _finished(y, token)
 
 
 def _operands(token: TokenInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """exp(dt A) (b, g, r, 1, 1), dt x (b, g, r, p, 1), rotated B (b, g, 1, 1, n) and rotated C (b, g, n, 1)."""
+    """exp(dt A) (b, g, r, 1, 1), dt x (b, g, r, p, 1), B and C rotated, (b, g, 1, 1, n)."""
     batch, _, head_dim = token.x.shape
     groups = token.B.shape[1]
     B_and_C = torch.stack((token.B, token.C), dim=1).to(token.accumulate)  # (b, 2, g, n): one rotation for both
@@ -62,11 +68,16 @@ def _operands(token: TokenInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dt = token.dt.to(token.accumulate)
     decay = torch.exp(dt * token.A.to(token.accumulate)).view(batch, groups, -1, 1, 1)
     x_dt = (dt[..., None] * token.x).view(batch, groups, -1, head_dim, 1)
-    return decay, x_dt, B[:, :, None, None, :], C[..., None]
+    return decay, x_dt, B[:, :, None, None], C[:, :, None, None]
 
 
-def _output(new_state: Tensor, C: Tensor, token: TokenInputs) -> Tensor:
-    y = (new_state.flatten(2, 3) @ C).view(token.x.shape)
+def _read(state: Tensor, C: Tensor) -> Tensor:
+    """S C: (b, g, r p, 1)."""
+    return state.flatten(2, 3) @ C[:, :, 0].mT
+
+
+def _finished(y: Tensor, token: TokenInputs) -> Tensor:
+    y = y.reshape(token.x.shape)
     if token.D is not None:
         y = y + token.D.to(token.accumulate)[:, None] * token.x
     return y.to(token.x.dtype)
