@@ -78,6 +78,7 @@ def test_modes(name):
     assert step_flops(config, "train", LENGTH, 5).total == pytest.approx(5 * train.total)
     checkpointed = step_flops(config, "train-checkpointed", LENGTH, 1)
     assert checkpointed.total == pytest.approx(train.total * 4 / 3 - LENGTH * head)
+    assert step_flops(config, "train-checkpointed", LENGTH, 5).total == pytest.approx(5 * checkpointed.total)
     later = step_flops(config, "decode", 2 * LENGTH, 1)
     assert later.ssd == decode.ssd
     if decode.attention:  # the new token sees itself too

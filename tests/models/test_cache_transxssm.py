@@ -22,6 +22,7 @@ from tests.models.tiny import (
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
 from transxssm.models.cache_transxssm import GrowingLayer
+from transxssm.ops import ssd_step_
 
 LENGTH = 10
 
@@ -121,6 +122,20 @@ def test_compiled_layers_share_one_graph_a_call(variant):
     assert_close(logits, expected, torch.float64)
 
 
+@pytest.mark.parametrize("variant", ["hybrid", "everything"])
+def test_a_token_after_a_static_cache_compiles_as_one_graph(variant):
+    """As `generate` does on a GPU with cache_implementation="static"."""
+    model, ids = tiny_model(variant), tokens(2, LENGTH)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3)
+    expected = logits_of(model, ids)[:, -1:]
+    logits_of(model, ids[:, :-1], past_key_values=cache)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got = compiled(ids[:, -1:], past_key_values=cache, position_ids=torch.full((2, 1), LENGTH - 1)).logits
+    assert_close(got, expected, torch.float64)
+
+
 @pytest.mark.parametrize("cache", [DynamicCache(), DynamicCache(config=LlamaConfig(num_hidden_layers=8))])
 def test_refuses_a_cache_of_another_model(cache):
     with pytest.raises(
@@ -155,6 +170,37 @@ def test_ssd_memory_is_constant_in_length(variant):
     channels = config.ssd_num_heads * config.ssd_head_dim + 2 * config.ssd_num_groups * config.ssd_state_size
     window = channels * max(config.ssd_conv_kernel_size - 1, 0)
     assert sizes[16] == sizes[4096] == 4 * num_ssd_layers * (state + window)  # float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_without_gradients_is_written_over_the_old_state(dtype, monkeypatch):
+    model, ids, states = tiny_model(dtype=dtype), tokens(2, 3), []
+
+    def spy(state, *arguments, **options):
+        states.append(state)
+        return ssd_step_(state, *arguments, **options)
+
+    monkeypatch.setattr("transxssm.models.ssd_mixer.ssd_step_", spy)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, ids[:, :-1], past_key_values=cache)
+    assert not states
+    logits_of(model, ids[:, -1:], past_key_values=cache)
+    of_layers = [cache.layers[index].recurrent_states[0] for index in (0, 2)]
+    assert [state.data_ptr() for state in states] == [state.data_ptr() for state in of_layers]
+    model(ids[:, -1:], past_key_values=cache).logits.sum().backward()
+    assert len(states) == 2
+
+
+def test_a_state_of_another_precision_is_replaced():
+    """A cache that somebody has rounded to save memory goes on, in its own format."""
+    model, ids = tiny_model(dtype=torch.float32), tokens(2, LENGTH)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, ids[:, :-1], past_key_values=cache)
+    for index in (0, 2):
+        cache.layers[index].recurrent_states[0] = cache.layers[index].recurrent_states[0].bfloat16()
+    got = logits_of(model, ids[:, -1:], past_key_values=cache)
+    assert cache.layers[0].recurrent_states[0].dtype == torch.bfloat16
+    assert_close(got, logits_of(model, ids)[:, -1:], torch.bfloat16, num_ops=4)
 
 
 def test_states_are_float32_in_a_bfloat16_model():

@@ -90,6 +90,33 @@ def test_what_the_kernels_do_not_know_is_left_to_sdpa(options, arguments, attend
     assert not attended
 
 
+def test_a_mask_of_all_pairs_is_not_passed_over(attended):
+    model, ids = wide_headed("all_attention").eval(), tokens(2, 13)
+    mask = torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
+    mask[..., 3:, 1] = False
+    with torch.no_grad():
+        got = model(ids, attention_mask=mask, use_cache=False).logits
+        assert not attended
+        assert not torch.equal(got, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("new_cache", [DynamicCache, functools.partial(StaticCache, max_cache_len=24)])
+def test_packed_rows_need_a_cache_that_knows_of_documents(new_cache):
+    model = wide_headed()
+    with pytest.raises(ValueError, match="packed rows need a cache"):
+        model(tokens(2, 13), seq_idx=DOCUMENTS, past_key_values=new_cache(config=model.config))
+
+
+def test_padded_rows_compile_as_one_graph():
+    model, ids = wide_headed().eval(), tokens(2, 13)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got = compiled(ids, attention_mask=PADS, use_cache=False).logits[PADS.bool()]
+        expected = model(ids, attention_mask=PADS, use_cache=False).logits[PADS.bool()]
+    assert_close(got, expected, torch.bfloat16, num_ops=16)
+
+
 def test_masks_by_kind_name_every_kind():
     model = wide_headed("sliding")
     with pytest.raises(KeyError, match="sliding_attention"):

@@ -229,6 +229,11 @@ def test_left_pads_do_not_part_a_state_from_its_tokens(kernel, device):
     assert_equal_results(padded, plain, inputs(5, kernel, device=device), torch.float64)
 
 
+def test_a_state_does_not_hold_the_row(device):
+    state = short_convolution(torch.randn(2, 99, 8, device=device), torch.randn(8, 4, device=device))[1]
+    assert state.untyped_storage().nbytes() == state.nbytes
+
+
 def test_a_single_tap_needs_no_memory(device):
     x, weight, _ = inputs(5, 1, device=device)
     y, state = short_convolution(x, weight)

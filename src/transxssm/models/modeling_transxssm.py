@@ -217,9 +217,9 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
             position_ids = default_positions(inputs_embeds, past_length, padding, seq_idx, start)
 
-        # A static cache answers with all its places, and what is packed needs more of a cache than keys.
+        # A static cache answers with all its places (and keeps its length in a tensor), and what is packed needs more of a cache than keys.
         is_whole = past_key_values is None or (
-            past_length == 0 and seq_idx is None and isinstance(past_key_values, DynamicCache)
+            isinstance(past_key_values, DynamicCache) and seq_idx is None and past_length == 0
         )
         first_keys: dict[str, Tensor | None] | None = None
         masks: dict[str, Tensor | None] = {}

@@ -121,8 +121,64 @@ def test_a_state_of_another_precision_is_refused():
         ssd_step_(case.initial_state.bfloat16(), *arguments, **options)
 
 
-def test_gradients_are_refused():
+@pytest.mark.parametrize("index", range(9))
+def test_gradients_are_refused(index):
     case = make_case(length=1, dtype=torch.float32)
-    (x, *others), options = token_of(case)
+    arguments, options = token_of(case)
+    given = [tensor.clone() for tensor in (case.initial_state, *arguments, options["D"], *options["rotary"])]
+    given[index].requires_grad_()
+    *arguments, D, cos, sin = given
     with pytest.raises(ValueError, match="a step in place has no gradients"):
-        ssd_step_(case.initial_state, x.requires_grad_(), *others, **options)
+        ssd_step_(*arguments, D=D, rotary=(cos, sin))
+
+
+def test_autograd_notices_that_the_state_has_changed(with_and_without_kernels):
+    case = make_case(length=1, dtype=torch.float32)
+    arguments, options = token_of(case)
+    state, weight = case.initial_state.clone(), torch.ones_like(case.initial_state, requires_grad=True)
+    loss = (weight * state).sum()
+    ssd_step_(state, *arguments, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_share_a_position(dtype, device, with_and_without_kernels):
+    """One row of cos and sin for the whole batch, as the model has it."""
+    case = make_case(length=1, batch=3, dtype=dtype, device=device)
+    arguments, options = token_of(case)
+    shared = tuple(table[:1] for table in options["rotary"])
+    expected_y, expected_state = ssd_step(
+        case.initial_state, *arguments, rotary=tuple(table.expand(3, -1).contiguous() for table in shared)
+    )
+    state = case.initial_state.clone()
+    assert_close(ssd_step_(state, *arguments, rotary=shared), expected_y, dtype, "y")
+    assert_close(state, expected_state, torch.float32, "state")
+
+
+def test_formats_may_differ(with_and_without_kernels):
+    case = make_case(length=1, dtype=torch.bfloat16)
+    (x, dt, A, B, C), options = token_of(case)
+    expected_y, expected_state = ssd_step(case.initial_state, x, dt, A, B.float(), C, **options)
+    state = case.initial_state.clone()
+    assert_close(ssd_step_(state, x, dt, A, B.float(), C, **options), expected_y, torch.bfloat16, "y")
+    assert_close(state, expected_state, torch.float32, "state")
+
+
+def test_no_rows_are_no_rows(with_and_without_kernels):
+    case = make_case(length=1, dtype=torch.float32)
+    (x, dt, A, B, C), _ = token_of(case)
+    y = ssd_step_(case.initial_state[:0], x[:0], dt[:0], A, B[:0], C[:0])
+    assert y.shape == (0, *x.shape[1:])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_it_can_be_mapped():
+    case = make_case(length=1, batch=4, dtype=torch.float32)
+    (x, dt, A, B, C), _ = token_of(case)
+    expected_y, expected_state = ssd_step(case.initial_state, x, dt, A, B, C)
+    state = case.initial_state.clone()
+    batched = [tensor.unflatten(0, (2, 2)) for tensor in (state, x, dt, B, C)]
+    y = torch.func.vmap(lambda state, x, dt, B, C: ssd_step_(state, x, dt, A, B, C))(*batched)
+    assert_close(y.flatten(0, 1), expected_y, torch.float32)
+    assert_close(state, expected_state, torch.float32)

@@ -38,14 +38,17 @@ class Kernels:
 def kernels_for(tensor: Tensor, *others: Tensor | None) -> Kernels | None:
     """The kernels for `tensor`'s format; None where there are none: torch's operations do it then.
 
-    There are none either where somebody would not see them: who traces, fakes, counts or differentiates forwards. The compiler
+    There are none either where somebody would not see them: who traces, fakes, counts, maps or differentiates forwards. The compiler
     makes its own of torch's operations.
     """
     if torch.compiler.is_compiling():  # first, since the compiler cannot trace the other questions
         return None
     is_traced = torch._C._get_tracing_state() is not None
     is_watched = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
-    return None if is_traced or is_watched else kernels_inside_operator(tensor, *others)
+    is_transformed = (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    )  # by vmap, grad, …: tensors without memory
+    return None if is_traced or is_watched or is_transformed else kernels_inside_operator(tensor, *others)
 
 
 def kernels_inside_operator(

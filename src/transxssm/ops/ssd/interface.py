@@ -141,7 +141,8 @@ def ssd_step_(
     token = _token(state, x, dt, A, B, C, rotary, D)
     if state.dtype != token.accumulate:
         raise ValueError(f"the state must be {token.accumulate} to be written in place: got {state.dtype}")
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (state, x, dt, A, B, C)):
+    given = (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,)))
+    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
         raise ValueError("a step in place has no gradients: got inputs that require them, expected torch.no_grad()")
     with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
         return step_in_place(state, token)

@@ -59,15 +59,15 @@ def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
 
 def _operands(token: TokenInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """exp(dt A) (b, g, r, 1, 1), dt x (b, g, r, p, 1), B and C rotated, (b, g, 1, 1, n)."""
-    batch, _, head_dim = token.x.shape
+    batch, heads, head_dim = token.x.shape
     groups = token.B.shape[1]
     B_and_C = torch.stack((token.B, token.C), dim=1).to(token.accumulate)  # (b, 2, g, n): one rotation for both
     if token.rotary is not None:
         B_and_C = apply_rotary(B_and_C, *(table[:, None] for table in token.rotary))
     B, C = B_and_C.unbind(1)
     dt = token.dt.to(token.accumulate)
-    decay = torch.exp(dt * token.A.to(token.accumulate)).view(batch, groups, -1, 1, 1)
-    x_dt = (dt[..., None] * token.x).view(batch, groups, -1, head_dim, 1)
+    decay = torch.exp(dt * token.A.to(token.accumulate)).view(batch, groups, heads // groups, 1, 1)
+    x_dt = (dt[..., None] * token.x).view(batch, groups, heads // groups, head_dim, 1)
     return decay, x_dt, B[:, :, None, None], C[:, :, None, None]
 
 
@@ -120,4 +120,5 @@ def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     passes.run("step", call)
+    torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
     return y
