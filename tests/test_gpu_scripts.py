@@ -11,11 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
+from transxssm import TransXSSMConfig
 from transxssm.benchmarking import parse_length
 from transxssm.benchmarking.decode import DecodeSettings
 from transxssm.benchmarking.throughput import ThroughputSettings
+from transxssm.inspection import cache_bytes
+from transxssm.models.baselines import count_baseline_parameters
+from transxssm.models.modeling_transxssm import TransXSSMDecoderLayer
 from transxssm.studies import contenders_of, load_study
 from transxssm_cli.app import app
 
@@ -86,6 +91,60 @@ def test_figure_4(commands_of, tmp_path):
     )
     assert {options["device"] for options in parsed} == {"cuda"}
     assert len({options["output"] for options in parsed}) == len(commands) == 4
+
+
+PROFILED = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--length", "64"]
+
+
+@pytest.mark.parametrize(
+    ("contender", "mode", "layers", "floors"),
+    [
+        ("transxssm", "decode", ["SSD", "attention"], ["FLOPs", "bytes"]),
+        ("transxssm", "train", ["SSD", "attention"], ["FLOPs"]),
+        ("llama", "prefill", ["LlamaDecoderLayer"], ["FLOPs"]),
+    ],
+)
+def test_a_profile(contender, mode, layers, floors, tmp_path, capsys):
+    script = runpy.run_path(str(SCRIPTS / "profile_step.py"))
+    before = TransXSSMDecoderLayer.__call__
+    asked = [str(tmp_path / "out"), *PROFILED, "--contender", contender, "--mode", mode, "--batch", "2"]
+    assert script["main"](asked) == 0
+    assert TransXSSMDecoderLayer.__call__ is before
+    result = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert [row["layer"] for row in result["layers"]] == layers
+    assert [row["of"] for row in result["floors"]] == floors
+    assert all(row["milliseconds"] > 0 for row in result["layers"] + result["floors"])
+    listed = sum(row["milliseconds"] for row in result["kernels"])
+    assert listed == pytest.approx(result["kernel_milliseconds"])
+    assert listed > sum(row["milliseconds"] for row in result["layers"]) / 2
+    assert result["kernels"][0]["kernel"] in capsys.readouterr().out
+
+
+def test_what_a_step_of_decoding_has_to_move(tmp_path):
+    """The weights once, every row's keys and values, its states in and out."""
+    script = runpy.run_path(str(SCRIPTS / "profile_step.py"))
+    config, dtype = TransXSSMConfig.from_preset("tiny"), torch.bfloat16
+    cache, weights = cache_bytes(config, 64, dtype), 2 * count_baseline_parameters(config)
+    moved = [script["floors"](config, "decode", 64, batch, dtype, torch.device("cpu"))[1]["amount"] for batch in (1, 3)]
+    assert moved == [weights + batch * (cache.kv + 2 * cache.state) for batch in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--contender", "gpt"], "unknown contender 'gpt'"),
+        (["--contender", "llama-static", "--mode", "train"], "can be measured in decode only"),
+        (["--batch", "0"], "at least 1 sequence: got 0"),
+        (["--length", "x"], "got 'x'"),
+    ],
+)
+def test_a_profile_of_nothing_is_refused(options, words, tmp_path, capsys):
+    script = runpy.run_path(str(SCRIPTS / "profile_step.py"))
+    with pytest.raises(SystemExit) as stopped:
+        script["main"]([str(tmp_path / "out"), *PROFILED, *options])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_archive_has_no_weights(tmp_path):
