@@ -114,6 +114,8 @@ def test_a_profile(contender, mode, layers, floors, tmp_path, capsys):
     assert [row["layer"] for row in result["layers"]] == layers
     assert [row["of"] for row in result["floors"]] == floors
     assert all(row["milliseconds"] > 0 for row in result["layers"] + result["floors"])
+    (embedding,) = (row for row in result["kernels"] if row["kernel"] == "aten::embedding")
+    assert embedding["calls"] == 1, "figures are of one step, in decoding of one token"
     listed = sum(row["milliseconds"] for row in result["kernels"])
     assert listed == pytest.approx(result["kernel_milliseconds"])
     assert listed > sum(row["milliseconds"] for row in result["layers"]) / 2
@@ -136,6 +138,9 @@ def test_what_a_step_of_decoding_has_to_move(tmp_path):
         (["--contender", "llama-static", "--mode", "train"], "can be measured in decode only"),
         (["--batch", "0"], "at least 1 sequence: got 0"),
         (["--length", "x"], "got 'x'"),
+        (["--length", "1", "--mode", "train", "--contender", "llama"], "got a length of 1"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--preset", "huge"], "unknown preset 'huge'"),
     ],
 )
 def test_a_profile_of_nothing_is_refused(options, words, tmp_path, capsys):

@@ -24,8 +24,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedConfig
 
-from transxssm.benchmarking import CONTENDERS, MODES, parse_length
-from transxssm.benchmarking.contenders import build_prompt, build_step, check_contenders
+from transxssm.benchmarking import CONTENDERS, MODES, ThroughputSettings, parse_length
+from transxssm.benchmarking.contenders import build_prompt, build_step
 from transxssm.benchmarking.decoding import DECODE_TOKENS
 from transxssm.benchmarking.flops import step_flops
 from transxssm.benchmarking.metadata import run_metadata
@@ -34,8 +34,9 @@ from transxssm.benchmarking.steps import Step, seconds_of, synchronize
 from transxssm.benchmarking.workers import Setup
 from transxssm.evaluation import ResultTable
 from transxssm.inspection import cache_bytes
-from transxssm.models import TransXSSMConfig
+from transxssm.models import read_device
 from transxssm.models.baselines import count_baseline_parameters, language_model_on_meta
+from transxssm_cli.one_line_errors import is_users, line_of
 
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # what a copy of which says how fast memory is
 NUM_TURNS, NUM_LISTED = 5, 25
@@ -50,40 +51,55 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="1.3b")
     parser.add_argument("--length", default="4K", help="tokens of a sequence, such as 4K; of the prompt in decoding")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args(arguments)
     try:
-        check_contenders([options.contender], [options.mode])
-        length, config = parse_length(options.length), TransXSSMConfig.from_preset(options.preset)
-        if options.batch < 1:
-            raise ValueError(f"--batch must be at least 1 sequence: got {options.batch}")
-    except ValueError as error:
-        parser.error(str(error))
-    config = CONTENDERS[options.contender].config(config)
-    result = {"metadata": run_metadata(torch.device(options.device), None)}
-    result["settings"] = {name: str(value) for name, value in vars(options).items()}
-    result |= profile_step(config, options, length)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "profile.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result = measured(options)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        parser.error(line_of(error))
     page = as_markdown(result)
+    (options.folder / "profile.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (options.folder / "profile.md").write_text(page, encoding="utf-8")
     sys.stdout.write(page)
     return 0
 
 
-def profile_step(config: PreTrainedConfig, options: argparse.Namespace, length: int) -> dict[str, Any]:
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """What profile.json holds.
+
+    Raises:
+        ValueError: an option that is unknown or impossible, before anything is made.
+        OSError: the folder can't be made.
+    """
+    length, device = parse_length(options.length), read_device(options.device)
+    settings = ThroughputSettings(
+        options.preset, (options.contender,), (options.mode,), (length,), options.batch, options.dtype
+    )
+    config = CONTENDERS[options.contender].config(settings.model_config())
+    options.folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "metadata": run_metadata(device, None),
+        "settings": {name: str(value) for name, value in vars(options).items()},
+        **profile_step(config, settings, device),
+    }
+
+
+def profile_step(config: PreTrainedConfig, settings: ThroughputSettings, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a step (of a token in decoding) by the clock; its kernels and layers under the profiler; its floors."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    is_decoding = options.mode == "decode"
+    (contender,), (mode,), (length,) = settings.contenders, settings.modes, settings.lengths
+    batch, dtype = settings.batch, settings.torch_dtype
+    is_decoding = mode == "decode"
     per_step = DECODE_TOKENS if is_decoding else 1
     if is_decoding:
         room = (NUM_TURNS + 3) * DECODE_TOKENS
-        prompt = build_prompt(options.contender, config, length, 1, dtype, room, device=device)
-        step = prompt.repeated(options.batch).step()
+        prompt = build_prompt(contender, config, length, 1, dtype, room, device=device)
+        step = prompt.repeated(batch).step()
         del prompt
     else:
-        step = build_step(options.contender, config, options.mode, length, options.batch, dtype, device=device)
+        step = build_step(contender, config, mode, length, batch, dtype, device=device)
     with ranges_around_layers(config):
         for _ in range(2):  # one to compile, one for what follows the first
             seconds_of(step, device)
@@ -94,7 +110,7 @@ def profile_step(config: PreTrainedConfig, options: argparse.Namespace, length: 
     result: dict[str, Any] = {
         "milliseconds": {"median": 1e3 * median, "min": 1e3 * min(seconds), "max": 1e3 * max(seconds)},
         "kernel_milliseconds": busy,
-        "floors": floors(config, options.mode, length, options.batch, dtype, device),
+        "floors": floors(config, mode, length, batch, dtype, device),
         "layers": [
             {"layer": name, "milliseconds": milliseconds / per_step} for name, milliseconds in sorted(parts.items())
         ],
