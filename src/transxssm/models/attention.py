@@ -17,7 +17,13 @@ from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.linear import TransXSSMLinear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
-from transxssm.ops import apply_rotary, causal_attention, has_attention_kernels, single_query_attention
+from transxssm.ops import (
+    apply_rotary,
+    causal_attention,
+    has_attention_kernels,
+    has_single_query_attention,
+    single_query_attention,
+)
 
 
 class TransXSSMAttention(nn.Module):
@@ -70,7 +76,7 @@ class TransXSSMAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         weights = None
-        if self._is_slow_in_torch(q, k, v, attention_mask):
+        if self._is_for_single_query(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
         elif positions.first_keys is not None or self._is_causal_for_kernels(q, k, v, attention_mask, kwargs):
             kind = self.config.layer_types[self.layer_idx]
@@ -105,16 +111,14 @@ class TransXSSMAttention(nn.Module):
         is_whole = attention_mask is None and 1 < q.shape[2] == k.shape[2]
         return is_whole and self.is_causal and has_kernels_for_rows(self.config, self.training, options, q, k, v)
 
-    def _is_slow_in_torch(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether this is a token that is decoded in half precision on a CPU by SDPA, and nothing but its output is asked for."""
+    def _is_for_single_query(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether this is a token that is decoded by SDPA, for which there is a faster way, and nothing but its output is asked for."""
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         return (
-            q.device.type == "cpu"
-            and q.shape[2] == 1
-            and q.dtype in (torch.bfloat16, torch.float16)
-            and self.config._attn_implementation == "sdpa"
+            self.config._attn_implementation == "sdpa"
             and (attention_mask is None or attention_mask.dtype == torch.bool)
-            and not (needs_grad or self.training or torch.compiler.is_compiling())
+            and not (needs_grad or self.training)
+            and has_single_query_attention(q, k, v)
         )
 
 

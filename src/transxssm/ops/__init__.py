@@ -6,7 +6,7 @@ from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
 from transxssm.ops.rotary import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.short_convolution import short_convolution
-from transxssm.ops.single_query_attention import single_query_attention
+from transxssm.ops.single_query_attention import has_single_query_attention, single_query_attention
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step, ssd_step_
 from transxssm.ops.swiglu import swiglu
 
@@ -15,6 +15,7 @@ __all__ = [
     "apply_rotary",
     "causal_attention",
     "has_attention_kernels",
+    "has_single_query_attention",
     "keep_pairs",
     "linear",
     "linear_cross_entropy",

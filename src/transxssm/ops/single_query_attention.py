@@ -1,4 +1,4 @@
-"""Attention of one new token to all that came before it, at the speed at which a CPU reads half-precision keys and values.
+"""Attention of one new token to all that came before it, at the speed at which memory gives keys and values.
 
 Letters: b batch, h heads, k key-value heads, r = h/k heads that share one, t time, d head_dim.
 """
@@ -6,15 +6,18 @@ Letters: b batch, h heads, k key-value heads, r = h/k heads that share one, t ti
 import torch
 from torch import Tensor
 
+from transxssm.ops.gpu import has_gpu_kernels
+
 # Keys or values that are raised to float32 at once, over all heads and rows: 4 MiB.
 BLOCK_ELEMENTS = 2**20
 
 
 def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scaling: float) -> Tensor:
-    """softmax(scaling · q kᵀ) v for one query a row. Not differentiable.
+    """softmax(scaling · q kᵀ) v for one query a row; scores and sums are float32. Not differentiable.
 
     torch's kernel for CPUs reads half-precision keys at some 4 GB/s when there is one query. Here blocks of them are raised to
-    float32, which a product then reads from the cache: three times as fast, and scores and sums are float32.
+    float32, which a product then reads from the cache: three times as fast. On a GPU a kernel reads them once
+    (ops/gpu/single_query_attention.py), where flash attention would compute a tile of queries for the one.
 
     Args:
         q: (b, h, 1, d). k, v: (b, k, t, d), of any strides; heads r·i … r·i + r − 1 share number i.
@@ -24,6 +27,10 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
     Returns:
         (b, h, 1, d) in q's dtype.
     """
+    if _has_gpu_kernel(q, k, v):
+        from transxssm.ops.gpu.single_query_attention import attend_once  # which imports Triton
+
+        return attend_once(q.detach(), k.detach(), v.detach(), mask, scaling)
     batch, heads, _, head_dim = q.shape
     _, key_heads, length, _ = k.shape
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -43,3 +50,15 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
             values = raised[:, :, : block.stop - block.start].copy_(v[:, :, block]).flatten(0, 1)
             output.baddbmm_(weights[..., block], values)
     return output.view(batch, heads, 1, head_dim).to(q.dtype)
+
+
+def has_single_query_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `single_query_attention` is faster than torch's attention: in half precision on a CPU, and where a GPU has its kernel."""
+    if q.shape[2] != 1 or torch.compiler.is_compiling():
+        return False
+    return (q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)) or _has_gpu_kernel(q, k, v)
+
+
+def _has_gpu_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """For heads with keys of their own: shared ones would be read once for each head."""
+    return q.shape[1] == k.shape[1] and has_gpu_kernels(q, k, v)

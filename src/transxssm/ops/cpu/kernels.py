@@ -4,9 +4,10 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transxssm.ops.cpu.library import compiled_library
+from transxssm.ops.watched import is_plain, is_watched
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -43,12 +44,7 @@ def kernels_for(tensor: Tensor, *others: Tensor | None) -> Kernels | None:
     """
     if torch.compiler.is_compiling():  # first, since the compiler cannot trace the other questions
         return None
-    is_traced = torch._C._get_tracing_state() is not None
-    is_watched = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
-    is_transformed = (
-        torch._C._functorch.peek_interpreter_stack() is not None
-    )  # by vmap, grad, …: tensors without memory
-    return None if is_traced or is_watched or is_transformed else kernels_inside_operator(tensor, *others)
+    return None if is_watched() else kernels_inside_operator(tensor, *others)
 
 
 def kernels_inside_operator(
@@ -58,7 +54,7 @@ def kernels_inside_operator(
 
     Kernels read memory: all tensors have to lie on the CPU, and be no subclass that holds theirs elsewhere.
     """
-    if tensor.dtype not in _DTYPES or not all(_is_plain(each) for each in (tensor, *others) if each is not None):
+    if tensor.dtype not in _DTYPES or not all(_is_readable(each) for each in (tensor, *others) if each is not None):
         return None
     library = compiled_library()
     if library is None:
@@ -67,8 +63,8 @@ def kernels_inside_operator(
     return Kernels(library, _DTYPES[tensor.dtype] + by)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+def _is_readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and is_plain(tensor)
 
 
 def _converted(argument: Tensor | int | float | ctypes.Structure) -> Any:

@@ -1,4 +1,4 @@
-"""One token of the recurrence: in torch's operations, and over the old state in one pass of compiled code (ops/cpu/step.cpp).
+"""One token of the recurrence: in torch's operations, and over the old state in one pass (ops/cpu/step.cpp, ops/gpu/step.py).
 
 Letters: b batch, h heads, g groups, r = h/g heads of a group, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step`.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.cpu import Kernels, kernels_for
+from transxssm.ops.gpu import has_gpu_kernels
 from transxssm.ops.rotary import apply_rotary
 
 Rotary = tuple[Tensor, Tensor]
@@ -42,6 +43,14 @@ def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
 
 def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
     """y; the new state is written over the old one. Not differentiable."""
+    *inputs, rotary, D = token
+    if state.is_contiguous() and has_gpu_kernels(state, *inputs, D, *(rotary or ())):
+        from transxssm.ops.gpu.step import step_over_state  # which imports Triton
+
+        y = step_over_state(state, *inputs, rotary=rotary, D=D)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
+        return y
     passes = _passes_for(state, token)
     if passes is not None:
         return _step_fused(passes, state, token)

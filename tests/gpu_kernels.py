@@ -1,0 +1,22 @@
+"""The GPU's kernels in tests: those of a GPU, or on a CPU, through Triton's interpreter."""
+
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from transxssm.ops.gpu import dispatch
+
+NAMES = ("step", "single_query_attention")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> SimpleNamespace:
+    """The kernels' modules, by name; on a CPU the ops take them there for this test."""
+    if device.type != "cuda":
+        knobs = pytest.importorskip("triton", reason="no Triton, whose interpreter would run the kernels").knobs
+        if not knobs.runtime.interpret:
+            pytest.skip("Triton was imported to compile, not to interpret")
+        monkeypatch.setattr(dispatch, "_DEVICE_TYPE", device.type)
+        monkeypatch.setattr(dispatch, "_is_new_enough", lambda index: True)
+    return SimpleNamespace(**{name: import_module(f"transxssm.ops.gpu.{name}") for name in NAMES})
