@@ -42,7 +42,8 @@ def throughput(
     contenders: Annotated[
         str,
         typer.Option(
-            help="Of transxssm, transxssm-compiled, transxssm-ssd, llama, llama-compiled, llama-eager, llama-static, mamba2, jamba."
+            help="Of transxssm, transxssm-compiled, transxssm-graph, transxssm-ssd, llama, llama-compiled, llama-eager, llama-static, "
+            "llama-graph, mamba2, jamba."
         ),
     ] = "transxssm,llama,mamba2,jamba",
     modes: Annotated[
@@ -92,7 +93,8 @@ def decode(
     contenders: Annotated[
         str,
         typer.Option(
-            help="Of transxssm, transxssm-compiled, transxssm-ssd, llama, llama-eager, llama-static, mamba2, jamba."
+            help="Of transxssm, transxssm-compiled, transxssm-graph, transxssm-ssd, llama, llama-eager, llama-static, llama-graph, "
+            "mamba2, jamba."
         ),
     ] = "transxssm,llama,llama-static,mamba2,jamba",
     length: Annotated[str, typer.Option(help="Tokens of the prompt, such as 4096 or 4K.")] = "1K",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_config, tokens
+from transxssm.benchmarking import contenders
 from transxssm.benchmarking.contenders import CONTENDERS, build_prompt
 from transxssm.benchmarking.decoding import DECODE_TOKENS, read_prompt
 from transxssm.inspection import cache_bytes
@@ -11,6 +12,13 @@ from transxssm.inspection import cache_bytes
 CPU = torch.device("cpu")
 LENGTH, BATCH = 9, 3
 DECODING = [name for name, contender in CONTENDERS.items() if "decode" in contender.modes]
+
+
+@pytest.fixture(autouse=True)
+def _without_code_generation(monkeypatch):
+    """A step that is one graph is traced as such, and not compiled for half a minute."""
+    torch.compiler.reset()
+    monkeypatch.setattr(contenders, "compile_step", lambda model: model.compile(fullgraph=True, backend="eager"))
 
 
 def prompt_of(name, batch, dtype=torch.float64):

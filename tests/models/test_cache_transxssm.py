@@ -122,8 +122,9 @@ def test_compiled_layers_share_one_graph_a_call(variant):
     assert_close(logits, expected, torch.float64)
 
 
+@pytest.mark.parametrize("given", [{"position_ids": torch.full((2, 1), LENGTH - 1)}, {}], ids=["positions", "none"])
 @pytest.mark.parametrize("variant", ["hybrid", "everything"])
-def test_a_token_after_a_static_cache_compiles_as_one_graph(variant):
+def test_a_token_after_a_static_cache_compiles_as_one_graph(variant, given):
     """As `generate` does on a GPU with cache_implementation="static"."""
     model, ids = tiny_model(variant), tokens(2, LENGTH)
     cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3)
@@ -132,7 +133,7 @@ def test_a_token_after_a_static_cache_compiles_as_one_graph(variant):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        got = compiled(ids[:, -1:], past_key_values=cache, position_ids=torch.full((2, 1), LENGTH - 1)).logits
+        got = compiled(ids[:, -1:], past_key_values=cache, **given).logits
     assert_close(got, expected, torch.float64)
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Contender:
         label: what it is, for tables.
         config: its configuration, given the one that all are matched to.
         attention: transformers' name of the attention implementation.
-        is_compiled: whether its layers are (`compile_layers`).
+        compiled: "layers" one by one (`compile_layers`); "step": a decoded token as a whole, on a GPU as a CUDA graph (`compile_step`).
         new_cache: makes the cache for decoding from the configuration and the most tokens it will hold; None: the one that the model makes.
         modes: that it can be measured in.
     """
@@ -57,7 +57,7 @@ class Contender:
     label: str
     config: Callable[[TransXSSMConfig], PreTrainedConfig]
     attention: str = "sdpa"
-    is_compiled: bool = False
+    compiled: Literal["", "layers", "step"] = ""
     new_cache: Callable[[PreTrainedConfig, int], Cache] | None = None
     modes: tuple[str, ...] = MODES
 
@@ -75,21 +75,41 @@ def compile_layers(model: nn.Module, mode: str) -> None:
             layer.compile()
 
 
+def compile_step(model: nn.Module) -> None:
+    """Compiles the model as one graph, as `generate` does on a GPU with a static cache: launched at once, not kernel by kernel."""
+    is_on_gpu = next(model.parameters()).device.type == "cuda"
+    model.compile(fullgraph=True, mode="reduce-overhead" if is_on_gpu else None)
+
+
 CONTENDERS = {
     "transxssm": Contender("TransXSSM", lambda config: config),
     "transxssm-compiled": Contender(
         "TransXSSM, torch.compile",
         lambda config: config,
-        is_compiled=True,
+        compiled="layers",
         modes=(*TRAINING_MODES, "prefill", "decode"),
+    ),
+    "transxssm-graph": Contender(
+        "TransXSSM, static cache, one graph",
+        lambda config: config,
+        compiled="step",
+        new_cache=_static_cache,
+        modes=("decode",),
     ),
     "transxssm-ssd": Contender("TransXSSM, SSD layers only", _all_ssd),
     "llama": Contender("Llama, SDPA", llama_config),
     "llama-compiled": Contender(
-        "Llama, torch.compile", llama_config, is_compiled=True, modes=(*TRAINING_MODES, "prefill")
+        "Llama, torch.compile", llama_config, compiled="layers", modes=(*TRAINING_MODES, "prefill")
     ),
     "llama-eager": Contender("Llama, eager attention", llama_config, attention="eager"),
     "llama-static": Contender("Llama, SDPA, static cache", llama_config, new_cache=_static_cache, modes=("decode",)),
+    "llama-graph": Contender(
+        "Llama, SDPA, static cache, one graph",
+        llama_config,
+        compiled="step",
+        new_cache=_static_cache,
+        modes=("decode",),
+    ),
     "mamba2": Contender("Mamba-2", mamba2_config),
     "jamba": Contender("Jamba (Bamba)", jamba_config),
 }
@@ -137,7 +157,10 @@ def build_prompt(
     new_cache = CONTENDERS[name].new_cache
     cache = None if new_cache is None else new_cache(config, length + num_new_tokens)
     model = _new_model(name, config, "decode", dtype, device).eval()
-    return read_prompt(model, _new_tokens(config, batch, length, device), cache)
+    prompt = read_prompt(model, _new_tokens(config, batch, length, device), cache)
+    if CONTENDERS[name].compiled == "step":
+        compile_step(model)
+    return prompt
 
 
 def check_contenders(names: Sequence[str], modes: Sequence[str]) -> None:
@@ -202,7 +225,7 @@ def _new_model(
     torch.manual_seed(SEED)
     with torch.device(device):
         model = new_language_model(config, dtype=dtype, **options)
-    if CONTENDERS[name].is_compiled:
+    if CONTENDERS[name].compiled == "layers":
         compile_layers(model, mode)
     return model
 

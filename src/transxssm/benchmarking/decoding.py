@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 
 from transxssm.benchmarking.steps import Step
 
@@ -61,14 +61,16 @@ class Prompt:
         cache = copy.deepcopy(self.cache)
         # Every kind of layer knows how to take rows, as a beam search asks for it; `batch_repeat_interleave` is missing in some.
         cache.reorder_cache(rows)
+        if isinstance(cache, StaticCache):  # as it marks its own tensors: a CUDA graph may write into them
+            for tensor in _tensors_of_cache(cache):
+                torch._dynamo.mark_static_address(tensor)
         return replace(self, input_ids=self.input_ids[rows], cache=cache)
 
     def cache_bytes(self) -> int:
         """Memory that the cache holds, room that it has not filled yet included."""
         storages = {
             storage.data_ptr(): storage.nbytes()
-            for layer in self.cache.layers
-            for tensor in _tensors_of(layer)
+            for tensor in _tensors_of_cache(self.cache)
             if (storage := tensor.untyped_storage())
         }
         return sum(storages.values())
@@ -87,9 +89,11 @@ def _cache_name(model: nn.Module) -> str:
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _tensors_of(layer: Any) -> list[Tensor]:
-    """Keys, values and states of one layer of a cache."""
-    states = [getattr(layer, name, None) for name in ("keys", "values")]
-    for name in ("conv_states", "recurrent_states"):
-        states += getattr(layer, name, {}).values()
-    return [state for state in states if state is not None]
+def _tensors_of_cache(cache: Cache) -> list[Tensor]:
+    """Keys, values and states of all layers."""
+    states: list[Any] = []
+    for layer in cache.layers:
+        states += [getattr(layer, name, None) for name in ("keys", "values")]
+        for name in ("conv_states", "recurrent_states"):
+            states += getattr(layer, name, {}).values()
+    return [state for state in states if isinstance(state, Tensor)]

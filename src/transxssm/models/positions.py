@@ -32,7 +32,7 @@ def default_positions(
     """(b or 1, t): the number of real tokens before each in its document: arange + past length where there are neither pads
     nor packed rows. start: where the cached document began."""
     length = inputs_embeds.shape[1]
-    index = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
+    index = past_length + torch.arange(length, device=inputs_embeds.device)[None]  # a static cache's length is a tensor
     begins = (
         torch.zeros_like(index) if start is None else start[:, None]
     )  # (b or 1, t): where each token's document begins

@@ -28,6 +28,8 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
         (b, h, 1, d) in q's dtype.
     """
     if _has_gpu_kernel(q, k, v):
+        if torch.compiler.is_compiling():
+            return _for_the_compiler(q, k, v, mask, scaling)
         from transxssm.ops.gpu.single_query_attention import attend_once  # which imports Triton
 
         return attend_once(q.detach(), k.detach(), v.detach(), mask, scaling)
@@ -54,11 +56,23 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
 
 def has_single_query_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `single_query_attention` is faster than torch's attention: in half precision on a CPU, and where a GPU has its kernel."""
-    if q.shape[2] != 1 or torch.compiler.is_compiling():
+    if q.shape[2] != 1:
         return False
-    return (q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)) or _has_gpu_kernel(q, k, v)
+    is_slow_in_torch = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    return (is_slow_in_torch and not torch.compiler.is_compiling()) or _has_gpu_kernel(q, k, v)
 
 
 def _has_gpu_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """For heads with keys of their own: shared ones would be read once for each head."""
     return q.shape[1] == k.shape[1] and has_gpu_kernels(q, k, v)
+
+
+@torch.library.custom_op("transxssm::single_query_attention", mutates_args=())
+def _for_the_compiler(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """The same as an operator, into which the compiler doesn't look: how keys are split depends on their number."""
+    return single_query_attention(q, k, v, mask, scaling=scaling)
+
+
+@_for_the_compiler.register_fake
+def _empty_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return q.new_empty(q.shape)
