@@ -120,6 +120,14 @@ def test_attention_of_a_query(pads, shape, per_processor, dtype, device, kernels
     assert_close(output, by_formula(q, k, v, mask), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "itemsize", "num_keys"),
+    [(32, 2, 128), (64, 2, 128), (64, 4, 64), (128, 2, 64), (256, 4, 16), (512, 4, 16)],
+)
+def test_blocks_fit_into_a_processor(head_dim, itemsize, num_keys, kernels):
+    assert kernels.single_query_attention._num_keys(head_dim * itemsize, torch.device("cpu")) == num_keys
+
+
 def test_attention_reads_queries_as_projections_lay_them(device, kernels):
     q, k, v = torch.randn(3, 2, 5, 3, 8, device=device).transpose(2, 3)  # (b, h, t, d) out of (b, t, h, d)
     q = q[:, :, -1:]
@@ -150,6 +158,14 @@ def test_who_has_kernels(device, kernels, monkeypatch):
     assert has_gpu_kernels(tensor, None, tensor.bfloat16())
     assert not has_gpu_kernels(tensor, tensor.double())
     assert not has_gpu_kernels(tensor, torch.zeros(2, device="meta"))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    assert not has_gpu_kernels(tensor, tensor.as_subclass(Subclass))
+    assert has_gpu_kernels(tensor, torch.nn.Parameter(tensor))
+    compiled = torch.compile(lambda x: x + has_gpu_kernels(x), fullgraph=True, backend="eager")
+    assert [compiled(each).sum() for each in (tensor, tensor.double(), tensor.as_subclass(Subclass))] == [2, 0, 0]
     answers = []
     torch.vmap(lambda row: answers.append(has_gpu_kernels(row)) or row)(torch.zeros(2, 2, device=device))
     assert answers == [False]

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transxssm.ops.gpu.dispatch import power_of_2
+from transxssm.ops.gpu.dispatch import launched_on, power_of_2
 
-_KEYS = 128  # that a program reads at once
-_STAGES, _WARPS = 3, 4
+_KEYS = 128  # that a program reads at once, if so many fit
+_STAGES, _WARPS = 3, 4  # blocks of keys and values that are under way at once; threads by 32
+_SHARED_BYTES = 96 * 1024  # for these blocks: two programs to a processor of an H100
+_SHARED_PART = 0.75  # of what a program may have on this GPU
 _MIN_PART = 256  # keys below which a head's are not split
 _PROGRAMS_PER_PROCESSOR = 8  # that are wanted: with less the memory waits
 
@@ -30,7 +32,9 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: f
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if output.numel() == 0:
         return output
-    part_length = _part_length(batch * heads, length, q.device)
+    block_d = power_of_2(head_dim)
+    num_keys = _num_keys(block_d * k.dtype.itemsize, q.device)
+    part_length = _part_length(batch * heads, length, num_keys, q.device)
     num_parts = triton.cdiv(length, part_length)
     found, weights = output, output  # what a part finds is the output where there is one part
     if num_parts > 1:
@@ -39,38 +43,50 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: f
     seen, seen_strides = q, (0, 0)  # q stands for what is not read
     if mask is not None:
         seen, seen_strides = mask.view(torch.uint8), (0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(3))
-    block_d = power_of_2(head_dim)
-    _attend_part[(batch * heads, num_parts)](
-        *(q, k, v, seen, found, weights),
-        *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *seen_strides),
-        length,
-        part_length,
-        scaling / math.log(2),
-        heads=heads,
-        head_dim=head_dim,
-        has_mask=mask is not None,
-        is_whole=num_parts == 1,
-        block_t=_KEYS,
-        block_d=block_d,
-        num_stages=_STAGES,
-        num_warps=_WARPS,
-    )
-    if num_parts > 1:
-        _join_parts[(batch * heads,)](
-            *(found, weights, output, num_parts),
+    with launched_on(q.device):
+        _attend_part[(batch * heads, num_parts)](
+            *(q, k, v, seen, found, weights),
+            *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *seen_strides),
+            length,
+            part_length,
+            scaling / math.log(2),
+            heads=heads,
             head_dim=head_dim,
-            block_parts=power_of_2(num_parts),
+            has_mask=mask is not None,
+            is_whole=num_parts == 1,
+            block_t=num_keys,
             block_d=block_d,
+            stages=_STAGES,
+            num_warps=_WARPS,
         )
+        if num_parts > 1:
+            _join_parts[(batch * heads,)](
+                *(found, weights, output, num_parts),
+                head_dim=head_dim,
+                block_parts=power_of_2(num_parts),
+                block_d=block_d,
+            )
     return output
 
 
-def _part_length(num_heads: int, length: int, device: torch.device) -> int:
+def _num_keys(bytes_per_key: int, device: torch.device) -> int:
+    """Of a block, so that the blocks of keys and values that are under way fit into a processor."""
+    room = _SHARED_BYTES
+    if device.type == "cuda":
+        most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
+        room = min(room, int(_SHARED_PART * most))
+    num_keys = _KEYS
+    while num_keys > 16 and 2 * _STAGES * num_keys * bytes_per_key > room:
+        num_keys //= 2
+    return num_keys
+
+
+def _part_length(num_heads: int, length: int, num_keys: int, device: torch.device) -> int:
     """Keys that a program goes through, whole blocks of them."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors, num_heads)
     num_parts = max(1, min(wanted, length // _MIN_PART))
-    return triton.cdiv(triton.cdiv(length, num_parts), _KEYS) * _KEYS
+    return triton.cdiv(triton.cdiv(length, num_parts), num_keys) * num_keys
 
 
 @triton.jit(do_not_specialize=["length", "part_length"])
@@ -100,7 +116,7 @@ def _attend_part(
     is_whole: tl.constexpr,
     block_t: tl.constexpr,
     block_d: tl.constexpr,
-    num_stages: tl.constexpr,
+    stages: tl.constexpr,
 ):
     """Keys t ≡ i (mod block_t) have a maximum, a sum and an output of their own until the end, so that none waits for another's."""
     place, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -115,7 +131,7 @@ def _attend_part(
     total = tl.zeros((block_t,), tl.float32)
     sums = tl.zeros((block_t, block_d), tl.float32)
     start = part * part_length
-    for first in tl.range(start, min(start + part_length, length), block_t, num_stages=num_stages):
+    for first in tl.range(start, min(start + part_length, length), block_t, num_stages=stages):
         t = first + tl.arange(0, block_t)
         in_t = t < length
         inside = in_t[:, None] & in_d[None, :]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transxssm.ops.gpu.dispatch import power_of_2
+from transxssm.ops.gpu.dispatch import launched_on, power_of_2
 
 # Of the state, that a program holds at once: 64 numbers for each of its 128 threads.
 _ELEMENTS = 8192
@@ -33,7 +33,9 @@ def step_over_state(
     cos, sin = (A, A) if rotary is None else (table.contiguous() for table in rotary)  # A stands for what is not read
     block_n = power_of_2(state_size)
     block_p = min(power_of_2(head_dim), max(1, _ELEMENTS // block_n))
-    if batch > 0:
+    if batch == 0:
+        return y
+    with launched_on(x.device):
         _step[(batch * heads, triton.cdiv(head_dim, block_p))](
             *(x, dt, A.contiguous(), B, C, cos, sin, A if D is None else D.contiguous(), state, y),
             *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2]),
