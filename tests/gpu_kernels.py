@@ -1,7 +1,7 @@
 """The GPU's kernels in tests: those of a GPU, or on a CPU, through Triton's interpreter."""
 
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import torch
 from transxssm.ops.gpu import dispatch
 
 NAMES = ("step", "single_query_attention")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 
 
 def install(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> SimpleNamespace:
@@ -18,5 +20,18 @@ def install(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> SimpleName
         if not knobs.runtime.interpret:
             pytest.skip("Triton was imported to compile, not to interpret")
         monkeypatch.setattr(dispatch, "_DEVICE_TYPE", device.type)
-        monkeypatch.setattr(dispatch, "_is_new_enough", lambda index: True)
+        monkeypatch.setattr(dispatch, "_is_supported", lambda index: True)
     return SimpleNamespace(**{name: import_module(f"transxssm.ops.gpu.{name}") for name in NAMES})
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:
+    """A list that grows by one at each call of a module's function."""
+    calls: list[int] = []
+    function = getattr(module, name)
+
+    def call(*arguments, **options):
+        calls.append(1)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls

@@ -84,6 +84,10 @@ def required(metadata) -> set[str]:
     return {canonical(re.match(r"[\w.-]+", line).group()) for line in lines}
 
 
+def is_optional(library: str, file: str) -> bool:
+    return library in OPTIONAL and file.startswith(OPTIONAL[library])
+
+
 def test_every_library_that_is_imported_is_required(required):
     """What another package happens to bring may be gone with its next version."""
     libraries = {
@@ -91,7 +95,7 @@ def test_every_library_that_is_imported_is_required(required):
         for package in PACKAGES
         for path in (ROOT / "src" / package).rglob("*.py")
         for name in modules_imported(path, ROOT / "src" / package)
-        if not path.relative_to(ROOT / "src").as_posix().startswith(OPTIONAL.get(name.split(".")[0], "none"))
+        if not is_optional(name.split(".")[0], path.relative_to(ROOT / "src").as_posix())
     }
     provided_by = packages_distributions()
     missing = {

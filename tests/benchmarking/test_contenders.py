@@ -5,7 +5,7 @@ import torch
 
 from tests.models.tiny import tiny_config
 from transxssm.benchmarking import contenders
-from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, build_step
+from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, build_prompt, build_step, compile_step
 from transxssm.benchmarking.decoding import DECODE_TOKENS
 from transxssm.benchmarking.steps import seconds_of
 
@@ -70,6 +70,27 @@ def test_decoding_goes_on_after_the_prompt(name, monkeypatch):
     step.run()
     expected = [None] * DECODE_TOKENS if name == "mamba2" else list(range(6, 6 + DECODE_TOKENS))
     assert positions == expected
+
+
+@pytest.mark.parametrize("name", ["transxssm-graph", "llama-graph"])
+def test_a_graph_is_compiled_behind_the_prompt(name, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: compiled.append((model, options)))
+    prompt = build_prompt(name, CONTENDERS[name].config(tiny_config()), 6, 1, torch.float32, 8, device=CPU)
+    assert [(id(model), options) for model, options in compiled] == [
+        (id(prompt.model), {"fullgraph": True, "mode": None})
+    ]
+
+
+def test_on_a_gpu_it_is_a_cuda_graph(monkeypatch):
+    class OnGPU(torch.nn.Linear):
+        def parameters(self):
+            yield type("Parameter", (), {"device": torch.device("cuda")})
+
+    options = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **given: options.append(given))
+    compile_step(OnGPU(1, 1))
+    assert options == [{"fullgraph": True, "mode": "reduce-overhead"}]
 
 
 def test_all_ssd_has_no_attention():

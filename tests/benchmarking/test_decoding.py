@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_config, tokens
-from transxssm.benchmarking import contenders
+from transxssm.benchmarking import contenders, decoding
 from transxssm.benchmarking.contenders import CONTENDERS, build_prompt
 from transxssm.benchmarking.decoding import DECODE_TOKENS, read_prompt
 from transxssm.inspection import cache_bytes
@@ -67,6 +67,14 @@ def test_cache_bytes_are_those_of_the_states_the_keys_and_their_room():
     config = static.model.config
     per_token = 2 * 8 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     assert static.cache_bytes() == BATCH * (LENGTH + 2 * DECODE_TOKENS) * per_token
+
+
+def test_a_repeated_static_cache_stays_where_a_cuda_graph_wrote():
+    """What transformers marks when it makes its tensors; without the mark there is no CUDA graph."""
+    for name in ("transxssm-graph", "llama-static"):
+        tensors = decoding._tensors_of_cache(prompt_of(name, 1).repeated(BATCH).cache)
+        assert tensors
+        assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in tensors)
 
 
 def test_several_rows_are_not_repeated():

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from transxssm.benchmarking import Budget, Setup, ThroughputSettings, run_throughput
+from transxssm.benchmarking import CONTENDERS, Budget, Setup, ThroughputSettings, run_throughput, throughput
 from transxssm.benchmarking.throughput import num_parts, plan, prefill_exponents
 
 SETUP = Setup(torch.device("cpu"), 1)
@@ -51,9 +51,11 @@ METADATA_FIELDS = {
     "cpu_capability",
     "cpu_bfloat16_products",
     "cpu_kernels",
+    "gpu_kernels",
     "python",
     "torch",
     "transformers",
+    "triton",
     "mamba_ssm",
     "causal_conv1d",
     "system",
@@ -166,3 +168,14 @@ def test_exponents():
     fits = prefill_exponents(cells)
     assert set(fits) == {"a", "b"}
     assert (fits["a"]["exponent"], fits["b"]["exponent"]) == pytest.approx((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "compiles"), [("transxssm", False), ("transxssm-compiled", True), ("transxssm-graph", True)]
+)
+def test_a_first_run_that_compiles_says_nothing_about_the_next(name, compiles):
+    settings = ThroughputSettings("tiny", (name,), ("decode",), (8,))
+    entry = throughput._entry(
+        name, CONTENDERS[name].config(settings.model_config()), "decode", 8, settings, torch.device("cpu")
+    )
+    assert entry.compiles == compiles

@@ -94,6 +94,22 @@ def test_a_token_decoded_in_half_precision_on_a_cpu(variant, monkeypatch):
         assert not attended
 
 
+def test_a_mask_for_each_head_is_kept_in_half_precision():
+    """The attention of its own knows only masks that are the same for all heads."""
+    model = TransXSSMForCausalLM(tiny_config("all_attention", attn_implementation="sdpa")).bfloat16().eval()
+    ids = torch.randint(1, 90, (2, 8))
+    seen = torch.rand(2, model.config.num_attention_heads, 1, 8) < 0.5
+    seen[..., -1] = True
+    logits = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        mask = seen if implementation == "sdpa" else torch.zeros(seen.shape).masked_fill(~seen, -1e9).bfloat16()
+        with torch.no_grad():
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            logits.append(model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits)
+    assert_close(*logits, torch.bfloat16, num_ops=4)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_eager_attention_gives_its_weights_for_one_token_too(attention):
     layer = (

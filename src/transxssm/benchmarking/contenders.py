@@ -49,7 +49,8 @@ class Contender:
         label: what it is, for tables.
         config: its configuration, given the one that all are matched to.
         attention: transformers' name of the attention implementation.
-        compiled: "layers" one by one (`compile_layers`); "step": a decoded token as a whole, on a GPU as a CUDA graph (`compile_step`).
+        compiled: "layers": one by one (`compile_layers`); "step": a decoded token as a whole, on a GPU as a CUDA graph
+            (`compile_step`); None: nothing.
         new_cache: makes the cache for decoding from the configuration and the most tokens it will hold; None: the one that the model makes.
         modes: that it can be measured in.
     """
@@ -57,7 +58,7 @@ class Contender:
     label: str
     config: Callable[[TransXSSMConfig], PreTrainedConfig]
     attention: str = "sdpa"
-    compiled: Literal["", "layers", "step"] = ""
+    compiled: Literal["layers", "step"] | None = None
     new_cache: Callable[[PreTrainedConfig, int], Cache] | None = None
     modes: tuple[str, ...] = MODES
 

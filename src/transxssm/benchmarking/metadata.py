@@ -16,6 +16,7 @@ import transformers
 
 from transxssm._version import __version__
 from transxssm.ops.cpu import compiled_library
+from transxssm.ops.gpu import gpu_kernels_of
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -36,9 +37,11 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16_products": _has_bfloat16_products(),
         "cpu_kernels": compiled_library() is not None,
+        "gpu_kernels": gpu_kernels_of(device),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        "triton": _version_of("triton", "triton"),
         # Without them transformers computes Mamba-2, and with it Jamba, by a reference in PyTorch.
         "mamba_ssm": _version_of("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined"),
         "causal_conv1d": _version_of("causal_conv1d", "causal_conv1d"),

@@ -170,7 +170,7 @@ def _entry(
         num_tokens, flops = settings.batch * DECODE_TOKENS, DECODE_TOKENS * flops
     else:
         num_tokens = settings.batch * length
-    return Entry(name, build_step, arguments, num_tokens, flops, CONTENDERS[name].compiled != "")
+    return Entry(name, build_step, arguments, num_tokens, flops, CONTENDERS[name].compiled is not None)
 
 
 def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrainedConfig:

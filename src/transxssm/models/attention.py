@@ -116,10 +116,15 @@ class TransXSSMAttention(nn.Module):
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         return (
             self.config._attn_implementation == "sdpa"
-            and (attention_mask is None or attention_mask.dtype == torch.bool)
+            and (attention_mask is None or _hides_keys_alike(attention_mask, k))
             and not (needs_grad or self.training)
             and has_single_query_attention(q, k, v)
         )
+
+
+def _hides_keys_alike(mask: Tensor, k: Tensor) -> bool:
+    """Whether it says of each key if it is seen, the same for all heads."""
+    return mask.dtype == torch.bool and mask.shape[1:] == (1, 1, k.shape[2])
 
 
 def has_kernels_for_rows(

@@ -27,7 +27,11 @@ class Positions(NamedTuple):
 
 
 def default_positions(
-    inputs_embeds: Tensor, past_length: int, padding: Tensor | None, seq_idx: Tensor | None, start: Tensor | None
+    inputs_embeds: Tensor,
+    past_length: int | Tensor,
+    padding: Tensor | None,
+    seq_idx: Tensor | None,
+    start: Tensor | None,
 ) -> Tensor:
     """(b or 1, t): the number of real tokens before each in its document: arange + past length where there are neither pads
     nor packed rows. start: where the cached document began."""

@@ -10,6 +10,7 @@ from transxssm.ops.gpu import has_gpu_kernels
 
 # Keys or values that are raised to float32 at once, over all heads and rows: 4 MiB.
 BLOCK_ELEMENTS = 2**20
+_WIDEST_GPU_HEAD_BYTES = 512
 
 
 def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scaling: float) -> Tensor:
@@ -26,7 +27,12 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
 
     Returns:
         (b, h, 1, d) in q's dtype.
+
+    Raises:
+        ValueError: a mask of another shape.
     """
+    if mask is not None and (mask.shape[0] not in (1, len(q)) or mask.shape[1:] != (1, 1, k.shape[2])):
+        raise ValueError(f"mask must have shape ({len(q)} or 1, 1, 1, {k.shape[2]}): got {tuple(mask.shape)}")
     if _has_gpu_kernel(q, k, v):
         if torch.compiler.is_compiling():
             return _for_the_compiler(q, k, v, mask, scaling)
@@ -63,8 +69,12 @@ def has_single_query_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _has_gpu_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """For heads with keys of their own: shared ones would be read once for each head."""
-    return q.shape[1] == k.shape[1] and has_gpu_kernels(q, k, v)
+    """For heads with keys of their own: shared ones would be read once for each head. Of wide ones no block fits into a processor."""
+    return (
+        q.shape[1] == k.shape[1]
+        and q.shape[3] * k.dtype.itemsize <= _WIDEST_GPU_HEAD_BYTES
+        and has_gpu_kernels(q, k, v)
+    )
 
 
 @torch.library.custom_op("transxssm::single_query_attention", mutates_args=())

@@ -1,5 +1,9 @@
-"""Whether a GPU's kernels can take some tensors."""
+"""Whether a GPU's kernels can take some tensors, and what all of them need where they are launched."""
 
+import functools
+import logging
+import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
@@ -8,33 +12,62 @@ from torch import Tensor
 
 from transxssm.ops.watched import is_plain, is_watched
 
-_HAS_TRITON = find_spec("triton") is not None
-_DEVICE_TYPE = "cuda"  # AMD's too
+_SWITCH = "TRANSXSSM_GPU_KERNELS"
+_DEVICE_TYPE = "cuda"  # of AMD's GPUs too, on which nobody has run these
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_CAPABILITY = (8, 0)  # with bfloat16
+_logger = logging.getLogger(__name__)
 
 
 def has_gpu_kernels(tensor: Tensor, *others: Tensor | None) -> bool:
     """Whether all lie on one GPU for which Triton compiles, in formats that the kernels read, and nobody would miss the operations."""
     given = [each for each in (tensor, *others) if each is not None]
-    if not _HAS_TRITON or not all(each.device == tensor.device and each.device.type == _DEVICE_TYPE for each in given):
+    if not all(each.device == tensor.device and each.device.type == _DEVICE_TYPE for each in given):
         return False
-    if not all(each.dtype in _DTYPES and is_plain(each) for each in given) or not _is_new_enough(tensor.device.index):
+    if not all(each.dtype in _DTYPES and is_plain(each) for each in given) or not _is_supported(tensor.device.index):
         return False
     return torch.compiler.is_compiling() or not is_watched()
 
 
+def gpu_kernels_of(device: torch.device) -> bool:
+    """Whether there are kernels for this device at all."""
+    return device.type == _DEVICE_TYPE and _is_supported(device.index or 0)
+
+
 @torch.compiler.assume_constant_result
-def _is_new_enough(index: int) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= _OLDEST_CAPABILITY
+def _is_supported(index: int) -> bool:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < _OLDEST_CAPABILITY:
+        return False
+    return _triton_compiles()
+
+
+@functools.cache
+def _triton_compiles() -> bool:
+    """Whether Triton is here and can launch what it compiles, for which it wants a C compiler; asked once a process."""
+    if os.environ.get(_SWITCH, "1") == "0":
+        return False
+    if find_spec("triton") is None:
+        _logger.info("no Triton: GPUs take torch's operations")
+        return False
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()  # makes the library of the driver
+    except Exception as error:
+        warnings.warn(
+            "the GPU's kernels could not be made, so that decoding takes torch's operations, which are slower; "
+            f"{_SWITCH}=0 says that this is wanted. {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def launched_on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current GPU, which need not be the tensors'. What the compiler makes sees to it itself."""
-    is_elsewhere = (
-        not torch.compiler.is_compiling() and device.type == "cuda" and device.index != torch.cuda.current_device()
-    )
-    return torch.cuda.device(device) if is_elsewhere else nullcontext()
+    if torch.compiler.is_compiling() or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def power_of_2(number: int) -> int:

@@ -70,7 +70,7 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: f
 
 
 def _num_keys(bytes_per_key: int, device: torch.device) -> int:
-    """Of a block, so that the blocks of keys and values that are under way fit into a processor."""
+    """Of a block, so that the blocks of keys and values that are under way fit into a processor; of heads of up to 512 bytes."""
     room = _SHARED_BYTES
     if device.type == "cuda":
         most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
