@@ -54,6 +54,18 @@ def test_a_step_reads_views_and_one_row_of_angles(device, kernels, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("one", ["cos", "sin"])
+def test_one_table_may_be_the_same_for_all_rows(one, device, kernels):
+    case = make_case(length=1, batch=3, dtype=torch.float32, device=device)
+    arguments, options = step_of(case)
+    cos, sin = options["rotary"]
+    rotary = (cos[:1], sin) if one == "cos" else (cos, sin[:1])
+    expected_y, expected_state = ssd_step(case.initial_state, *arguments, rotary=rotary)
+    state = case.initial_state.clone()
+    assert_close(ssd_step_(state, *arguments, rotary=rotary), expected_y, torch.float32, "y")
+    assert_close(state, expected_state, torch.float32, "state")
+
+
 def test_a_strided_state_takes_torch(device, kernels, monkeypatch):
     calls = counted(monkeypatch, kernels.step, "step_over_state")
     case = make_case(length=1, dtype=torch.float32, device=device)

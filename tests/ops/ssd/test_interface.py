@@ -240,7 +240,6 @@ def saying(*words: str) -> str:
         ({"rotary": (torch.zeros(2, 5, 4), torch.zeros(2, 5, 4))}, ["rotary", "(2 or 1, 5, 2)", "(2, 5, 4)"]),
         ({"rotary": (torch.zeros(3, 5, 2), torch.zeros(3, 5, 2))}, ["rotary", "(2 or 1, 5, 2)", "(3, 5, 2)"]),
         ({"rotary": (torch.zeros(1, 5, 2), torch.zeros(1, 4, 2))}, ["sin", "(2 or 1, 5, 2)", "(1, 4, 2)"]),
-        ({"rotary": (torch.zeros(2, 5, 2), torch.zeros(1, 5, 2))}, ["cos and sin", "(2, 5, 2)", "(1, 5, 2)"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

@@ -30,7 +30,9 @@ def step_over_state(
     groups, state_size = B.shape[1:]
     x, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, B, C))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cos, sin = (A, A) if rotary is None else (table.contiguous() for table in rotary)  # A stands for what is not read
+    cos, sin = A, A  # A stands for what is not read
+    if rotary is not None:
+        cos, sin = (table.contiguous() for table in torch.broadcast_tensors(*rotary))
     block_n = power_of_2(state_size)
     block_p = min(power_of_2(head_dim), max(1, _ELEMENTS // block_n))
     if batch == 0:

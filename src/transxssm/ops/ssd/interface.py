@@ -212,5 +212,3 @@ def _check_shapes(
                 raise ValueError(
                     f"rotary {name} must have shape {wanted} to rotate a state of {state_size}: got {tuple(table.shape)}"
                 )
-        if rotary[0].shape != rotary[1].shape:
-            raise ValueError(f"rotary cos and sin must have one shape: got {[tuple(table.shape) for table in rotary]}")
