@@ -60,7 +60,8 @@ def test_one_table_may_be_the_same_for_all_rows(one, device, kernels):
     arguments, options = step_of(case)
     cos, sin = options["rotary"]
     rotary = (cos[:1], sin) if one == "cos" else (cos, sin[:1])
-    expected_y, expected_state = ssd_step(case.initial_state, *arguments, rotary=rotary)
+    whole = tuple(torch.broadcast_tensors(*rotary))
+    expected_y, expected_state = ssd_step(case.initial_state, *arguments, rotary=whole)
     state = case.initial_state.clone()
     assert_close(ssd_step_(state, *arguments, rotary=rotary), expected_y, torch.float32, "y")
     assert_close(state, expected_state, torch.float32, "state")
