@@ -47,7 +47,7 @@ def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
     if state.is_contiguous() and has_gpu_kernels(state, *inputs, D, *(rotary or ())):
         from transxssm.ops.gpu.step import step_over_state  # which imports Triton
 
-        y = step_over_state(state, *inputs, rotary=rotary, D=D)
+        y = step_over_state(state, token)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
         return y
