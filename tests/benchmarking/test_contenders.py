@@ -8,6 +8,7 @@ from transxssm.benchmarking import contenders
 from transxssm.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, build_prompt, build_step, compile_step
 from transxssm.benchmarking.decoding import DECODE_TOKENS
 from transxssm.benchmarking.steps import seconds_of
+from transxssm.models import TransXSSMForCausalLM
 
 CPU = torch.device("cpu")
 # Compiling takes longer than all other tests of this folder together.
@@ -34,6 +35,15 @@ def test_a_training_step_leaves_no_gradients(monkeypatch):
     assert all(p.grad is not None for p in models[-1].parameters())
     step.clean()
     assert all(p.grad is None for p in models[-1].parameters())
+
+
+def test_a_training_step_forms_no_logits_where_the_model_can_do_without(monkeypatch):
+    outputs, forward = [], TransXSSMForCausalLM.forward
+    monkeypatch.setattr(
+        TransXSSMForCausalLM, "forward", lambda *args, **kwargs: outputs.append(forward(*args, **kwargs)) or outputs[-1]
+    )
+    build_step("transxssm", tiny_config(), "train", 6, 1, torch.float32, device=CPU).run()
+    assert [output.logits for output in outputs] == [None]
 
 
 @pytest.mark.parametrize("name", DEFAULT_CONTENDERS)

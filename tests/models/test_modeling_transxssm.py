@@ -99,15 +99,23 @@ class TestLoss:
             wrong = torch.zeros_like(ids)
             assert torch.equal(model(ids, labels=wrong, shift_labels=shifted).loss, expected)
 
-    @pytest.mark.parametrize(
-        ("training", "skip_logits", "returned"),
-        [(True, None, False), (False, None, True), (True, False, True), (False, True, False)],
-    )
-    def test_logits_are_left_out_in_training_unless_asked_for(self, training, skip_logits, returned):
+    @pytest.mark.parametrize("training", [True, False])
+    def test_logits_come_with_the_loss(self, training):
+        """A loss of one's own reads them, in training above all."""
         model, ids = tiny_model().train(training), tokens(2, 9)
-        output = model(ids, labels=ids, skip_logits=skip_logits)
-        assert (output.logits is not None) == returned
-        assert output.loss.isfinite()
+        assert torch.equal(logits_of(model, ids, labels=ids), logits_of(model, ids))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_logits_are_skipped_where_a_loss_is_all_that_is_wanted(self, training):
+        model, ids = tiny_model().train(training), tokens(2, 9)
+        output = model(ids, labels=ids, skip_logits=True)
+        assert output.logits is None
+        assert torch.equal(output.loss, model(ids, labels=ids).loss)
+
+    def test_logits_are_not_skipped_without_a_loss(self):
+        """Label smoothing takes the labels out of a batch that says to skip logits, and reads them."""
+        model, ids = tiny_model(), tokens(2, 9)
+        assert torch.equal(logits_of(model, ids, skip_logits=True), logits_of(model, ids))
 
     def test_without_labels_there_are_logits_and_no_loss(self):
         output = tiny_model().train()(tokens(2, 9))

@@ -174,13 +174,17 @@ class TestSequenceClassification:
         assert all(map(math.isfinite, losses))
 
 
-def trainer_of(model: nn.Module, folder: Path, **settings: Any) -> Trainer:
+def trainer_of(
+    model: nn.Module, folder: Path, kind: type[Trainer] = Trainer, compute_loss_func: Any = None, **settings: Any
+) -> Trainer:
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 8)]
-    return Trainer(
+    return kind(
         model.float(),
         arguments,
+        train_dataset=rows,
         eval_dataset=rows,
+        compute_loss_func=compute_loss_func,
         compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
     )
 
@@ -198,11 +202,74 @@ def test_trainer_evaluates(tmp_path, label_names):
     assert metrics["eval_rows"] == 4
 
 
+def test_a_loss_of_ones_own_reads_the_logits_in_training(tmp_path):
+    """As tutorials write it, in `Trainer.compute_loss` and as `compute_loss_func`."""
+
+    def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    class WithOwnLoss(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = loss_of(outputs, inputs["labels"], num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+    losses = []
+    for kind, options in ((Trainer, {}), (WithOwnLoss, {}), (Trainer, {"compute_loss_func": loss_of})):
+        trainer = trainer_of(tiny_model(), tmp_path, kind, max_steps=2, **options)
+        losses.append(trainer.train().training_loss)
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+
+
+def test_a_trainer_can_skip_the_logits(tmp_path):
+    """As the guide on training says it."""
+
+    class Skipping(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, {**inputs, "skip_logits": model.training}, *args, **kwargs)
+
+    calls: list[bool] = []
+    losses = {}
+    for kind in (Trainer, Skipping):
+        model = tiny_model()
+        model.lm_head.register_forward_hook(lambda head, *_: calls.append(head.training))
+        trainer = trainer_of(model, tmp_path, kind, max_steps=2)
+        calls.clear()
+        losses[kind] = trainer.train().training_loss
+        assert calls == ([True] * 2 if kind is Trainer else [])
+        assert trainer.evaluate()["eval_rows"] == 4
+        assert calls[-1] is False
+    assert losses[Skipping] == pytest.approx(losses[Trainer], rel=1e-6)
+
+
 def test_trainer_evaluates_a_classifier(tmp_path):
     model = TransXSSMForSequenceClassification(tiny_config(num_labels=3)).eval()
     trainer = trainer_of(model, tmp_path)
     trainer.eval_dataset = [{"input_ids": ids, "labels": 1} for ids in tokens(4, 8)]
     assert trainer.evaluate()["eval_rows"] == 4
+
+
+def test_a_classifiers_loss_is_a_mean_however_the_batch_is_cut(tmp_path):
+    """Its loss knows nothing of `num_items_in_batch`, so that Trainer must divide by the number of accumulated batches."""
+    config = tiny_config(num_labels=3)
+    rows = [{"input_ids": ids, "labels": i % 3} for i, ids in enumerate(tokens(8, 8))]
+    logs = []
+    for batch_size, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(1)
+        trainer = trainer_of(
+            TransXSSMForSequenceClassification(config),
+            tmp_path,
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+        )
+        trainer.train_dataset = rows
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for name in ("loss", "grad_norm"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5), name
 
 
 def test_trainers_label_smoothing_smooths_the_next_token(tmp_path):

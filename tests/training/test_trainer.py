@@ -97,12 +97,14 @@ def test_held_out_loss_is_all_nats_over_all_tokens_whatever_the_batches(build_tr
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / trainer.held_out_bytes, rel=1e-6)
 
 
-def test_evaluation_forms_no_logits(build_trainer):
-    trainer = build_trainer()
-    calls = []
-    trainer.model.lm_head.register_forward_hook(lambda *args: calls.append(args))
-    trainer.evaluate()
-    assert not calls
+@pytest.mark.parametrize("method", ["train", "evaluate"])
+def test_neither_training_nor_evaluation_forms_logits(build_trainer, method):
+    trainer = build_trainer("training.max_steps=2")
+    outputs = []
+    trainer.model.register_forward_hook(lambda model, inputs, output: outputs.append(output))
+    getattr(trainer, method)()
+    assert len(outputs) >= 2
+    assert all(output.loss is not None and output.logits is None for output in outputs)
 
 
 def test_evaluation_does_not_count_as_training_time(build_trainer, monkeypatch):

@@ -236,10 +236,13 @@ def _new_tokens(config: PreTrainedConfig, batch: int, length: int, device: torch
     return tokens.to(device)
 
 
-def _training_step(model: nn.Module, input_ids: Tensor, autocast_dtype: torch.dtype | None) -> Step:
+def _training_step(model: PreTrainedModel, input_ids: Tensor, autocast_dtype: torch.dtype | None) -> Step:
+    # As this package's trainer trains: without the logits where the model's loss does not need them.
+    options = {"skip_logits": True} if model.config.model_type == TransXSSMConfig.model_type else {}
+
     def run() -> None:
         with torch.autocast(input_ids.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **options).loss
         loss.backward()
 
     return Step(run, lambda: model.zero_grad(set_to_none=True))

@@ -289,7 +289,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        skip_logits: bool | None = None,
+        skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -298,7 +298,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         Args:
             labels: (b, t) token ids, −100 where a token doesn't count; label t is predicted from token t − 1.
             logits_to_keep: number of last positions to compute logits for, or their indices; 0: all.
-            skip_logits: with labels, compute the loss without the (tokens × vocabulary) logits and return none; None: in training.
+            skip_logits: where there are labels, return the loss alone, for which the (tokens × vocabulary) logits are never formed.
             num_items_in_batch: divides the summed loss; None: the mean over the labels that count.
             shift_labels: (b, t) labels that are shifted already, in place of labels. Named here alone: Trainer takes every
                 argument with "label" in its name for one that each batch has.
@@ -320,10 +320,8 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         if shift_labels is not None:
             loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
-            if skip_logits is None:
-                skip_logits = self.training
         logits = None
-        if not skip_logits:
+        if loss is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         return CausalLMOutputWithPast(
@@ -376,3 +374,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
 
 class TransXSSMForSequenceClassification(GenericForSequenceClassification, TransXSSMPreTrainedModel):
     """The decoder with a classifier on its last token."""
+
+    # Its loss is each batch's mean. Trainer, which would conclude from `**kwargs` that the loss takes num_items_in_batch, then averages
+    # over the batches that a step accumulates.
+    accepts_loss_kwargs = False

@@ -79,6 +79,9 @@ class TransXSSMTrainer(Trainer):
         self._step_losses.append(loss)
         return loss
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, **self._loss_options}, *args, **kwargs)
+
     def _filled_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Under `torch.compile` an epoch's last batch repeats its first row, without labels, to the size of the others.
 
