@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -198,6 +198,17 @@ def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study
     if "name" in sections:
         raise ValueError("unknown section name: a study has the name of its file")
     study = _validated(_without_nulls(sections) | {"name": name})
+    _check(study)
+    return study
+
+
+def study_from_settings(name: str, title: str, settings: Mapping[str, Any]) -> Study:
+    """The study that has these settings (see `Study.settings`), as a report notes them.
+
+    Raises:
+        ValueError: settings that this version does not know.
+    """
+    study = _validated({**settings, "grid": {**settings["grid"], "title": title}, "name": name})
     _check(study)
     return study
 

@@ -61,25 +61,43 @@ def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dic
     Returns:
         the report.
     """
+    metadata = {"trained_on": _machines_of(evidence)} | run_metadata(read_device("auto"), None)
+    report = report_of(study, evidence, status, metadata)
+    folder, contenders = study.output_dir, report["contenders"]
+    pictures = plot_curves(folder, contenders) + plot_rates(folder, contenders) + plot_lengths(folder, contenders)
+    pictures += plot_needles(folder, contenders)
+    write_tables(folder, report, pictures)
+    return report
+
+
+def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a study, as in results.json.
+
+    Args:
+        study: what was asked for.
+        evidence: of every contender.
+        status: "complete", or why not everything was done.
+        metadata: where and with what it was run.
+    """
     contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
     unfinished = [name for name, report in contenders.items() if report["status"] == "unfinished"]
     if status == "complete" and unfinished:
         status = f"not all was asked for: {', '.join(unfinished)} missing"
-    report = {
+    return {
         "study": study.name,
         "title": study.grid.title,
         "status": status,
-        "metadata": {"trained_on": _machines_of(evidence)} | run_metadata(read_device("auto"), None),
+        "metadata": dict(metadata),
         "settings": study.settings(),
         "contenders": contenders,
         "equal_time": _equal_time(contenders),
     }
-    folder = study.output_dir
-    pictures = plot_curves(folder, contenders) + plot_rates(folder, contenders) + plot_lengths(folder, contenders)
-    pictures += plot_needles(folder, contenders)
+
+
+def write_tables(folder: Path, report: dict[str, Any], pictures: Sequence[str]) -> None:
+    """Writes results.json and README.md, the latter with the pictures of these names."""
     write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
     write_text_whole(folder / PAGE, markdown(report, pictures))
-    return report
 
 
 def _machines_of(evidence: Sequence[Evidence]) -> str:
