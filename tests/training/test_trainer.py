@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from transxssm.data import PackedCollator, build_datasets, build_tokenizer, load_corpus
-from transxssm.models import TransXSSMForCausalLM
+from transxssm.models import TransXSSMForCausalLM, modeling_transxssm
 from transxssm.training import TransXSSMTrainer
 
 
@@ -98,13 +98,17 @@ def test_held_out_loss_is_all_nats_over_all_tokens_whatever_the_batches(build_tr
 
 
 @pytest.mark.parametrize("method", ["train", "evaluate"])
-def test_neither_training_nor_evaluation_forms_logits(build_trainer, method):
+def test_neither_training_nor_evaluation_forms_logits(build_trainer, method, monkeypatch):
     trainer = build_trainer("training.max_steps=2")
+    called, apply_linear = [], modeling_transxssm.apply_linear
+    monkeypatch.setattr(modeling_transxssm, "apply_linear", lambda *args: called.append(args[0]) or apply_linear(*args))
     outputs = []
     trainer.model.register_forward_hook(lambda model, inputs, output: outputs.append(output))
     getattr(trainer, method)()
     assert len(outputs) >= 2
     assert all(output.loss is not None and output.logits is None for output in outputs)
+    assert called
+    assert trainer.model.lm_head not in called
 
 
 def test_evaluation_does_not_count_as_training_time(build_trainer, monkeypatch):

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
-from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.linear import apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
 from transxssm.ops import (
@@ -44,11 +44,11 @@ class TransXSSMAttention(nn.Module):
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = TransXSSMLinear(config.hidden_size, query_size)
-        self.k_proj = TransXSSMLinear(config.hidden_size, key_size)
-        self.v_proj = TransXSSMLinear(config.hidden_size, key_size)
-        self.o_proj = TransXSSMLinear(query_size, config.hidden_size)
-        self.g_proj = TransXSSMLinear(config.hidden_size, query_size) if config.attention_output_gate else None
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, query_size, bias=False) if config.attention_output_gate else None
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = TransXSSMRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -63,9 +63,9 @@ class TransXSSMAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(heads)  # (b, t, h, d)
-        k = self.k_proj(hidden_states).view(heads)
-        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (b, h, t, d)
+        q = apply_linear(self.q_proj, hidden_states).view(heads)  # (b, t, h, d)
+        k = apply_linear(self.k_proj, hidden_states).view(heads)
+        v = apply_linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)  # (b, h, t, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if positions.length_scale is not None:  # behind the norm, which would take it out
@@ -101,8 +101,8 @@ class TransXSSMAttention(nn.Module):
                 )
         output = output.reshape(*hidden_states.shape[:2], -1)
         if self.g_proj is not None:
-            output = output * torch.sigmoid(self.g_proj(hidden_states))
-        return self.o_proj(output), weights
+            output = output * torch.sigmoid(apply_linear(self.g_proj, hidden_states))
+        return apply_linear(self.o_proj, output), weights
 
     def _is_causal_for_kernels(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, options: dict[str, Any]

@@ -1,15 +1,77 @@
-"""The linear layer of the model's projections, feed-forward networks and head."""
+"""Products of the model's linear layers, which are torch's own modules.
 
+Quantisers look for `type(module) is nn.Linear`; adapters, sharding and hooks act when a module is called. So the layers are plain, and
+are called wherever anything but torch's own forward may act. Everywhere else their product comes from `transxssm.ops.linear`, which is
+fast in half precision on any CPU.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import TorchFunctionMode
 
 from transxssm.ops import linear
 
+DENSE = (nn.Parameter, Tensor)  # FSDP1 leaves a view in the place of a parameter
+LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
-class TransXSSMLinear(nn.Linear):
-    """`nn.Linear` without a bias, through `transxssm.ops.linear`: fast in half precision on any CPU."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """What `module(x)` gives, with the fast products of a CPU, also inside an adapter's or a quantiser's module.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+    Args:
+        module: a linear layer, or what an adapter or a quantiser has put in its place.
+        x: (…, i).
+    """
+    output: Tensor
+    if torch.compiler.is_compiling():
+        output = module(x)
+    elif type(x) is Tensor and is_plain_linear(module):
+        output = linear(x, module.weight)
+    elif x.device.type == "cpu" and (x.dtype in HALF_PRECISION or torch.is_autocast_enabled("cpu")):
+        with _FastProducts():
+            output = module(x)
+    else:
+        output = module(x)
+    return output
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether x · weightᵀ with the module's dense weight is all that a call of it does.
+
+    Not of a subclass, a parametrised or replaced layer, one with a bias, a hook or a forward of its own (accelerate's and tensor
+    parallelism's), nor of a weight that is a tensor of another class (torchao's quantised one, a DTensor).
+    """
+    return (
+        type(module) in LINEAR
+        and type(module.weight) in DENSE
+        and module.bias is None
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and not module_hooks._has_any_global_hook()
+    )
+
+
+class _FastProducts(TorchFunctionMode):
+    """Takes the products of a layer that is not plain, such as those of LoRA's base layer, from `transxssm.ops.linear` too."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and len(args) in (2, 3) and (len(args) == 2 or args[2] is None):
+            x, weight = args[:2]
+            if type(x) is Tensor and type(weight) in DENSE:
+                return linear(x, weight)
+        return func(*args, **(kwargs or {}))

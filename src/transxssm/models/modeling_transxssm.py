@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
-from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.linear import apply_linear, is_plain_linear
 from transxssm.models.masks import attention_masks, first_keys_by_kind, padding_of
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import (
@@ -73,16 +73,16 @@ class TransXSSMMLP(nn.Module):
 
     def __init__(self, config: TransXSSMConfig) -> None:
         super().__init__()
-        self.gate_proj = TransXSSMLinear(config.hidden_size, config.intermediate_size)
-        self.up_proj = TransXSSMLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = TransXSSMLinear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        gate, up = apply_linear(self.gate_proj, hidden_states), apply_linear(self.up_proj, hidden_states)
         gated = swiglu(gate, up) if type(self.act_fn) is SILU else self.act_fn(gate) * up
         del gate, up  # the two largest tensors of a forward pass without gradients
-        return self.down_proj(gated)
+        return apply_linear(self.down_proj, gated)
 
 
 class TransXSSMDecoderLayer(GradientCheckpointingLayer):
@@ -274,7 +274,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TransXSSMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = TransXSSMLinear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -323,7 +323,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         logits = None
         if loss is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = apply_linear(self.lm_head, hidden_states[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -335,10 +335,12 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     def _loss(self, hidden_states: Tensor, shift_labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
         reduction: Literal["mean", "sum"] = "mean" if num_items is None else "sum"
-        if type(self.lm_head) is TransXSSMLinear:
+        if is_plain_linear(self.lm_head):
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
-        else:  # an adapter or a quantised head: its weight alone is not what it computes
-            loss = F.cross_entropy(at_least_float32(self.lm_head(hidden_states)), shift_labels, reduction=reduction)
+        else:  # adapted, quantised, sharded or watched: the weight alone is not what the head computes
+            loss = F.cross_entropy(
+                at_least_float32(apply_linear(self.lm_head, hidden_states)), shift_labels, reduction=reduction
+            )
         if num_items is None:
             return loss
         return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)

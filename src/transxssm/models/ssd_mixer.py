@@ -6,11 +6,12 @@ Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.cache_utils import LinearAttentionLayer
 
 from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
-from transxssm.models.linear import TransXSSMLinear
+from transxssm.models.linear import apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
 from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
@@ -31,11 +32,13 @@ class TransXSSMSSDMixer(nn.Module):
         x_size, state_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
         self.split_sizes = (x_size, state_size, state_size)
 
-        self.x_proj = TransXSSMLinear(config.hidden_size, x_size)
-        self.B_proj = TransXSSMLinear(config.hidden_size, state_size)
-        self.C_proj = TransXSSMLinear(config.hidden_size, state_size)
-        self.dt_proj = TransXSSMLinear(config.hidden_size, self.num_heads)
-        self.out_proj = TransXSSMLinear(x_size, config.hidden_size)
+        self.x_proj = nn.Linear(config.hidden_size, x_size, bias=False)
+        self.B_proj = nn.Linear(config.hidden_size, state_size, bias=False)
+        self.C_proj = nn.Linear(config.hidden_size, state_size, bias=False)
+        # Quantisers leave this type alone: an output per head suits no block size of theirs (bitsandbytes' 4-bit kernel refuses it on
+        # a CPU), saves nothing, and decays are exponentials of it.
+        self.dt_proj = NonDynamicallyQuantizableLinear(config.hidden_size, self.num_heads, bias=False)
+        self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
         # float32 in a model of any dtype: bfloat16 would move decays by a part in 256.
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
@@ -52,7 +55,7 @@ class TransXSSMSSDMixer(nn.Module):
         self.C_bias = nn.Parameter(torch.empty(state_size)) if config.ssd_bias_BC else None
         self.z_proj = self.norm = None
         if config.ssd_output_gate:
-            self.z_proj = TransXSSMLinear(config.hidden_size, x_size)
+            self.z_proj = nn.Linear(config.hidden_size, x_size, bias=False)
             self.norm = TransXSSMRMSNorm(x_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -62,7 +65,11 @@ class TransXSSMSSDMixer(nn.Module):
         state, conv_state = read_ssd_state(cached)
         if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
             hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
-        x, B, C = self.x_proj(hidden_states), self.B_proj(hidden_states), self.C_proj(hidden_states)
+        x, B, C = (
+            apply_linear(self.x_proj, hidden_states),
+            apply_linear(self.B_proj, hidden_states),
+            apply_linear(self.C_proj, hidden_states),
+        )
         new_conv_state = None
         if self.conv_weight is not None:
             mixed, new_conv_state = short_convolution(
@@ -73,7 +80,9 @@ class TransXSSMSSDMixer(nn.Module):
                 mask=positions.padding_mask,
             )
             x, B, C = mixed.split(self.split_sizes, dim=-1)
-        dt = F.softplus(at_least_float32(self.dt_proj(hidden_states)) + at_least_float32(self.dt_bias))  # (b, t, h)
+        dt = F.softplus(
+            at_least_float32(apply_linear(self.dt_proj, hidden_states)) + at_least_float32(self.dt_bias)
+        )  # (b, t, h)
         A = -torch.exp(at_least_float32(self.A_log))
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
             dt = dt * positions.padding_mask[..., None]
@@ -110,8 +119,8 @@ class TransXSSMSSDMixer(nn.Module):
             write_ssd_state(cached, state, new_conv_state)
         y = y.reshape(batch, length, -1).to(dtype)
         if self.z_proj is not None and self.norm is not None:
-            y = self.norm(swiglu(self.z_proj(hidden_states), y))
-        return self.out_proj(y)
+            y = self.norm(swiglu(apply_linear(self.z_proj, hidden_states), y))
+        return apply_linear(self.out_proj, y)
 
     def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
         """(b, t, g, n): B or C of every group, normalised over the state and moved by its bias where there are any."""

@@ -64,7 +64,10 @@ class _Passage:
 
 
 class _Watch:
-    """Hooks on every module: outputs on the way forward, gradients of outputs and of parameters on the way back."""
+    """Hooks on every module but the head: outputs on the way forward, gradients of outputs and of parameters on the way back.
+
+    A head with a hook is called for all logits of the batch at once, for which there may be no memory.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -77,7 +80,11 @@ class _Watch:
 
     def hooks(self) -> ExitStack:
         stack = ExitStack()
+        model: Any = self.model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         for module in self.names:
+            if module is head:
+                continue
             stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
         for name, parameter in self.model.named_parameters():
