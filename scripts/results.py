@@ -9,25 +9,31 @@ entry of a file of its kind: `gpu/figure4` is the entry "figure4" of results/gpu
 A table in a page stands between two comments, the first of which says where its figures come from: a place under results/ and the
 table's title, `<!-- table: studies/table2-cpu, Two ways -->`, up to `<!-- end of table -->`. A study has the tables of its README, a
 throughput benchmark "Ratios" (times relative to the reference), a decoding benchmark "Decoding", and results/cpu and results/gpu
-"Runs", the list of their entries.
+"Runs", the list of their entries. `<!-- study: table2-cpu -->` up to `<!-- end of study -->` holds all that a study found: how it was
+run, the command that repeats it, and every table.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transxssm.benchmarking.lengths import format_length
 from transxssm.evaluation import ResultTable
 from transxssm.studies.archive import pack_study, rewrite_report
-from transxssm.studies.tables import tables_of
+from transxssm.studies.tables import notes_of, tables_of
 from transxssm.whole_files import write_text_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+CORPORA = {
+    "python-stdlib": "Python's standard library",
+    "python-environment": "the Python source installed on the machine",
+}
 KINDS = ("throughput", "decode", "ops", "profile")
+STUDY = re.compile(r"(<!-- study: ([^\n]+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: ([^,\n]+), ([^\n]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -37,10 +43,10 @@ def pages() -> list[Path]:
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
-    """The page with every table as the data under `results` has it.
+    """The page with every table and study as the data under `results` has it.
 
     Raises:
-        ValueError: a table of a place or a title that does not exist; a table without an end.
+        ValueError: a table of a place or a title that does not exist; a table or a study without an end.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -50,6 +56,16 @@ def filled(page: str, results: Path = RESULTS) -> str:
             raise ValueError(f"no table {title!r} of {place}: expected one of {', '.join(tables)}")
         return f"{opening}\n{tables[title].to_markdown()}\n{end}"
 
+    def study(match: re.Match[str]) -> str:
+        opening, name, end = match.groups()
+        if not (results / "studies" / name / "results.json").is_file():
+            raise ValueError(f"no study {name!r}: expected a folder of {results / 'studies'} with results.json")
+        report = json.loads((results / "studies" / name / "results.json").read_text(encoding="utf-8"))
+        return f"{opening}\n{_study(report)}\n{end}"
+
+    if page.count("<!-- study: ") != len(STUDY.findall(page)):
+        raise ValueError("a study without its end: every '<!-- study: NAME -->' needs '<!-- end of study -->'")
+    page = STUDY.sub(study, page)
     if page.count("<!-- table: ") != len(BLOCK.findall(page)):
         raise ValueError("a table without its end: every '<!-- table: PLACE, TITLE -->' needs '<!-- end of table -->'")
     return BLOCK.sub(table, page)
@@ -98,6 +114,54 @@ def _tables(results: Path, place: str) -> dict[str, ResultTable]:
             f"no results at {place}: expected a study's results.json or a benchmark's name under {results}"
         )
     return tables
+
+
+def _study(report: dict[str, Any]) -> str:
+    """The section of a study: how it was run, what to know, and its tables."""
+    lines = [f"## {report['study']}", "", f"*{report['title']}*", "", *(f"- {fact}" for fact in _facts(report)), ""]
+    for title, table in tables_of(report).items():
+        lines += [f"**{title}**", "", table.to_markdown()]
+    return "\n".join(lines)
+
+
+def _facts(report: dict[str, Any]) -> Iterator[str]:
+    settings, metadata = report["settings"], report["metadata"]
+    trained = [one for one in report["contenders"].values() if one["weights_of"] is None]
+    parameters = sorted(one["parameters"] for one in trained)
+    tokens = max(one["mean"].get("train_tokens", 0) for one in trained)
+    sizes = " to ".join(dict.fromkeys(_millions(number) for number in (parameters[0], parameters[-1])))
+    yield f"{sizes} parameters, {_millions(tokens)} tokens a run, {_text(settings)}."
+    rates = sorted({entry["learning_rate"] for one in trained for entry in (one["tuning"] or one["rates"])})
+    seeds = sorted({run["seed"] for one in trained for run in one["runs"]})
+    how = f"compared over {settings['tuning']['max_steps']:,} steps" if settings["tuning"] else "compared by whole runs"
+    how += " of the first seed" if settings["grid"].get("repeat_rates") == "best" else ""
+    tried = (
+        f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}, {how}"
+        if len(rates) > 1
+        else f"Learning rate {rates[0]:g}"
+    )
+    yield f"{tried}; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}."
+    yield f"Trained on: {metadata['trained_on']}. Report written at commit {_commit(metadata)}, {metadata['date'][:10]}."
+    yield f"Run it: `{_study_command(metadata)}`. Data: `results/studies/{report['study']}`."
+    yield from notes_of(report)
+
+
+def _text(settings: dict[str, Any]) -> str:
+    if settings["recall"] is not None:
+        return "associative recall in place of text"
+    corpus = CORPORA.get(settings["data"]["corpus"], settings["data"]["corpus"])
+    if settings["needle"] is not None:
+        return f"needles in {corpus}"
+    return f"{corpus} in rows of {settings['data']['sequence_length']:,} tokens"
+
+
+def _study_command(metadata: dict[str, Any]) -> str:
+    words = metadata["command"].replace("__main__.py", "transxssm").replace(" --report", "")
+    return " ".join(f'"{word}"' if "[" in word else word for word in words.split() if "output_dir" not in word)
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:.1f}M" if number < 1e8 else f"{number / 1e6:.0f}M"
 
 
 def _ratios(report: dict[str, Any]) -> ResultTable:

@@ -46,7 +46,7 @@ def test_plan_progress_and_tables(run, study_file, tmp_path):
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     loss = report["contenders"]["hybrid"]["mean"]["eval_loss"]
     assert f"{loss:.4f}"[:4] in result.stdout
-    assert "Not everything was run: not all was asked for: llama missing" in result.stdout
+    assert "Not everything was run: llama unfinished" in result.stdout
     assert "0:00" not in result.stderr  # no bar where nobody watches
     result = run("study", study_file, "--only", "hybrid")
     assert "1 runs, 1 done, about < 1 min left" in result.stderr
@@ -60,7 +60,7 @@ def test_the_report_alone_is_of_what_is_there(run, error_of, study_file, tmp_pat
         (tmp_path / "out" / name).unlink()
     result = run("study", study_file, "--report")
     assert result.exit_code == 0
-    assert "llama missing" in result.stdout
+    assert "llama unfinished" in result.stdout
     again = (tmp_path / "out" / "README.md").read_text()
     assert again.partition("## Where")[0] == written.partition("## Where")[0]
     summary = json.loads((tmp_path / "out/hybrid/seed-0/summary.json").read_text())

@@ -183,7 +183,7 @@ class TestRepeatingTheBestRate:
         assert one["mean"]["eval_loss"] == pytest.approx(sum(losses) / 3)
         assert len(one["held_out"]) == 2
         assert one["measured"]
-        assert "the luckiest" in (tmp_path / "out" / "README.md").read_text()
+        assert "slightly optimistic" in (tmp_path / "out" / "README.md").read_text()
 
     def test_a_rate_is_chosen_when_all_have_ended(self, sweep, tmp_path, monkeypatch):
         clock = iter(range(0, 10**6, 10))

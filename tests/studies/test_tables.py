@@ -98,7 +98,7 @@ def test_rates_say_where_a_cell_diverged_and_notes_where_the_best_is_at_the_edge
     one = report({"a": contender(rates=rates, rate_is_at_edge=True)}, status="the budget of 1 minutes is spent")
     assert tables_of(one)["Learning rates"].rows == [["a", "2.0000", "diverged (step 3)"]]
     notes = "\n".join(notes_of(one))
-    assert "at the edge of those tried" in notes
+    assert "lowest or highest learning rate tried" in notes
     assert "Not everything was run: the budget" in notes
 
 

@@ -77,7 +77,7 @@ def rewrite_report(archive: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as unpacked:
         unpack_runs(archive, Path(unpacked))
         there = dataclasses.replace(study, grid=dataclasses.replace(study.grid, output_dir=unpacked))
-        report = report_of(there, collect_evidence(there), old["status"], old["metadata"])
+        report = report_of(there, collect_evidence(there), "complete", old["metadata"])
     write_tables(archive, report, pictures=[])
     return report
 

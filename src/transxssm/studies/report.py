@@ -82,7 +82,7 @@ def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata:
     contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
     unfinished = [name for name, report in contenders.items() if report["status"] == "unfinished"]
     if status == "complete" and unfinished:
-        status = f"not all was asked for: {', '.join(unfinished)} missing"
+        status = f"{', '.join(unfinished)} unfinished"
     return {
         "study": study.name,
         "title": study.grid.title,

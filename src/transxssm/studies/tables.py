@@ -34,24 +34,25 @@ def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
 def notes_of(report: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     contenders = report["contenders"]
-    notes = ["± is the standard deviation over seeds; FLOPs are those of training, without elementwise work."]
+    notes = ["± is the standard deviation over seeds. FLOPs are those of training, without elementwise operations."]
     if report["settings"]["grid"].get("repeat_rates") == "best":
         notes.append(
-            "The learning rate was chosen by whole runs of the first seed, whose best one counts in the mean: of several, the luckiest."
+            "The first seed was trained with every learning rate, the others with its best one. The mean includes the first seed's "
+            "best run, so it is slightly optimistic."
         )
     if any(one["rate_is_at_edge"] for one in contenders.values()):
         names = [name for name, one in contenders.items() if one["rate_is_at_edge"]]
         notes.append(
-            f"The best learning rate is at the edge of those tried, a better one may lie beyond: {', '.join(names)}."
+            f"Best at the lowest or highest learning rate tried, so that a better one may lie beyond: {', '.join(names)}."
         )
     if report["equal_time"]["seconds"]:
         notes.append(
-            "Equal wall time: held-out loss at the moment at which the fastest contender of the size ended. Slower ones are then in the "
-            "middle of their schedule, at a learning rate that has not fallen yet."
+            "At equal wall time: the held-out loss when the fastest contender of the same size had finished. Slower ones are then in the "
+            "middle of their schedule, before their learning rate has decayed."
         )
     borrowed = [name for name, one in contenders.items() if one["weights_of"] is not None]
     if borrowed:
-        notes.append(f"Evaluated with another cell's weights, not trained: {', '.join(borrowed)}.")
+        notes.append(f"Evaluated with the weights of another cell, not trained: {', '.join(borrowed)}.")
     if report["status"] != "complete":
         notes.append(f"Not everything was run: {report['status']}.")
     return notes
