@@ -1,5 +1,6 @@
 """TransXSSM: hybrid Transformer–state-space language models with one rotary position embedding (arXiv 2506.09507)."""
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -11,6 +12,7 @@ from transxssm.models import (
     TransXSSMForSequenceClassification,
     TransXSSMModel,
 )
+from transxssm.models.peft_targets import add_peft_targets
 
 __all__ = [
     "TransXSSMCache",
@@ -25,5 +27,10 @@ AutoConfig.register("transxssm", TransXSSMConfig, exist_ok=True)
 AutoModel.register(TransXSSMConfig, TransXSSMModel, exist_ok=True)
 AutoModelForCausalLM.register(TransXSSMConfig, TransXSSMForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(TransXSSMConfig, TransXSSMForSequenceClassification, exist_ok=True)
+# TRL given a path, pipelines and `transformers serve` look in the module `transformers` for the class that a saved config names. There
+# may be two modules of that name, since `transformers.processing_utils` executes it again: an attribute of their type is in both.
+for _class in (TransXSSMModel, TransXSSMForCausalLM, TransXSSMForSequenceClassification):
+    setattr(type(transformers), _class.__name__, _class)
 # Trainer's label smoothing shifts the labels of the classes named here, and of no others.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["transxssm"] = TransXSSMForCausalLM.__name__
+add_peft_targets(TransXSSMConfig.model_type)

@@ -1,14 +1,20 @@
 """Weights on their way through files, precisions and the meta device arrive whole, and what is missing is initialised as it should be."""
 
 import copy
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils.import_utils import direct_transformers_import
 
 from tests.models.tiny import ALL_VARIANTS, logits_of, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close, relative_error
@@ -53,6 +59,34 @@ def test_auto_model_gives_back_the_bits_that_were_saved(variant, dtype, tmp_path
         assert torch.equal(weight, expected[name]), name
     ids = tokens(2, 9)
     assert torch.equal(logits_of(loaded, ids), logits_of(saved, ids))
+
+
+@pytest.mark.parametrize("model_class", [TransXSSMForCausalLM, TransXSSMForSequenceClassification, TransXSSMModel])
+class TestNames:
+    def test_a_saved_folder_says_what_to_import(self, model_class, tmp_path):
+        """transformers itself advises an upgrade where it does not know the model type."""
+        model_class(tiny_config()).save_pretrained(tmp_path)
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(code.replace("path/to/this/folder", str(tmp_path)), names)
+        assert type(names["model"]) is model_class
+        assert ModelCard(card).data.library_name == "transformers"
+
+    def test_a_card_that_is_there_stays(self, model_class, tmp_path):
+        (tmp_path / "README.md").write_text("mine")
+        model_class(tiny_config()).save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == "mine"
+
+    def test_transformers_has_the_name_in_the_config(self, model_class, tmp_path, monkeypatch):
+        """`transformers serve`, pipelines and TRL look there for the class of a folder, also after its own second execution."""
+        model_class(tiny_config()).save_pretrained(tmp_path)
+        (name,) = AutoConfig.from_pretrained(tmp_path).architectures
+        assert getattr(transformers, name) is model_class
+        monkeypatch.setitem(sys.modules, "transformers", sys.modules["transformers"])
+        again = direct_transformers_import(str(Path(transformers.__file__).parent))
+        assert again is not transformers
+        assert getattr(again, name) is model_class
 
 
 def test_the_head_is_tied_and_saved_once(tmp_path):

@@ -361,6 +361,15 @@ def test_the_best_model_is_the_one_saved_and_summed_up_if_asked_for(recipe):
         assert torch.equal(final[name], value)
 
 
+def test_a_card_of_ones_own_in_the_run_folder_stays(recipe):
+    train(recipe("training.max_steps=5"))
+    card = recipe().output_dir / "README.md"
+    assert "import transxssm" in card.read_text()
+    card.write_text("mine")
+    train(recipe(), resume=True)
+    assert card.read_text() == "mine"
+
+
 def test_the_best_by_bits_per_byte_has_the_fewest(recipe):
     best = ["training.load_best_model_at_end=true", "training.metric_for_best_model=bits_per_byte"]
     summary = train(recipe(*best, "training.eval_steps=5", "training.save_total_limit=1"))

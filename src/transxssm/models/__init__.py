@@ -11,6 +11,7 @@ from transxssm.models.checkpoint import (
 )
 from transxssm.models.configuration_transxssm import PRESETS, TransXSSMConfig
 from transxssm.models.modeling_transxssm import (
+    MODEL_CARD,
     TransXSSMForCausalLM,
     TransXSSMForSequenceClassification,
     TransXSSMModel,
@@ -18,6 +19,7 @@ from transxssm.models.modeling_transxssm import (
 )
 
 __all__ = [
+    "MODEL_CARD",
     "PRESETS",
     "TransXSSMCache",
     "TransXSSMConfig",

@@ -120,7 +120,9 @@ def ssd_state_of(cache: Cache | None, layer_idx: int) -> LinearAttentionLayer | 
     if not isinstance(part, LinearAttentionLayer):
         raise ValueError(
             f"the cache must be made from the model's config, as TransXSSMCache(config=model.config) is: got a {type(cache).__name__} "
-            f"that holds {'nothing' if part is None else 'a ' + type(part).__name__} for layer {layer_idx}, expected a LinearAttentionLayer"
+            f"that holds {'nothing' if part is None else 'a ' + type(part).__name__} for layer {layer_idx}, expected a "
+            "LinearAttentionLayer "
+            "(PEFT's prefix tuning makes keys and values for every layer, and an SSD layer has none: use prompt tuning)"
         )
     return part
 

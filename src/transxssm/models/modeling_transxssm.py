@@ -4,6 +4,8 @@ Letters: b batch, t time, n state size, d head_dim of attention.
 """
 
 import math
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -38,6 +40,25 @@ from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
 
 SILU = type(ACT2FN["silu"])
+MODEL_CARD = "README.md"
+_CARD = """\
+---
+library_name: transformers
+tags: [transxssm]
+---
+# A TransXSSM model
+
+A hybrid of state-space and attention layers under one rotary position embedding ([arXiv 2506.09507](https://arxiv.org/abs/2506.09507)).
+transformers loads it once the package `transxssm` is installed and imported. Without the import it says that it does not recognize
+the model type `transxssm`, and no upgrade of transformers changes that.
+
+```python
+import transxssm  # registers the model with transformers
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("path/to/this/folder")
+```
+"""
 
 
 class TransXSSMRotaryEmbedding(nn.Module):
@@ -137,6 +158,16 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
         "hidden_states": TransXSSMDecoderLayer,
         "attentions": TransXSSMAttention,
     }
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As in transformers, and writes a model card that says what to import before loading, where the folder has none."""
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        card = Path(save_directory) / MODEL_CARD
+        if is_main_process and not card.exists():
+            auto_class = "AutoModel" + type(self).__name__.removeprefix("TransXSSM").removeprefix("Model")
+            card.write_text(_CARD.format(auto_class=auto_class), encoding="utf-8")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

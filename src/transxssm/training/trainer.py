@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from transxssm.data.labels import IGNORED_LABEL
-from transxssm.models import TransXSSMConfig
+from transxssm.models import MODEL_CARD, TransXSSMConfig
 from transxssm.training.checkpoints import (
     PREFIX,
     STAGING,
@@ -254,6 +254,8 @@ class TransXSSMTrainer(Trainer):
                     self.model.save_pretrained(staging, state_dict=state_dict)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staging)
+                if (run_dir / MODEL_CARD).exists():  # perhaps with what its owner wrote
+                    (staging / MODEL_CARD).unlink(missing_ok=True)
                 publish_files(staging, run_dir)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
