@@ -1,9 +1,12 @@
 import json
+import sysconfig
+from pathlib import Path
 
 import pytest
 
-from transxssm.data import load_corpus
-from transxssm.data.corpus import is_held_out
+from tests.data.conftest import random_text
+from transxssm.data import build_datasets, build_tokenizer, load_corpus
+from transxssm.data.held_out import is_held_out
 
 
 def names(split) -> list[str]:
@@ -84,11 +87,126 @@ def test_an_empty_corpus_is_refused(write, arguments):
         load_corpus(arguments(write({"a.txt": "", "b.txt": "  \n"})))
 
 
-def test_too_few_documents_for_two_splits_are_refused(write, arguments):
-    with pytest.raises(ValueError, match="leaves none for the held-out split; change the fraction or add documents"):
-        load_corpus(arguments(write({"a.txt": "one", "b.txt": "two"}), held_out_fraction=1e-6))
-    with pytest.raises(ValueError, match="leaves none for the train split"):
-        load_corpus(arguments(write({"a.txt": "one", "b.txt": "two"}), held_out_fraction=1 - 1e-6))
+OWN_TEXTS = {
+    "one file of 18 kB": ({"a.txt": 18_000}, 0.05),
+    "two files": ({"a.txt": 30_000, "b.txt": 9_000}, 0.05),
+    "three files": ({"a.txt": 5_000, "b.txt": 90_000, "c.txt": 20_000}, 0.05),
+    "twenty files": ({f"{n}.txt": 1_000 + 500 * n for n in range(20)}, 0.1),
+    "a file of 700 kB": ({"a.txt": 700_000}, 0.05),
+    "half": ({"a.txt": 18_000, "b.txt": 2_000}, 0.5),
+    "nearly all": ({"a.txt": 18_000, "b.txt": 2_000}, 0.9),
+    "hardly any": ({"a.txt": 18_000, "b.txt": 2_000}, 0.001),
+    # Of these the hash of names takes 1.txt alone.
+    "the long one of ten by name": ({f"{n}.txt": 50_000 if n == 1 else 1_000 for n in range(10)}, 0.05),
+    "the short one of ten by name": ({f"{n}.txt": 100 if n == 1 else 20_000 for n in range(10)}, 0.05),
+    "two words": ({"a.txt": 3, "b.txt": 3}, 0.05),
+}
+
+
+@pytest.mark.parametrize(("sizes", "fraction"), OWN_TEXTS.values(), ids=OWN_TEXTS)
+@pytest.mark.parametrize("line_ends", [True, False], ids=["lines", "one line"])
+def test_of_ones_own_text_about_the_fraction_is_held_out_however_few_files_there_are(
+    write, arguments, sizes, fraction, line_ends
+):
+    texts = {name: random_text(n, size)[:size] for n, (name, size) in enumerate(sizes.items())}
+    texts = {name: text if line_ends else text.replace("\n", "_").replace(" ", "_") for name, text in texts.items()}
+    corpus = load_corpus(arguments(write(texts), held_out_fraction=fraction))
+    held_out, trained = ("".join(split["text"]) for split in (corpus.held_out, corpus.train))
+    assert sorted(held_out + trained) == sorted("".join(texts.values()))
+    total = sum(sizes.values())
+    wanted = fraction * total
+    assert wanted / 2 - 1 <= len(held_out) <= wanted * 2 + 1
+    assert f"{len(held_out) / total:.1%} of the text" in corpus.description
+
+
+@pytest.mark.parametrize("name", ["my.txt", None], ids=["the file", "its folder"])
+def test_a_long_text_is_cut_into_as_few_documents_as_it_takes(write, arguments, name):
+    text = "".join(f"This is line {n} of one text.\n" for n in range(9_000))  # 260 kB
+    folder = write({"my.txt": text})
+    corpus = load_corpus(arguments(folder if name is None else folder / name, held_out_fraction=0.05))
+    documents = [*corpus.held_out, *corpus.train]
+    assert len(corpus.held_out) == 1
+    assert len(documents) <= 3
+    assert all(document["text"].endswith("\n") for document in documents)
+    assert "".join(d["text"] for d in sorted(documents, key=lambda d: int(d["name"].split("@")[1]))) == text
+    again = load_corpus(arguments(folder if name is None else folder / name, held_out_fraction=0.05))
+    assert list(again.held_out) == list(corpus.held_out)
+    assert again.identity == corpus.identity
+
+
+def test_a_lone_file_can_be_packed_and_trained_on(write, arguments):
+    data = arguments(write({"a.txt": random_text(0, 4000)}), held_out_fraction=0.05, sequence_length=64)
+    corpus = load_corpus(data)
+    packed = build_datasets(data, corpus, build_tokenizer(data, corpus))
+    assert len(packed.train)
+    assert packed.held_out_bytes == sum(len(text.encode()) for text in corpus.held_out["text"])
+
+
+def test_a_text_of_one_character_is_refused(write, arguments):
+    with pytest.raises(
+        ValueError, match=r"cannot be split in two: it is one character; add text, or name data\.validation"
+    ):
+        load_corpus(arguments(write({"a.txt": "a"})))
+
+
+def test_the_embedded_corpus_is_split_by_its_files_names_and_no_file_is_cut(arguments):
+    """Published figures are of these files: a split that moves would make them another measurement."""
+    corpus = load_corpus(arguments("python-stdlib", held_out_fraction=0.05))
+    held_out, trained = set(names(corpus.held_out)), set(names(corpus.train))
+    assert all(is_held_out(name, 0.05) for name in held_out)
+    assert not any(is_held_out(name, 0.05) for name in trained)
+    assert {
+        "copyreg.py",
+        "opcode.py",
+        "sched.py",
+        "secrets.py",
+        "token.py",
+        "traceback.py",
+        "tomllib/__init__.py",
+    } <= held_out
+    assert {"argparse.py", "ast.py", "json/decoder.py", "typing.py", "zipapp.py"} <= trained
+    for name in ("traceback.py", "typing.py"):
+        split = corpus.held_out if name in held_out else corpus.train
+        (text,) = (document["text"] for document in split if document["name"] == name)
+        assert text.encode() == (Path(sysconfig.get_path("stdlib")) / name).read_bytes()
+
+
+def test_what_the_names_take_of_an_embedded_corpus_stands_however_little_it_is(write, arguments, monkeypatch):
+    root = write({f"{n}.py": f"x = {n}\n" * (1 if is_held_out(f"{n}.py", 0.05) else 99) for n in range(60)})
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root))
+    corpus = load_corpus(arguments("python-environment", held_out_fraction=0.05))
+    assert set(names(corpus.held_out)) == {f"{n}.py" for n in range(60) if is_held_out(f"{n}.py", 0.05)}
+
+
+def test_a_text_of_its_own_can_be_held_out(write, arguments):
+    folder = write({"train/a.txt": "some text", "val/x.txt": "held out", "val/y.jsonl": '{"text": "too"}'})
+    corpus = load_corpus(arguments(folder / "train", validation=str(folder / "val"), held_out_fraction=0.0))
+    assert (list(corpus.train["text"]), sorted(corpus.held_out["text"])) == (["some text"], ["held out", "too"])
+    inside = load_corpus(arguments(folder, validation=str(folder / "val")))
+    assert (list(inside.train["text"]), sorted(inside.held_out["text"])) == (["some text"], ["held out", "too"])
+    (folder / "val" / "x.txt").write_text("edited")
+    assert load_corpus(arguments(folder, validation=str(folder / "val"))).identity != inside.identity
+
+
+@pytest.mark.parametrize(
+    ("validation", "words"),
+    [("missing", "a file or folder that exists"), ("corpus", "would leave no text"), (".", "would leave no text")],
+)
+def test_a_text_to_hold_out_must_be_there_and_be_another(write, arguments, validation, words):
+    folder = write({"a.txt": "some text", "b.txt": "more"})
+    with pytest.raises(ValueError, match=r"data\.validation") as refusal:
+        load_corpus(arguments(folder, validation=str(folder.parent / validation)))
+    assert words in str(refusal.value)
+
+
+def test_max_bytes_draws_documents_from_all_over_the_corpus(folder, arguments):
+    whole, part = load_corpus(arguments(folder)), load_corpus(arguments(folder, max_bytes=5_000))
+    size = sum(len(text.encode()) for text in [*part.train["text"], *part.held_out["text"]])
+    assert 5_000 <= size < 6_000
+    assert {*names(part.train)} | {*names(part.held_out)} < {*names(whole.train)} | {*names(whole.held_out)}
+    assert len({name.split("/")[0] for name in names(part.train)}) == 3
+    assert list(load_corpus(arguments(folder, max_bytes=5_000)).train) == list(part.train)
+    assert load_corpus(arguments(folder, max_bytes=10**9)).identity == whole.identity
 
 
 @pytest.mark.parametrize("field", [{"streaming": True}, {"corpus_config": "small"}])

@@ -89,6 +89,19 @@ def test_the_training_rows_are_full_and_have_the_documents_in_seeded_order(prepa
         assert np.array_equal(row["seq_idx"], other["seq_idx"])
 
 
+def test_long_documents_are_tokenized_a_few_at_a_time_to_the_same_tokens(prepare, folder, monkeypatch):
+    corpus, tokenizer, _ = prepare(folder)
+    texts = list(corpus.train["text"])
+    expected = tokenize_documents(texts, tokenizer)
+    monkeypatch.setattr(packing, "_TOKENIZER_BATCH_CHARACTERS", 500)
+    batches = list(packing._batches(texts))
+    assert [text for batch in batches for text in batch] == texts
+    assert len(batches) > 5
+    assert all(len(batch) == 1 or sum(map(len, batch)) <= 500 for batch in batches)
+    for document, other in zip(tokenize_documents(texts, tokenizer), expected, strict=True):
+        assert np.array_equal(document, other)
+
+
 def cache_file(dataset) -> str:
     (file,) = dataset.cache_files
     return file["filename"]

@@ -69,6 +69,7 @@ def test_a_run_folder_loads_it_by_auto_tokenizer(tokenizer, tmp_path):
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert loaded.decode(tokenizer(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
     assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<|endoftext|>", "<|endoftext|>", "<|pad|>")
+    assert loaded.padding_side == "left"  # so that every prompt of a batch ends where `generate` goes on
     assert tokenizer_identity(loaded) == tokenizer_identity(tokenizer)
 
 
@@ -98,7 +99,7 @@ def test_bpe_never_sees_the_held_out_split(folder, arguments):
     data = arguments(folder)
     corpus = load_corpus(data)
     for name in corpus.held_out["name"]:
-        (folder / name).write_text("heldoutword " * 500)
+        (folder / name).write_text("heldoutword " * 20)
     tokenizer = build_tokenizer(data, load_corpus(data))
     assert not any("held" in token for token in tokenizer.get_vocab())
 

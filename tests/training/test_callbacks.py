@@ -74,7 +74,7 @@ def show(display):
 
 def test_without_a_terminal_progress_is_a_line_per_logged_step():
     stream = io.StringIO()
-    show(ProgressDisplay(Console(file=stream, force_terminal=False, width=200)))
+    show(ProgressDisplay(console=Console(file=stream, force_terminal=False, width=200)))
     assert stream.getvalue().splitlines() == [
         "step 5/20  loss 2.5000  1,000 tokens/s  0:00:01 left",  # 15 steps of 100 tokens
         "step 5/20  held-out loss 2.0000  perplexity 7.39  bits per byte 1.5000",
@@ -83,7 +83,7 @@ def test_without_a_terminal_progress_is_a_line_per_logged_step():
 
 def test_on_a_terminal_progress_is_a_bar_with_loss_and_speed():
     stream = io.StringIO()
-    display = ProgressDisplay(Console(file=stream, force_terminal=True, highlight=False, width=120))
+    display = ProgressDisplay(console=Console(file=stream, force_terminal=True, highlight=False, width=120))
     show(display)
     output = stream.getvalue()
     for part in ("5/20", "loss 2.5000", "1,000 tokens/s", "left", "held-out loss 2.0000"):

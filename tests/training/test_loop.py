@@ -107,6 +107,23 @@ def test_metrics_have_one_row_per_step(finished_run):
     assert [row["step"] for row in rows if "eval_loss" in row] == [10, 20]
 
 
+def test_prompts_of_different_lengths_in_one_batch_are_continued_as_each_alone(finished_run):
+    model = AutoModelForCausalLM.from_pretrained(finished_run)
+    tokenizer = AutoTokenizer.from_pretrained(finished_run)
+    prompts = ["def state_1(", "def rotary_22(position):\n    return "]
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    together = model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), **settings)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), **settings)[0]
+        assert row[-12:].tolist() == alone[-12:].tolist()
+
+
+def test_the_run_says_what_is_held_out(recipe, capsys):
+    train(recipe("training.max_steps=1"))
+    first = capsys.readouterr().err.splitlines()[-4:]
+    assert any(line.startswith(f"{recipe().data.corpus}: ") and "characters; held out: " in line for line in first)
+
+
 def test_the_stored_recipe_is_the_resolved_one(finished_run):
     assert load_recipe(finished_run / "recipe.yaml").training["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
 

@@ -15,9 +15,10 @@ class DataArguments:
             folder, or a hub data set `owner/name`.
         corpus_config: configuration of a hub data set, such as `fineweb-edu-dedup` of `HuggingFaceTB/smollm-corpus`.
         corpus_split: split of a hub data set; the held-out documents are taken out of it too.
-        text_column: where hub data sets, JSONL and Parquet files have their text.
+        text_column: where hub data sets, JSONL, JSON, CSV and Parquet files have their text.
         streaming: read a hub data set while training, instead of downloading it first.
-        held_out_fraction: share of the documents that is held out, by a hash of each document's name.
+        held_out_fraction: share of the corpus that is held out: documents by a hash of each one's name, or pieces of them where
+            they are too few or too long for that.
         max_documents: use only the first so many documents; None uses all.
         tokenizer: `bpe` (byte-level BPE trained on the training split), `bytes`, or the name or path of any tokenizer that
             `AutoTokenizer` loads.
@@ -25,6 +26,8 @@ class DataArguments:
         sequence_length: tokens in a packed row.
         seed: order of the training documents.
         cache_dir: where prepared data is kept; None is the cache of `datasets`.
+        validation: a file or folder of one's own that is held out whole; None holds out a part of the corpus.
+        max_bytes: use only about so much text, of documents drawn at random, the same each time; None uses all.
 
     Raises:
         ValueError: a value out of its range.
@@ -42,6 +45,8 @@ class DataArguments:
     sequence_length: int = 1024
     seed: int = 0
     cache_dir: str | None = None
+    validation: str | None = None
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("corpus", "corpus_split", "text_column", "tokenizer"):
@@ -49,16 +54,22 @@ class DataArguments:
                 raise ValueError(
                     f"data.{name} must be a name: got {getattr(self, name)!r}; leave it out for the default"
                 )
-        if not 0 < self.held_out_fraction < 1:
+        if self.validation == "":
+            raise ValueError(
+                "data.validation must name a file or folder: got ''; leave it out to hold out a part of the corpus"
+            )
+        if self.validation is None and not 0 < self.held_out_fraction < 1:
             raise ValueError(
                 f"data.held_out_fraction must lie between 0 and 1, so that there is text to train on and text to "
-                f"evaluate on: got {self.held_out_fraction}"
+                f"evaluate on: got {self.held_out_fraction}; data.validation names a text of its own to evaluate on"
             )
         if self.max_documents is not None and self.max_documents < 2:
             raise ValueError(
                 f"data.max_documents must be at least 2, one to train on and one to hold out: got {self.max_documents}; "
                 f"leave it out to use all"
             )
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"data.max_bytes must be at least 1: got {self.max_bytes}; leave it out to use all")
         if self.tokenizer == "bpe" and self.vocab_size < SMALLEST_BPE_VOCABULARY:
             raise ValueError(
                 f"data.vocab_size must be at least {SMALLEST_BPE_VOCABULARY}, 256 bytes and {len(SPECIAL_TOKENS)} special "

@@ -1,27 +1,33 @@
-"""A corpus: named documents in two splits that never trade a document, whatever is added to the corpus."""
+"""A corpus: named documents in two splits, one to train on and one that is held out."""
 
 import difflib
-import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 
 from transxssm.data.arguments import DataArguments
 from transxssm.data.cache import fingerprint, generated_dataset
 from transxssm.data.embedded import EMBEDDED_CORPORA, embedded_documents, embedded_files
-from transxssm.data.files import TextFile, local_documents, local_files
+from transxssm.data.files import JSONL_SUFFIXES, TextFile, local_documents, local_files
+from transxssm.data.held_out import Run, cut_and_chosen, hash_of, is_held_out, is_near
 from transxssm.data.hub import hub_documents, open_hub_dataset
+from transxssm.data.progress import progress
 
 DOCUMENT_FEATURES = Features({"name": Value("string"), "text": Value("large_string")})
 # A stream has no end to wait for: its held-out split is drawn from so many documents at its beginning.
 STREAM_HELD_OUT_SCAN = 10_000
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE_SUFFIXES = frozenset({".txt", ".md", ".py", ".json", ".jsonl", ".ndjson", ".parquet"})
+_FILE_SUFFIXES = JSONL_SUFFIXES | {".txt", ".md", ".py", ".json", ".csv", ".tsv", ".parquet", ".gz"}
+# Part of a local corpus's fingerprint: raise it whenever its files would be read as other documents.
+_LOCAL_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,110 +38,214 @@ class Corpus:
         train: what is trained on; an `IterableDataset` when streaming.
         held_out: what is evaluated on.
         identity: fingerprint of both splits' content; a stream's says where it comes from.
+        description: what is trained on and what is held out, in a line.
     """
 
     train: Dataset | IterableDataset
     held_out: Dataset
     identity: str
+    description: str = ""
 
 
 def load_corpus(data: DataArguments) -> Corpus:
-    """The corpus that `data` names, split by a hash of each document's name.
+    """The corpus that `data` names, split by a hash of each document's name, or with `data.validation` as its held-out split.
 
-    A document's side depends on its own name and on `held_out_fraction`, and on no other document.
+    A document's side depends on its own name and on `held_out_fraction`, and on no other document. Where one side would stay
+    empty, or a corpus of one's own would be split far from the fraction, documents are cut instead (`cut_and_chosen`).
 
     Raises:
-        ValueError: no such corpus, a file or record that can't be read, or too few documents to fill both splits.
+        ValueError: no such corpus, a file or record that can't be read, or no text for two splits.
         ConnectionError: a hub data set, and the hub can't be reached.
     """
     path = Path(data.corpus).expanduser()
+    validation = _validation_path(data, path)
     if data.corpus in EMBEDDED_CORPORA or path.exists():
         for name in ("streaming", "corpus_config"):
             if getattr(data, name):
                 raise ValueError(
                     f"data.{name} is for hub data sets: got corpus {data.corpus!r}, which is on this machine; leave it out"
                 )
-        return _files_corpus(data, path)
-    if not _HUB_NAME.fullmatch(data.corpus) or path.suffix.lower() in _FILE_SUFFIXES:
-        raise ValueError(_unknown(data.corpus))
-    records = open_hub_dataset(data)
-    if isinstance(records, IterableDataset):
-        return _streamed_corpus(data, records)
-    identity = fingerprint("hub", records._fingerprint, data.text_column)
-    documents = generated_dataset(
-        hub_documents,
-        {"records": records, "text_column": data.text_column},
-        features=DOCUMENT_FEATURES,
-        split="documents",
-        identity=identity,
-        cache_dir=data.cache_dir,
-        if_empty=_empty(data.corpus),
-    )
-    return _split(data, documents, identity)
-
-
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name is held out: its hash, taken as a number in [0, 1), lies below `fraction`."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _files_corpus(data: DataArguments, path: Path) -> Corpus:
-    """An embedded or local corpus. Files are known by name, size and time, so that an edited file is read again."""
-    embedded = data.corpus in EMBEDDED_CORPORA
-    files = embedded_files(data.corpus) if embedded else local_files(path)
-    source = [data.corpus if embedded else str(path.resolve()), data.text_column, data.max_documents]
-    identity = fingerprint("files", source, [(file.name, *_size_and_time(file.path)) for file in files])
-    documents = generated_dataset(
-        _first_documents,
-        {"corpus": data.corpus if embedded else path, "files": files, "data": data},
-        features=DOCUMENT_FEATURES,
-        split="documents",
-        identity=identity,
-        cache_dir=data.cache_dir,
-        if_empty=_empty(data.corpus),
-    )
-    return _split(data, documents, identity)
-
-
-def _first_documents(corpus: str | Path, files: list[TextFile], data: DataArguments) -> Iterator[dict[str, str]]:
-    match corpus:
-        case Path():
-            documents = local_documents(corpus, files, data.text_column)
-        case _:
-            documents = embedded_documents(corpus, files)
-    return itertools.islice(documents, data.max_documents)
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _split(data: DataArguments, documents: Dataset, identity: str) -> Corpus:
-    """Both splits of the documents, as views: the text is stored once."""
-    identity = fingerprint("split", identity, data.held_out_fraction)
-    held_out = [is_held_out(name, data.held_out_fraction) for name in documents["name"]]
-    splits = {
-        side: documents.select(
-            [index for index, held in enumerate(held_out) if held == (side == "held-out")],
-            new_fingerprint=fingerprint(side, identity),
+        is_own = data.corpus not in EMBEDDED_CORPORA
+        documents, identity = (
+            _local(data, path, excluded=validation, limit=data.max_documents) if is_own else _embedded(data)
         )
-        for side in ("train", "held-out")
-    }
-    for side, split in splits.items():
-        if not len(split):
+    elif not _HUB_NAME.fullmatch(data.corpus) or path.suffix.lower() in _FILE_SUFFIXES:
+        raise ValueError(_unknown(data.corpus))
+    else:
+        records = open_hub_dataset(data)
+        if isinstance(records, IterableDataset):
+            return _streamed_corpus(data, records, validation)
+        is_own, identity = False, fingerprint("hub", records._fingerprint, data.text_column)
+        documents = _stored(
+            hub_documents,
+            {"records": records, "text_column": data.text_column},
+            identity,
+            data,
+            data.corpus,
+            len(records),
+        )
+    documents, identity = _sampled(data, documents, identity)
+    if validation is not None:
+        held_out, held_out_identity = _local(data, validation)
+        return Corpus(
+            documents,
+            held_out,
+            fingerprint("validation", identity, held_out_identity),
+            f"{len(documents):,} documents to train on; held out: the {len(held_out):,} of {data.validation}",
+        )
+    return _split(data, documents, identity, is_own)
+
+
+def _validation_path(data: DataArguments, corpus: Path) -> Path | None:
+    """What `data.validation` names."""
+    if data.validation is None:
+        return None
+    path = Path(data.validation).expanduser()
+    if not path.exists():
+        raise ValueError(f"no data.validation {data.validation!r}: expected a file or folder that exists")
+    if data.corpus not in EMBEDDED_CORPORA and corpus.resolve().is_relative_to(path.resolve()):
+        raise ValueError(
+            f"data.validation {data.validation!r} holds all of data.corpus {data.corpus!r}, which would leave no text to train "
+            f"on: name another one"
+        )
+    return path
+
+
+def _embedded(data: DataArguments) -> tuple[Dataset, str]:
+    """Files are known by name, size and time, so that an edited one is read again."""
+    files = embedded_files(data.corpus)
+    states = _states(files)
+    identity = fingerprint("files", [data.corpus, data.text_column, data.max_documents], states)
+    arguments = {"documents": embedded_documents, "arguments": (data.corpus, files), "limit": data.max_documents}
+    num_bytes = sum(size for _, size, _ in states)
+    return _stored(_first_documents, arguments, identity, data, data.corpus, num_bytes, "B"), identity
+
+
+def _local(
+    data: DataArguments, path: Path, *, excluded: Path | None = None, limit: int | None = None
+) -> tuple[Dataset, str]:
+    """The documents of a file or folder, at most `limit`, without those of a file or folder in it that is left out."""
+    files = local_files(path, excluded=excluded)
+    states = _states(files)
+    identity = fingerprint("local", _LOCAL_VERSION, [str(path.resolve()), data.text_column, limit], states)
+    arguments = {"documents": local_documents, "arguments": (path, files, data.text_column), "limit": limit}
+    num_bytes = sum(size for _, size, _ in states)
+    return _stored(_first_documents, arguments, identity, data, str(path), num_bytes, "B"), identity
+
+
+def _states(files: list[TextFile]) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file."""
+    states = ((file.name, file.path.stat()) for file in files)
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in states]
+
+
+def _first_documents(
+    documents: Callable[..., Iterator[dict[str, str]]],
+    arguments: tuple[Any, ...],
+    limit: int | None,
+    advance: Callable[[int], object],
+) -> Iterator[dict[str, str]]:
+    return itertools.islice(documents(*arguments, advance=advance), limit)
+
+
+def _stored(
+    generator: Callable[..., Iterator[dict[str, str]]],
+    arguments: dict[str, Any],
+    identity: str,
+    data: DataArguments,
+    corpus: str,
+    total: int,
+    unit: str = "documents",
+) -> Dataset:
+    """The documents of a generator, out of the cache where they are there."""
+    with progress(f"Reading {corpus}", total, unit) as advance:
+        return generated_dataset(
+            generator,
+            {**arguments, "advance": advance},
+            features=DOCUMENT_FEATURES,
+            split="documents",
+            identity=identity,
+            cache_dir=data.cache_dir,
+            if_empty=f"corpus {corpus!r} is empty: expected documents with text; name another one",
+        )
+
+
+def _sampled(data: DataArguments, documents: Dataset, identity: str) -> tuple[Dataset, str]:
+    """About `data.max_bytes` of the documents, drawn by a hash of their names, in their own order."""
+    if data.max_bytes is None:
+        return documents, identity
+    sizes = pc.binary_length(documents.data.column("text")).to_numpy()
+    names = list(documents["name"])
+    order = np.array(sorted(range(len(names)), key=lambda index: hash_of(f"sample of {names[index]}")))
+    count = int(np.searchsorted(np.cumsum(sizes[order]), data.max_bytes)) + 1
+    if count >= len(documents):
+        return documents, identity
+    identity = fingerprint("sample", identity, data.max_bytes)
+    return documents.select(np.sort(order[:count]), new_fingerprint=identity), identity
+
+
+def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool) -> Corpus:
+    """Both splits of the documents: views where the names' hash takes about the fraction, else of documents that are cut.
+
+    Args:
+        is_own: the corpus is a file or folder of the user's own; else what the hash takes stands, unless a side is empty.
+    """
+    fraction = data.held_out_fraction
+    identity = fingerprint("split", identity, fraction)
+    names, sizes = list(documents["name"]), np.array(_lengths(documents))
+    held_out = np.array([is_held_out(name, fraction) for name in names])
+    taken, total = int(sizes[held_out].sum()), int(sizes.sum())
+    if 0 < held_out.sum() < len(names) and (not is_own or is_near(taken, total, fraction)):
+        share = f"{int(held_out.sum()):,} of {len(names):,} documents, {taken / total:.1%} of the text, by a hash of their names"
+        side = held_out
+    else:
+        try:
+            runs = cut_and_chosen(names, (document["text"] for document in documents), total, fraction)
+        except ValueError as error:
             raise ValueError(
-                f"corpus {data.corpus!r} has {len(documents)} documents, and data.held_out_fraction="
-                f"{data.held_out_fraction} leaves none for the {side} split; change the fraction or add documents"
-            )
-    return Corpus(splits["train"], splits["held-out"], identity)
+                f"corpus {data.corpus!r} cannot be split in two: {error}; add text, or name data.validation"
+            ) from None
+        identity = fingerprint("cut", identity)
+        documents = _stored(_runs_of, {"documents": documents, "runs": runs}, identity, data, data.corpus, len(runs))
+        side = np.array([run.is_held_out for run in runs])
+        taken = sum(run.end - run.begin for run in runs if run.is_held_out)
+        share = f"{taken / total:.1%} of the text in {int(side.sum()):,} pieces, cut at line or sentence ends where there are any"
+    train, held_out_documents = (
+        documents.select(np.flatnonzero(side == held), new_fingerprint=fingerprint(name, identity))
+        for name, held in (("train", False), ("held-out", True))
+    )
+    return Corpus(train, held_out_documents, identity, f"{total:,} characters; held out: {share}")
 
 
-def _streamed_corpus(data: DataArguments, records: IterableDataset) -> Corpus:
+def _lengths(documents: Dataset) -> list[int]:
+    """Characters of each document."""
+    texts = documents.data.column("text")
+    if documents._indices is not None:
+        texts = texts.take(documents._indices.column(0))
+    return pc.utf8_length(texts).to_pylist()
+
+
+def _runs_of(documents: Dataset, runs: list[Run], advance: Callable[[int], object]) -> Iterator[dict[str, str]]:
+    for run in runs:
+        advance(1)
+        document = documents[run.document]
+        whole = run.begin == 0 and run.end == len(document["text"])
+        name = document["name"] if whole else f"{document['name']}@{run.begin}"
+        yield {"name": name, "text": document["text"][run.begin : run.end]}
+
+
+def _streamed_corpus(data: DataArguments, records: IterableDataset, validation: Path | None) -> Corpus:
     """Training documents as they come, without any that is held out; held-out ones from the stream's beginning, stored."""
-    arguments = {"records": records, "text_column": data.text_column, "fraction": data.held_out_fraction}
+    fraction = data.held_out_fraction if validation is None else 0.0
+    arguments = {"records": records, "text_column": data.text_column, "fraction": fraction}
+    train = IterableDataset.from_generator(_streamed_train, features=DOCUMENT_FEATURES, gen_kwargs=arguments)
     source = [data.corpus, data.corpus_config, data.corpus_split, data.text_column, data.max_documents]
+    if validation is not None:
+        held_out, held_out_identity = _local(data, validation)
+        identity = fingerprint("validation", ["stream", *source], held_out_identity)
+        return Corpus(
+            train, held_out, identity, f"a stream to train on; held out: {len(held_out):,} documents of {validation}"
+        )
     identity = fingerprint("stream", source, data.held_out_fraction)
     held_out = generated_dataset(
         _streamed_held_out,
@@ -149,8 +259,9 @@ def _streamed_corpus(data: DataArguments, records: IterableDataset) -> Corpus:
             f"data.held_out_fraction, now {data.held_out_fraction}"
         ),
     )
-    train = IterableDataset.from_generator(_streamed_train, features=DOCUMENT_FEATURES, gen_kwargs=arguments)
-    return Corpus(train, held_out, identity)
+    return Corpus(
+        train, held_out, identity, f"a stream to train on; held out: {len(held_out):,} documents from its beginning"
+    )
 
 
 def _streamed_train(records: IterableDataset, text_column: str, fraction: float) -> Iterator[dict[str, str]]:
@@ -160,10 +271,6 @@ def _streamed_train(records: IterableDataset, text_column: str, fraction: float)
 def _streamed_held_out(records: IterableDataset, text_column: str, fraction: float) -> Iterator[dict[str, str]]:
     scanned = itertools.islice(hub_documents(records, text_column), STREAM_HELD_OUT_SCAN)
     return (document for document in scanned if is_held_out(document["name"], fraction))
-
-
-def _empty(corpus: str) -> str:
-    return f"corpus {corpus!r} is empty: expected at least two documents with text; name another data.corpus"
 
 
 def _unknown(corpus: str) -> str:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from transxssm.data.files import TextFile, decode
+from transxssm.data.files import Advance, TextFile, decode
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ def embedded_files(corpus: str) -> list[TextFile]:
     return sorted(files)
 
 
-def embedded_documents(corpus: str, files: Sequence[TextFile]) -> Iterator[dict[str, str]]:
+def embedded_documents(
+    corpus: str, files: Sequence[TextFile], advance: Advance = lambda num_bytes: None
+) -> Iterator[dict[str, str]]:
     """Name and text of each file that is text, no table, and no copy of an earlier one.
 
     Copies (vendored packages) would put the same text into both splits.
@@ -65,6 +67,7 @@ def embedded_documents(corpus: str, files: Sequence[TextFile]) -> Iterator[dict[
         except (OSError, ValueError):
             skipped["unreadable"] += 1
             continue
+        advance(len(source))
         digest = hashlib.sha256(source).digest()
         if not text.strip():
             skipped["empty"] += 1

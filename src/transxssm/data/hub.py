@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 
 from transxssm.data.arguments import DataArguments
-from transxssm.data.files import named_document
+from transxssm.data.files import Advance, Oddities, named_document
 
 _READ_BATCH_DOCUMENTS = 256
 
@@ -51,22 +51,31 @@ def open_hub_dataset(data: DataArguments) -> Dataset | IterableDataset:
     return records.select(range(min(data.max_documents, len(records))))
 
 
-def hub_documents(records: Dataset | IterableDataset, text_column: str) -> Iterator[dict[str, str]]:
+def hub_documents(
+    records: Dataset | IterableDataset, text_column: str, advance: Advance = lambda num_records: None
+) -> Iterator[dict[str, str]]:
     """Name and text of every record that is not empty; a record is named by its `name`, else by its content.
+
+    Args:
+        records: of a data set.
+        text_column: where their text is.
+        advance: told of every record that is read.
 
     Raises:
         ValueError: a text that is no string.
     """
-    number = 0
+    number, oddities = 0, Oddities()
     for batch in records.iter(_READ_BATCH_DOCUMENTS):
         names: list[Any] = (
             batch["name"] if "name" in batch and text_column != "name" else [None] * len(batch[text_column])
         )
         for text, name in zip(batch[text_column], names, strict=True):
             number += 1
-            document = named_document(text, name, f"record {number}")
+            advance(1)
+            document = named_document(text, name, f"record {number}", oddities)
             if document["text"].strip():
                 yield document
+    oddities.warn()
 
 
 def _first_line(error: Exception) -> str:

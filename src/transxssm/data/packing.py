@@ -4,7 +4,7 @@ A document is `[bos] + tokens + [eos]`. A row is full: where it ends inside a do
 repeats the last token as context, so that every token except bos is predicted exactly once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from transxssm.data.arguments import DataArguments
 from transxssm.data.cache import fingerprint, generated_dataset
 from transxssm.data.corpus import Corpus
+from transxssm.data.progress import progress
 from transxssm.data.tokenizer import document_bounds, tokenizer_identity
 
 ROW_FEATURES = Features({"input_ids": List(Value("int32")), "seq_idx": List(Value("int32"))})
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
 # Tokenizers keep about a hundred bytes a token while they work: small batches bound that for long documents.
 _TOKENIZER_BATCH_DOCUMENTS = 64
+_TOKENIZER_BATCH_CHARACTERS = 2**21
 _READ_BATCH_DOCUMENTS = 256
 _SHUFFLE_BUFFER_DOCUMENTS = 10_000
 
@@ -106,56 +108,84 @@ def tokenize_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> 
     A text that spells out a special token gets the tokens of those characters: only packing ends a document.
     """
     begin, end = document_bounds(tokenizer)
-    encoded = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
-    return [np.array([begin, *ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
+    documents: list[np.ndarray] = []
+    for batch in _batches(texts):
+        encoded = tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        documents += [np.array([begin, *ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
+    return documents
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists that together have `_TOKENIZER_BATCH_CHARACTERS` at most, unless it is one text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _TOKENIZER_BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def _pack_split(
     data: DataArguments, documents: Dataset, split: str, corpus_identity: str, tokenizer: PreTrainedTokenizerFast
 ) -> Dataset:
     tokens_identity = fingerprint("tokens", split, corpus_identity, tokenizer_identity(tokenizer))
-    tokens = documents.map(
-        _tokenized_batch,
-        batched=True,
-        batch_size=_TOKENIZER_BATCH_DOCUMENTS,
-        remove_columns=documents.column_names,
-        features=_TOKEN_FEATURES,
-        fn_kwargs={"tokenizer": tokenizer},
-        new_fingerprint=tokens_identity,
-        desc=f"Tokenizing the {split} split",
-    )
+    spoken = split.replace("_", "-")
+    with progress(f"Tokenizing the {spoken} split", len(documents), "documents") as advance:
+        tokens = documents.map(
+            _tokenized_batch,
+            batched=True,
+            batch_size=_TOKENIZER_BATCH_DOCUMENTS,
+            remove_columns=documents.column_names,
+            features=_TOKEN_FEATURES,
+            fn_kwargs={"tokenizer": tokenizer, "advance": advance},
+            new_fingerprint=tokens_identity,
+        )
     rows_identity = fingerprint("rows", tokens_identity, data.sequence_length, data.seed if split == "train" else None)
     arguments: dict[str, Any] = {"tokens": tokens, "sequence_length": data.sequence_length}
     if split == "train":
         arguments["seed"] = data.seed
-    return generated_dataset(
-        _training_rows if split == "train" else _held_out_rows,
-        arguments,
-        features=ROW_FEATURES,
-        split=split,
-        identity=rows_identity,
-        cache_dir=data.cache_dir,
-        if_empty=(
-            f"the {split} split of corpus {data.corpus!r} does not fill one row of data.sequence_length="
-            f"{data.sequence_length} tokens; lower it or add text"
-        ),
-    ).with_format("numpy")
+    with progress(f"Packing the {spoken} split", len(tokens), "documents") as advance:
+        rows = generated_dataset(
+            _training_rows if split == "train" else _held_out_rows,
+            {**arguments, "advance": advance},
+            features=ROW_FEATURES,
+            split=split,
+            identity=rows_identity,
+            cache_dir=data.cache_dir,
+            if_empty=(
+                f"the {split} split of corpus {data.corpus!r} does not fill one row of data.sequence_length="
+                f"{data.sequence_length} tokens; lower it or add text"
+            ),
+        )
+    return rows.with_format("numpy")
 
 
-def _tokenized_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[np.ndarray]]:
-    return {"input_ids": tokenize_documents(batch["text"], tokenizer)}
+def _tokenized_batch(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, advance: Callable[[int], object]
+) -> dict[str, list[np.ndarray]]:
+    documents = tokenize_documents(batch["text"], tokenizer)
+    advance(len(documents))
+    return {"input_ids": documents}
 
 
-def _training_rows(tokens: Dataset, sequence_length: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def _training_rows(
+    tokens: Dataset, sequence_length: int, seed: int, advance: Callable[[int], object]
+) -> Iterator[dict[str, np.ndarray]]:
     order = np.random.default_rng(seed).permutation(len(tokens))
-    rows = pack(_arrays(tokens.select(order)), sequence_length)
+    rows = pack(_arrays(tokens.select(order), advance), sequence_length)
     return (row for row in rows if len(row["input_ids"]) == sequence_length)
 
 
-def _held_out_rows(tokens: Dataset, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
-    return pack(_arrays(tokens), sequence_length)
+def _held_out_rows(
+    tokens: Dataset, sequence_length: int, advance: Callable[[int], object]
+) -> Iterator[dict[str, np.ndarray]]:
+    return pack(_arrays(tokens, advance), sequence_length)
 
 
 def _streamed_rows(
@@ -169,6 +199,8 @@ def _streamed_rows(
     return (row for row in pack(tokens, sequence_length) if len(row["input_ids"]) == sequence_length)
 
 
-def _arrays(tokens: Dataset) -> Iterator[np.ndarray]:
+def _arrays(tokens: Dataset, advance: Callable[[int], object]) -> Iterator[np.ndarray]:
     for batch in tokens.with_format("numpy").iter(_READ_BATCH_DOCUMENTS):
-        yield from batch["input_ids"]
+        for array in batch["input_ids"]:
+            advance(1)
+            yield array

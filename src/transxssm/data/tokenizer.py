@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transxssm.data.arguments import SPECIAL_TOKENS, DataArguments
 from transxssm.data.cache import cache_folder, fingerprint
 from transxssm.data.corpus import Corpus
+from transxssm.data.progress import progress
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD = SPECIAL_TOKENS
+# Of prompts in one batch: `generate` goes on after the last column, which must be each prompt's last token. Rows that are trained on
+# are padded by their collator.
+PADDING_SIDE = "left"
 # Merges stay inside these pieces. A word takes the one symbol or space before it; digits go in threes; punctuation takes the
 # line end and the next line's indentation along, so that "):\n        " is one token. On held-out files of the standard
 # library, vocabulary 8192: 4.37 bytes per token, against 3.87 with GPT-2's pieces and 4.06 with GPT-4's.
@@ -116,14 +120,15 @@ def _train_bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_training_texts(corpus), trainer)
+    with progress("Training the tokenizer", 0, "B") as advance:
+        tokenizer.train_from_iterator(_training_texts(corpus, advance), trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         logger.warning("bpe: the training split has text for %d tokens only, asked for %d", found, vocab_size)
     return tokenizer
 
 
-def _training_texts(corpus: Corpus) -> Iterator[str]:
+def _training_texts(corpus: Corpus, advance: Callable[[int], object] = lambda num_bytes: None) -> Iterator[str]:
     """At most `BPE_TRAINING_BYTES` of the training split: documents in a fixed random order, or a stream's first ones."""
     documents = corpus.train
     if isinstance(documents, Dataset):
@@ -132,7 +137,9 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
     for document in documents:
         if size >= BPE_TRAINING_BYTES:
             return
-        size += len(document["text"].encode())
+        num_bytes = len(document["text"].encode())
+        size += num_bytes
+        advance(num_bytes)
         yield document["text"]
 
 
@@ -148,6 +155,7 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
+        padding_side=PADDING_SIDE,
         clean_up_tokenization_spaces=False,
     )
 
@@ -164,5 +172,6 @@ def _named_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"tokenizer {name!r} has no fast version (tokenizer.json): got {type(tokenizer).__name__}; name another one"
         )
+    tokenizer.padding_side = PADDING_SIDE
     document_bounds(tokenizer)  # refused now, before the corpus is read
     return tokenizer

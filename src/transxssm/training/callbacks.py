@@ -79,16 +79,26 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """A bar with loss, tokens per second and time left on a terminal; elsewhere a line per logged step."""
+    """A bar with loss, tokens per second and time left on a terminal; elsewhere a line per logged step.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        description: of the data, shown before the first step.
+        console: where to; standard error by default.
+    """
+
+    def __init__(self, description: str = "", console: Console | None = None) -> None:
+        self.description = description
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        if not state.is_world_process_zero:
+            return
+        if self.description:
+            self.console.print(self.description, markup=False)
+        if not self.console.is_terminal:
             return
         self.bar = Progress(
             BarColumn(),

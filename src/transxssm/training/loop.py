@@ -98,7 +98,7 @@ def train(
     with arguments.main_process_first(local=False):
         data = source(recipe)
     prepare_seconds = time.perf_counter() - started
-    trainer = _build_trainer(recipe, arguments, data, checkpoint, display or ProgressDisplay())
+    trainer = _build_trainer(recipe, arguments, data, checkpoint, display or ProgressDisplay(data.description))
     if _asks_to_shard(arguments) and not trainer.is_fsdp_enabled:
         say("accelerate shards over accelerators only: on the CPU every process holds the whole model")
     with _full_disk_in_one_line(run_dir):

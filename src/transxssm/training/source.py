@@ -24,6 +24,7 @@ class TrainingData:
             `forward` does not name is left out.
         held_out_bytes: UTF-8 bytes that the labelled tokens of `held_out` stand for; None: they are no text.
         tokenizer: goes into the run folder, and gives the model its vocabulary; None: the recipe gives it.
+        description: what is trained on and what is held out, in a line.
     """
 
     train: Dataset
@@ -31,6 +32,7 @@ class TrainingData:
     collate: Collate
     held_out_bytes: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    description: str = ""
 
 
 def text_data(recipe: Recipe) -> TrainingData:
@@ -42,4 +44,7 @@ def text_data(recipe: Recipe) -> TrainingData:
     corpus = load_corpus(recipe.data)
     tokenizer = build_tokenizer(recipe.data, corpus)
     rows = build_datasets(recipe.data, corpus, tokenizer)
-    return TrainingData(rows.train, rows.held_out, PackedCollator(tokenizer), rows.held_out_bytes, tokenizer)
+    description = f"{recipe.data.corpus}: {corpus.description}"
+    return TrainingData(
+        rows.train, rows.held_out, PackedCollator(tokenizer), rows.held_out_bytes, tokenizer, description
+    )
