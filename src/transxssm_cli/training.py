@@ -1,15 +1,19 @@
 """`transxssm train`."""
 
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import datasets
 import typer
 
+from transxssm.data import DataArguments, load_corpus
 from transxssm.training import Recipe, load_recipe, train
 
 DEFAULT_RECIPE = "tiny"
+LONGEST_PROMPT = 40  # characters
 
 
 def train_recipe(arguments: list[str], *, resume: bool) -> None:
@@ -47,8 +51,22 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 
 def result_line(recipe: Recipe, summary: dict[str, float]) -> str:
     """A finished run in two lines: how good the model is, and how to hear it."""
+    words = opening_words(recipe.data)
+    prompt = f" --prompt {shlex.quote(words)}" if words else ""
     return (
         f"{recipe.output_dir}: held-out loss {summary['eval_loss']:.4f}, perplexity {summary['perplexity']:.2f}, "
         f"{summary['bits_per_byte']:.4f} bits per byte after {summary['train_tokens']:,} tokens\n"
-        f'try it: transxssm generate {recipe.output_dir} --prompt "import "'
+        f"try it: transxssm generate {shlex.quote(str(recipe.output_dir))}{prompt}"
     )
+
+
+def opening_words(data: DataArguments) -> str:
+    """The first words of a held-out document, as a prompt of the kind that the model knows; none where they are not at hand."""
+    if data.streaming:  # whose documents would be fetched again
+        return ""
+    try:
+        text = load_corpus(data).held_out[0]["text"]
+    except (ValueError, OSError):
+        return ""
+    words = re.search(r"\w\S*(?:[ \t]+\S+){0,2}", text)
+    return words.group()[:LONGEST_PROMPT] if words else ""

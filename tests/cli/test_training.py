@@ -1,6 +1,7 @@
 """`transxssm train`: the recipe and its overrides, the way to resume, and every mistake in one line."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -128,10 +129,31 @@ def test_a_full_disk_is_told_as_it_comes(error_of, recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.architecture=llama"]], ids=str)
-def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, monkeypatch, overrides):
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("  Es war einmal ein König, der hatte\n", "'Es war einmal'"),
+        ("-- it's here\n\nand there", "'it'\"'\"'s here'"),
+        ("一二三四五六七八九十" * 9, "'" + "一二三四五六七八九十" * 4 + "'"),
+    ],
+    ids=["words", "quotes", "no spaces"],
+)
+def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, tmp_path, monkeypatch, overrides, text, prompt):
     summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}
     monkeypatch.setattr(training, "train", lambda recipe, resume: summary)
-    assert "try it: transxssm generate" in run("train", recipe, *overrides).stdout
+    (tmp_path / "train.txt").write_text("something else")
+    (tmp_path / "held_out.txt").write_text(text)
+    corpus = [f"data.corpus={tmp_path / 'train.txt'}", f"data.validation={tmp_path / 'held_out.txt'}"]
+    line = run("train", recipe, *corpus, *overrides).stdout.splitlines()[-1]
+    assert line.startswith(f"try it: transxssm generate {tmp_path / 'run'} --prompt ")
+    assert shlex.split(line)[-1] == shlex.split(prompt)[0]
+
+
+def test_without_a_text_at_hand_the_prompt_is_left_out(run, recipe, tmp_path, monkeypatch):
+    summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}
+    monkeypatch.setattr(training, "train", lambda recipe, resume: summary)
+    for overrides in (["data.corpus=owner/name", "data.streaming=true"], [f"data.corpus={tmp_path / 'gone'}"]):
+        assert run("train", recipe, *overrides).stdout.endswith(f"try it: transxssm generate {tmp_path / 'run'}\n")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from transxssm.data import PackedCollator, build_datasets, build_tokenizer, load_corpus
 from transxssm.models import TransXSSMForCausalLM, modeling_transxssm
-from transxssm.training import TransXSSMTrainer
+from transxssm.training import Recipe, TransXSSMTrainer
 
 
 @pytest.fixture
@@ -44,6 +44,27 @@ def test_vectors_do_not_decay_and_matrices_do(build_trainer):
     assert set(by_name.values()) == {0.0, 0.3}
     for matrix in ("embed_tokens.weight", "layers.0.ssd.conv_weight", "layers.0.ssd.z_proj.weight"):
         assert by_name[f"model.{matrix}"] == 0.3
+
+
+def test_of_two_gpus_a_process_takes_one_and_names_the_command_for_both(build_trainer, monkeypatch, caplog):
+    make = Recipe.training_arguments
+
+    def with_two_gpus(recipe):
+        arguments = make(recipe)
+        arguments._n_gpu = 2
+        return arguments
+
+    class Spread(torch.nn.Module):
+        def __init__(self, model):
+            raise AssertionError("DataParallel gives a loss for each GPU, which evaluation cannot add up")
+
+    monkeypatch.setattr(Recipe, "training_arguments", with_two_gpus)
+    monkeypatch.setattr(torch.nn, "DataParallel", Spread)
+    trainer = build_trainer("training.max_steps=1", "training.per_device_train_batch_size=2")
+    assert "torchrun --nproc-per-node 2 -m transxssm train" in caplog.text
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.args.train_batch_size == 2
 
 
 def rows(count: int, length: int = 4) -> dict[str, torch.Tensor]:

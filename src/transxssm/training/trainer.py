@@ -1,5 +1,6 @@
 """`transformers.Trainer` with this project's parameter groups, exact held-out loss, whole checkpoints and a non-finite guard."""
 
+import logging
 import math
 import shutil
 import time
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
@@ -30,9 +31,11 @@ from transxssm.training.checkpoints import (
 )
 from transxssm.training.nonfinite import NonFiniteError, find_origin
 
+logger = logging.getLogger(__name__)
+
 
 class TransXSSMTrainer(Trainer):
-    """Trains a TransXSSM model, or a baseline, on packed rows.
+    """Trains a TransXSSM model, or a baseline, on packed rows. A process trains on one GPU, and several GPUs take as many processes.
 
     Args:
         held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for; None where they are no text.
@@ -40,6 +43,7 @@ class TransXSSMTrainer(Trainer):
     """
 
     def __init__(self, *, held_out_bytes: int | None, **kwargs: Any) -> None:
+        _take_one_gpu(kwargs.get("args"))
         use_cache = kwargs["model"].config.use_cache
         super().__init__(**kwargs)
         self._saved_use_cache = use_cache  # Trainer switches it off; whoever loads the model wants it as it was
@@ -286,3 +290,14 @@ class TransXSSMTrainer(Trainer):
         tied = self.model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
+
+
+def _take_one_gpu(arguments: TrainingArguments | None) -> None:
+    """Keeps `Trainer` from spreading the batches of one process over all GPUs with `nn.DataParallel`, whose losses are a vector."""
+    if arguments is not None and arguments.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are here and this process trains on one; on all: torchrun --nproc-per-node %d -m transxssm train …",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
