@@ -8,13 +8,14 @@ entry of a file of its kind: `gpu/figure4` is the entry "figure4" of results/gpu
 
 A table in a page stands between two comments, the first of which says where its figures come from: a place under results/ and the
 table's title, `<!-- table: studies/table2-cpu, Two ways -->`, up to `<!-- end of table -->`. A study has the tables of its README, a
-throughput benchmark "Ratios" (times relative to the reference), a decoding benchmark "Decoding", and results/cpu and results/gpu
-"Runs", the list of their entries. `<!-- study: table2-cpu -->` up to `<!-- end of study -->` holds all that a study found: how it was
-run, the command that repeats it, and every table.
+throughput benchmark "Ratios" (times relative to the reference) and "Ratios to NAME" (to another contender), a decoding benchmark
+"Decoding", and results/cpu and results/gpu "Runs", the list of their entries. `<!-- study: table2-cpu -->` up to
+`<!-- end of study -->` holds all that a study found: how it was run, the command that repeats it, and every table.
 """
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -106,7 +107,10 @@ def _tables(results: Path, place: str) -> dict[str, ResultTable]:
         return {"Runs": _runs(entries)}
     tables = {}
     if name in entries["throughput"]:
-        tables["Ratios"] = _ratios(entries["throughput"][name])
+        report = entries["throughput"][name]
+        tables["Ratios"] = _ratios(report)
+        names = dict.fromkeys(cell["contender"] for cell in report["cells"])
+        tables |= {f"Ratios to {other}": _ratios(relative_to(report, other)) for other in names}
     if name in entries["decode"]:
         tables["Decoding"] = _decoding(entries["decode"][name])
     if not tables:
@@ -162,6 +166,20 @@ def _study_command(metadata: dict[str, Any]) -> str:
 
 def _millions(number: float) -> str:
     return f"{number / 1e6:.1f}M" if number < 1e8 else f"{number / 1e6:.0f}M"
+
+
+def relative_to(report: dict[str, Any], reference: str) -> dict[str, Any]:
+    """A throughput report with times relative to another contender's, turn by turn."""
+    of = {(cell["mode"], cell["length"]): cell for cell in report["cells"] if cell["contender"] == reference}
+    cells = []
+    for cell in report["cells"]:
+        other, ratios = of.get((cell["mode"], cell["length"])), []
+        if other is not None and cell["ratio_to_reference"] and other["ratio_to_reference"]:
+            turns = zip(cell["repeat_ratios"], other["repeat_ratios"], strict=True)
+            ratios = [mine / theirs for mine, theirs in turns]
+        ratio = {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)} if ratios else None
+        cells.append(cell | {"reference": reference, "ratio_to_reference": ratio})
+    return report | {"cells": cells}
 
 
 def _ratios(report: dict[str, Any]) -> ResultTable:

@@ -14,6 +14,7 @@ COMMAND_LINE = "transxssm_cli"
 LAYERS = {
     "_version": 0,
     "whole_files": 0,
+    "plotting": 0,
     "ops": 1,
     "models": 2,
     "data": 2,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transxssm.benchmarking.report import Report, Table, draw_rates, megabytes
+from transxssm.plotting import picture
 
 HEADERS = ("contender", "batch", "ms a step", "min–max", "tokens/s", "cache MB a sequence", "peak MB")
 
@@ -76,16 +77,10 @@ def rows(results: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Tokens per second over the batch on a logarithmic plane, a line for each contender."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    timed = [cell for cell in results["cells"] if cell["tokens_per_second"]]
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    panel = figure.subplots()
-    draw_rates(panel, timed, "batch", list(results["contenders"]))
-    panel.set_title(f"decode after {results['settings']['length']:,} tokens")
-    panel.set_xlabel("batch (sequences)")
-    FigureCanvasAgg(figure).print_png(path)
+    with picture(path) as panel:
+        draw_rates(panel, [cell for cell in results["cells"] if cell["tokens_per_second"]], "batch")
+        panel.set_title(f"Decoding after {results['settings']['length']:,} tokens")
+        panel.set_xlabel("batch (sequences)")
 
 
 OVER_BATCH = Report(tables, plot)

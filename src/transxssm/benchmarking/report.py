@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from transxssm.benchmarking.lengths import format_length
+from transxssm.plotting import draw_line, label_lines, looks_of, picture, set_ticks, short_ticks
 from transxssm.whole_files import write_text_whole
 
 if TYPE_CHECKING:
@@ -25,6 +28,14 @@ HEADERS = (
     "step MB",
 )
 PLOT_COLUMNS = 3
+TITLES = {
+    "train": "Training step",
+    "train-autocast": "Training step under autocast",
+    "train-checkpointed": "Training step with gradient checkpointing",
+    "prefill": "Prefill",
+    "decode": "Decoding",
+    "optimizer": "Optimiser step",
+}
 
 
 class Table(NamedTuple):
@@ -155,57 +166,36 @@ def markdown(results: dict[str, Any], tables: Iterable[Table]) -> str:
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Tokens per second over length on a logarithmic plane: a panel for each mode, a line for each contender."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     timed = [cell for cell in results["cells"] if cell["tokens_per_second"]]
     modes = list(dict.fromkeys(cell["mode"] for cell in timed))
     columns = min(PLOT_COLUMNS, len(modes))
     num_rows = -(-len(modes) // columns)
-    figure = Figure(figsize=(5 * columns, 4 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, columns, squeeze=False).flatten()
-    names = list(dict.fromkeys(cell["contender"] for cell in timed))
-    for panel in panels[len(modes) :]:
-        panel.set_visible(False)
-    for mode, panel in zip(modes, panels, strict=False):
-        draw_rates(panel, [cell for cell in timed if cell["mode"] == mode], "length", names, format_length)
-        panel.set_title(mode)
-        panel.set_xlabel("sequence length (tokens)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    with picture(path, num_rows, columns, width=6 * columns, height=4 * num_rows) as panels:
+        panels = np.atleast_1d(panels).flatten()
+        for panel in panels[len(modes) :]:
+            panel.set_visible(False)
+        for mode, panel in zip(modes, panels, strict=False):
+            draw_rates(panel, [cell for cell in timed if cell["mode"] == mode], "length")
+            panel.set_title(TITLES.get(mode, mode))
+            panel.set_xlabel("sequence length (tokens)")
 
 
 OVER_LENGTH = Report(mode_tables, plot)
 
 
-def draw_rates(
-    panel: "Axes", timed: Sequence[dict[str, Any]], x: str, names: Sequence[str], tick: Callable[[int], str] = str
-) -> None:
-    """Tokens per second of timed cells over their field `x`, both logarithmic, with the spread over the repeats.
-
-    Args:
-        panel: to draw on.
-        timed: cells.
-        x: a field that is a whole number.
-        names: of contenders, whose places decide the colours; those without cells are left out.
-        tick: writes a value of `x`.
-    """
-    for index, name in enumerate(names):
+def draw_rates(panel: "Axes", timed: Sequence[dict[str, Any]], x: str) -> None:
+    """Tokens per second of timed cells over their field `x`, a whole number, both logarithmic, with the spread over the repeats."""
+    for name, look in looks_of(cell["contender"] for cell in timed).items():
         points = [(cell[x], cell["num_tokens"], cell["seconds"]) for cell in timed if cell["contender"] == name]
-        if not points:
-            continue
         places = [place for place, _, _ in points]
         medians = [tokens / seconds["median"] for _, tokens, seconds in points]
         slow, fast = ([tokens / seconds[end] for _, tokens, seconds in points] for end in ("max", "min"))
-        panel.plot(places, medians, "o-", label=name, color=f"C{index}", markersize=4)
-        panel.fill_between(places, slow, fast, color=f"C{index}", alpha=0.2, linewidth=0)
-    panel.set_xscale("log", base=2)
+        draw_line(panel, look, places, medians, slow, fast)
+    set_ticks(panel, [cell[x] for cell in timed])
     panel.set_yscale("log")
-    ticks = sorted({cell[x] for cell in timed})
-    panel.set_xticks(ticks, [tick(place) for place in ticks])
+    short_ticks(panel, "y")
     panel.set_ylabel("tokens per second")
-    panel.grid(alpha=0.3)
-    panel.legend()
+    label_lines(panel)
 
 
 def _table(names: Sequence[str], table_rows: Iterable[list[str]]) -> list[str]:

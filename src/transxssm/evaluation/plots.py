@@ -2,16 +2,22 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from transxssm.evaluation.harness import accuracy
 from transxssm.evaluation.results import Cell
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from transxssm.plotting import (
+    BLUE,
+    GREY,
+    draw_heat_map,
+    draw_line,
+    label_lines,
+    looks_of,
+    picture,
+    set_ticks,
+    tick,
+)
 
 
 def plot_perplexity(path: Path, cells: Iterable[Cell], training_length: int | None) -> None:
@@ -22,77 +28,59 @@ def plot_perplexity(path: Path, cells: Iterable[Cell], training_length: int | No
         cells: of `measure_length`.
         training_length: is marked, where it is known.
     """
-    figure, axes = _figure()
-    for cell in sorted(cells, key=lambda cell: cell["length"]):
-        # A bin's middle in the logarithm of its first and last position.
-        middles = [(bin_["from"] * (bin_["to"] - 1)) ** 0.5 for bin_ in cell["positions"]]
-        means = np.array([bin_["nats_per_token"] for bin_ in cell["positions"]])
-        errors = np.array([bin_["standard_error"] or 0.0 for bin_ in cell["positions"]])
-        (line,) = axes.plot(middles, means, ".-", markersize=4, label=f"{cell['length']:,}")
-        axes.fill_between(middles, means - errors, means + errors, color=line.get_color(), alpha=0.2, linewidth=0)
-    if training_length is not None:
-        axes.axvline(training_length, color="black", linestyle="--", linewidth=1, label="training length")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens before the predicted one, in the window")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(title="window")
-    _save(figure, path)
+    cells = sorted(cells, key=lambda cell: cell["length"])
+    looks = looks_of(f"window {tick(cell['length'])}" for cell in cells)
+    with picture(path) as axes:
+        for cell, look in zip(cells, looks.values(), strict=True):
+            # A bin's middle in the logarithm of its first and last position.
+            middles = [(bin_["from"] * (bin_["to"] - 1)) ** 0.5 for bin_ in cell["positions"]]
+            means = np.array([bin_["nats_per_token"] for bin_ in cell["positions"]])
+            errors = np.array([bin_["standard_error"] or 0.0 for bin_ in cell["positions"]])
+            draw_line(axes, look, middles, list(means), list(means - errors), list(means + errors))
+        set_ticks(axes, [cell["length"] for cell in cells] + [1])
+        if training_length is not None:
+            axes.axvline(training_length, color=GREY, linestyle="--", linewidth=1)
+            top = axes.get_xaxis_transform()
+            axes.text(training_length, 1.0, " training length", transform=top, fontsize=8, va="bottom", ha="center")
+        axes.set_xlabel("tokens before the predicted one, in the window")
+        axes.set_ylabel("loss (nats per token)")
+        label_lines(axes)
 
 
 def plot_needle(path: Path, cells: Iterable[Cell]) -> None:
     """A map of the share of needles found, lengths to the right, depths downwards (the paper's Figure 5)."""
-    accuracy_of = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
-    lengths = sorted({length for length, _ in accuracy_of})
-    depths = sorted({depth for _, depth in accuracy_of})
-    values = np.array([[accuracy_of.get((length, depth), np.nan) for length in lengths] for depth in depths])
-    figure, axes = _figure()
-    image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    for row, column in np.argwhere(~np.isnan(values)):
-        axes.text(column, row, f"{values[row, column]:.0%}", ha="center", va="center", fontsize=8)
-    axes.set_xlabel("length (tokens)")
-    axes.set_ylabel("depth of the needle")
-    figure.colorbar(image, label="found")
-    _save(figure, path)
+    with picture(path) as axes:
+        image = draw_heat_map(axes, cells)
+        axes.set_ylabel("depth of the needle")
+        axes.figure.colorbar(image, label="found").ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
 def plot_recall(path: Path, cells: Iterable[Cell]) -> None:
     """Accuracy of every task, with bars of one standard error."""
     cells = sorted(cells, key=lambda cell: (cell["length"], cell["pairs"]))
-    figure, axes = _figure()
-    axes.bar(
-        [f"{cell['length']:,}\n{cell['pairs']} pairs" for cell in cells],
-        [cell["accuracy"] for cell in cells],
-        yerr=[cell["standard_error"] or 0.0 for cell in cells],
-    )
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("length (tokens), pairs of key and value")
-    axes.set_ylabel("accuracy")
-    axes.grid(axis="y", alpha=0.3)
-    _save(figure, path)
+    with picture(path) as axes:
+        axes.bar(
+            [f"{tick(cell['length'])}\n{cell['pairs']} pairs" for cell in cells],
+            [cell["accuracy"] for cell in cells],
+            yerr=[cell["standard_error"] or 0.0 for cell in cells],
+            color=BLUE,
+        )
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(False, axis="x")
+        axes.set_xlabel("length (tokens), pairs of key and value")
+        axes.set_ylabel("accuracy")
 
 
 def plot_harness(path: Path, cells: Mapping[str, Cell]) -> None:
     """Accuracy (exact match where a task has none) of every task."""
-    figure, axes = _figure()
-    axes.barh(list(cells), [accuracy(task, cell) for task, cell in cells.items()])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("accuracy")
-    axes.grid(axis="x", alpha=0.3)
-    _save(figure, path)
-
-
-def _figure() -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure  # not pyplot, which keeps state and looks for a display
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).print_png(path)
+    with picture(path) as axes:
+        values = [accuracy(task, cell) for task, cell in cells.items()]
+        axes.barh(list(cells), values, color=BLUE)
+        for row, value in enumerate(values):
+            axes.text(value, row, f" {value:.1%}", va="center", fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(False, axis="y")
+        axes.set_xlabel("accuracy")

@@ -96,7 +96,7 @@ def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata:
 
 def write_tables(folder: Path, report: dict[str, Any], pictures: Sequence[str]) -> None:
     """Writes results.json and README.md, the latter with the pictures of these names."""
-    write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
+    write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=1, ensure_ascii=False) + "\n")
     write_text_whole(folder / PAGE, markdown(report, pictures))
 
 
@@ -227,19 +227,19 @@ def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]
 
 
 def _mean_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Training loss and time over tokens, averaged over runs, which all log at the same steps."""
+    """Training loss and time over tokens, averaged over runs, which all log at the same steps, and the extremes of the loss."""
     if not outcomes:
         return []
     logged = [{row["tokens"]: row for row in outcome.rows if "loss" in row} for outcome in outcomes]
-    return [
-        {
-            "tokens": tokens,
-            "seconds": statistics.fmean(rows[tokens]["train_seconds"] for rows in logged),
-            "loss": statistics.fmean(rows[tokens]["loss"] for rows in logged),
-        }
-        for tokens in logged[0]
-        if all(tokens in rows for rows in logged)
-    ]
+    curve = []
+    for tokens in logged[0]:
+        if not all(tokens in rows for rows in logged):
+            continue
+        losses = [rows[tokens]["loss"] for rows in logged]
+        seconds = statistics.fmean(rows[tokens]["train_seconds"] for rows in logged)
+        point = {"tokens": tokens, "seconds": seconds, "loss": statistics.fmean(losses)}
+        curve.append(point | ({"low": min(losses), "high": max(losses)} if len(losses) > 1 else {}))
+    return curve
 
 
 def _mean_held_out(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:

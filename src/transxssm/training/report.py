@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from transxssm._version import __version__
+from transxssm.plotting import BLUE, VERMILLION, Look, draw_line, label_lines, picture, short_ticks
 from transxssm.whole_files import write_text_whole
 
 SUMMARY = "summary.json"
+TRAINING, HELD_OUT = Look("training", BLUE, "-"), Look("held out", VERMILLION, "-")
 LIBRARIES = ("transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -52,17 +54,12 @@ def plot_loss(path: Path, rows: list[dict[str, Any]]) -> None:
         path: of the PNG.
         rows: of metrics.jsonl; losses in nats per token.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(row["tokens"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(path)
+    with picture(path) as axes:
+        for key, look, marker in (("loss", TRAINING, ""), ("eval_loss", HELD_OUT, "o")):
+            points = [(row["tokens"], row[key]) for row in rows if key in row]
+            if points:
+                draw_line(axes, look, *zip(*points, strict=True), marker=marker)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss (nats per token)")
+        short_ticks(axes, "x")
+        label_lines(axes)
