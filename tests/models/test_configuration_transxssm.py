@@ -169,7 +169,7 @@ REFUSED = [
     ({"length_scaling_base": 1}, "length_scaling_base must be at least 2 tokens.*got 1"),
     (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-        "rope_type 'dynamic' .* a state summed under old frequencies cannot be rotated again: use one of default, linear, llama3, yarn",
+        "rope_type 'dynamic' .dynamic NTK. .* a state summed under old frequencies cannot be rotated again: use one of default, linear, llama3, yarn",
     ),
     (
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
@@ -205,6 +205,28 @@ REFUSED = [
 def test_what_does_not_fit_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TransXSSMConfig(**{**SIZES, **fields})
+
+
+# The others are derived from what is set here, and were derived before.
+SET_LATER = [case for case in REFUSED if not case[0].keys() & {"hidden_size", "num_attention_heads", "ssd_head_dim"}]
+
+
+@pytest.mark.parametrize(("fields", "message"), SET_LATER, ids=lambda case: str(case)[:60])
+def test_what_does_not_fit_is_refused_when_a_model_is_built_of_it(fields, message):
+    """Nothing looks at a field that is set after construction before."""
+    config = TransXSSMConfig(**SIZES)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        TransXSSMForCausalLM(config)
+
+
+@pytest.mark.parametrize("fields", [{"rope_type": "linear", "factor": 2.0}, {"rope_theta": 500.0}, {}], ids=str)
+def test_scaling_that_is_set_later_is_completed_as_in_construction(fields):
+    config = TransXSSMConfig(**SIZES)
+    config.rope_parameters = dict(fields)
+    built = TransXSSMForCausalLM(config).model.rotary_emb.frequencies
+    assert built == TransXSSMConfig(**SIZES, rope_parameters=dict(fields)).rotary_frequencies()[0]
 
 
 @pytest.mark.parametrize(

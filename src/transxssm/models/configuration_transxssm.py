@@ -23,6 +23,7 @@ else:
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
 SSD_LAYER_TYPE = "linear_attention"  # the name under which transformers caches recurrent layers
 LAYERS_PER_MODULE = 8  # 7 SSD layers, then 1 attention layer (Section 3)
+_GIVEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _PAPERS_PRESETS: dict[str, dict[str, Any]] = {
@@ -164,28 +165,16 @@ class TransXSSMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _require_positive(name, getattr(self, name))
-        if self.head_dim is None:
-            _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        _require_positive("head_dim", self.head_dim)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        _require_multiple(
-            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
-        )
-        if self.layer_types is None:
-            self.layer_types = _default_layer_types(self.num_hidden_layers)
-        self._check_layer_types()
-        self._set_ssd_sizes()
+        self._check_positive(*_GIVEN_SIZES)
+        self._derive()
+        self._check_layer_types()  # before transformers renames the kinds of layer that it knows from elsewhere
         if self.qk_norm:  # one weight for the heads of every shard; transformers warns of a rule without a layer
             norms = (f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm"))
             self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
         if self.attention_output_gate:
             self.base_model_tp_plan = self.base_model_tp_plan | {"layers.*.self_attn.g_proj": "colwise"}
         super().__post_init__(**kwargs)
-        self._check_rope()
+        self.check()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TransXSSMConfig":
@@ -200,6 +189,24 @@ class TransXSSMConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+    def check(self) -> None:
+        """Completes `rope_parameters`, and refuses fields that do not fit each other.
+
+        Construction does this, and so does every model that is built of the configuration, since fields may have been set in between.
+
+        Raises:
+            ValueError: see the class.
+        """
+        self.convert_rope_params_to_dict()
+        self._check_positive(*_GIVEN_SIZES, "head_dim")
+        _require_multiple(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
+        self._check_layer_types()
+        self._check_ssd()
+        self._check_rope()
+        self._check_partial_rotation()
 
     @property
     def has_attention(self) -> bool:
@@ -237,6 +244,30 @@ class TransXSSMConfig(PreTrainedConfig):
             frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](table)
             return frequencies.double().tolist(), float(attention_factor)
 
+    def _derive(self) -> None:
+        if self.head_dim is None:
+            _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = _default_layer_types(self.num_hidden_layers)
+        if self.ssd_head_dim is None:
+            self.ssd_head_dim = self.head_dim
+        if self.ssd_num_heads is None:
+            _require_multiple("hidden_size", self.hidden_size, "ssd_head_dim", self.ssd_head_dim)
+            self.ssd_num_heads = self.hidden_size // self.ssd_head_dim
+        if self.ssd_num_groups is None:
+            heads = self.ssd_num_heads
+            self.ssd_num_groups = max(groups for groups in range(1, max(1, heads // 2) + 1) if heads % groups == 0)
+        if self.ssd_state_size is None:
+            self.ssd_state_size = 2 * self.head_dim
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+
     def _check_layer_types(self) -> None:
         allowed = (SSD_LAYER_TYPE, *ATTENTION_LAYER_TYPES)
         for layer_type in self.layer_types:
@@ -249,23 +280,11 @@ class TransXSSMConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
             raise ValueError(f"sliding_attention layers need sliding_window ≥ 1 tokens: got {self.sliding_window}")
 
-    def _set_ssd_sizes(self) -> None:
-        if self.ssd_head_dim is None:
-            self.ssd_head_dim = self.head_dim
-        _require_positive("ssd_head_dim", self.ssd_head_dim)
-        if self.ssd_num_heads is None:
-            _require_multiple("hidden_size", self.hidden_size, "ssd_head_dim", self.ssd_head_dim)
-            self.ssd_num_heads = self.hidden_size // self.ssd_head_dim
-        _require_positive("ssd_num_heads", self.ssd_num_heads)
-        if self.ssd_num_groups is None:
-            heads = self.ssd_num_heads
-            self.ssd_num_groups = max(groups for groups in range(1, max(1, heads // 2) + 1) if heads % groups == 0)
+    def _check_ssd(self) -> None:
+        self._check_positive("ssd_head_dim", "ssd_num_heads", "ssd_state_size")
         _require_multiple("ssd_num_heads", self.ssd_num_heads, "ssd_num_groups", self.ssd_num_groups)
-        if self.ssd_state_size is None:
-            self.ssd_state_size = 2 * self.head_dim
-        _require_positive("ssd_state_size", self.ssd_state_size)
         if self.ssd_chunk_size is not None:
-            _require_positive("ssd_chunk_size", self.ssd_chunk_size)
+            self._check_positive("ssd_chunk_size")
         if self.ssd_conv_kernel_size < 0:
             raise ValueError(
                 f"ssd_conv_kernel_size must be 0 (no convolution) or more: got {self.ssd_conv_kernel_size}"
@@ -286,8 +305,9 @@ class TransXSSMConfig(PreTrainedConfig):
         rope = self.rope_parameters or {}
         rope_type = rope.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):
+            name = "'dynamic' (dynamic NTK)" if rope_type == "dynamic" else repr(rope_type)
             raise ValueError(
-                f"rope_type {rope_type!r} changes frequencies with the length, but a state summed under old frequencies cannot be "
+                f"rope_type {name} changes frequencies with the length, but a state summed under old frequencies cannot be "
                 f"rotated again: use one of {', '.join(STATIC_ROPE_TYPES)}"
             )
         if rope_type not in STATIC_ROPE_TYPES:
@@ -303,7 +323,6 @@ class TransXSSMConfig(PreTrainedConfig):
                 "ssd_state_size and head_dim must be even, one a multiple of the other, so that both rotate on one table: "
                 f"got {self.ssd_state_size} and {self.head_dim}"
             )
-        self._check_partial_rotation()
 
     def _check_partial_rotation(self) -> None:
         factor, pairs = self.ssd_partial_rotary_factor, self.ssd_state_size / 2
@@ -336,11 +355,6 @@ def _default_layer_types(num_layers: int) -> list[str]:
     if num_layers < LAYERS_PER_MODULE:
         layer_types[-1] = "full_attention"
     return layer_types
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1: got {value}")
 
 
 def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:

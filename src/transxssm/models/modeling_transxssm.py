@@ -159,6 +159,10 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
         "attentions": TransXSSMAttention,
     }
 
+    def __init__(self, config: TransXSSMConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
