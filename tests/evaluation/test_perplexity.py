@@ -10,6 +10,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.apple_gpu import OnAppleGPU
 from tests.evaluation.models import random_model
 from tests.serving.checkpoints import byte_tokenizer
 from tests.training.conftest import WORDS
@@ -24,6 +25,7 @@ from transxssm.evaluation.perplexity import (
     position_bins,
     tokenize,
 )
+from transxssm.evaluation.scoring import TokenScores
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,13 @@ def test_plans_and_table():
     table = perplexity_table(cells)
     assert [row[0] for row in table.rows] == ["8", "16"]
     assert table.rows[1][3] == f"{cells[0]['nats_per_token']:.4f}"
+
+
+def test_losses_that_cannot_be_float64_where_they_are(monkeypatch):
+    """On an Apple GPU."""
+    scorer, documents = TokenScorer(random_model("transxssm")), random_documents(20, 13)
+    expected, score = measure(scorer, documents, 8, 4), TokenScorer.__call__
+    monkeypatch.setattr(
+        TokenScorer, "__call__", lambda *given: TokenScores(*(t.as_subclass(OnAppleGPU) for t in score(*given)))
+    )
+    assert measure(scorer, documents, 8, 4) == expected

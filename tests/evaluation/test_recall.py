@@ -3,12 +3,15 @@
 import math
 
 import pytest
+import torch
 
+from tests.apple_gpu import OnAppleGPU
 from tests.evaluation.models import Oracle
 from tests.models.tiny import tiny_model
 from transxssm.data import RecallTask
 from transxssm.evaluation import TokenScorer, recall_plans, recall_table
 from transxssm.evaluation.recall import measure_recall
+from transxssm.evaluation.scoring import TokenScores
 
 TASK = RecallTask(64, 8, vocab_size=96)
 
@@ -65,3 +68,13 @@ def test_a_vocabulary_that_the_model_has_not():
         recall_plans(
             TokenScorer(tiny_model()), [RecallTask(16, 2, vocab_size=98)], num_examples=1, seed=0, batch_tokens=1
         )
+
+
+def test_scores_that_cannot_be_float64_where_they_are(monkeypatch):
+    """On an Apple GPU."""
+    model = tiny_model(vocab_size=96, dtype=torch.float32)
+    expected, score = measure(model), TokenScorer.__call__
+    monkeypatch.setattr(
+        TokenScorer, "__call__", lambda *given: TokenScores(*(t.as_subclass(OnAppleGPU) for t in score(*given)))
+    )
+    assert measure(model) == expected

@@ -169,7 +169,7 @@ REFUSED = [
     ({"length_scaling_base": 1}, "length_scaling_base must be at least 2 tokens.*got 1"),
     (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-        "rope_type 'dynamic' .dynamic NTK. .* a state summed under old frequencies cannot be rotated again: use one of default, linear, llama3, yarn",
+        "rope_type 'dynamic' .dynamic NTK. .* a state summed under old frequencies cannot be rotated again: use one of default, linear,",
     ),
     (
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
@@ -261,15 +261,20 @@ def rope_config(rope_type: str, **overrides) -> TransXSSMConfig:
     return tiny_config(rope_parameters={"rope_type": rope_type, "rope_theta": 10_000.0, **ROPE[rope_type]}, **overrides)
 
 
-def llama_rotary(config: TransXSSMConfig, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """transformers' own cos and sin for heads of `width`."""
+def llama_module(config: TransXSSMConfig, width: int) -> LlamaRotaryEmbedding:
+    """transformers' own rotary embedding for heads of `width`."""
     llama = LlamaConfig(
         hidden_size=width,
         num_attention_heads=1,
         rope_parameters=dict(config.rope_parameters),
         max_position_embeddings=config.max_position_embeddings,
     )
-    cos, sin = LlamaRotaryEmbedding(llama)(torch.zeros(1), POSITIONS)
+    return LlamaRotaryEmbedding(llama)
+
+
+def llama_rotary(config: TransXSSMConfig, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its cos and sin, one of the two equal halves of each."""
+    cos, sin = llama_module(config, width)(torch.zeros(1), POSITIONS)
     return cos[..., : width // 2], sin[..., : width // 2]
 
 
@@ -278,21 +283,21 @@ class TestStaticRope:
     def test_attention_of_the_tables_width_rotates_as_llama_does(self, rope_type):
         config = rope_config(rope_type, ssd_state_size=8)
         assert config.rotary_width == config.head_dim == 8
-        _, attention = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float32)
+        _, attention = TransXSSMRotaryEmbedding(config).tables(POSITIONS, torch.float32)
         for got, expected in zip(attention, llama_rotary(config, 8), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)  # theirs are float32 angles of thousands
 
     def test_narrower_attention_reads_every_second_frequency_of_the_state(self, rope_type):
         config = rope_config(rope_type)
         assert (config.rotary_width, config.head_dim) == (16, 8)
-        ssd, attention = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float64)
+        ssd, attention = TransXSSMRotaryEmbedding(config).tables(POSITIONS, torch.float64)
         factor = config.rotary_frequencies()[1]
         for of_state, of_attention in zip(ssd, attention, strict=True):
             assert_close(of_attention, factor * of_state[..., ::2], torch.float64)
 
     def test_the_state_rotates_as_a_llama_of_its_width_without_the_attention_factor(self, rope_type):
         config = rope_config(rope_type)
-        ssd, _ = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float64)
+        ssd, _ = TransXSSMRotaryEmbedding(config).tables(POSITIONS, torch.float64)
         factor = config.rotary_frequencies()[1]
         for got, expected in zip(ssd, llama_rotary(config, 16), strict=True):
             torch.testing.assert_close(got.float(), expected / factor, rtol=0, atol=1e-3)
@@ -303,10 +308,31 @@ class TestStaticRope:
         assert rope_config(rope_type).rotary_frequencies()[0] != unscaled
 
 
+class TestRotaryEmbeddingOfGenericCode:
+    """`rotary_emb(x, position_ids)`, as code calls it that is written for any model of transformers."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("rope_type", ROPE)
+    def test_gives_what_llama_gives(self, rope_type, dtype):
+        config = rope_config(rope_type, ssd_state_size=8)
+        x, positions = torch.zeros(1, 3, 32, dtype=dtype), torch.tensor([[0, 1, 5]])
+        tables = TransXSSMRotaryEmbedding(config)(x, positions)
+        for table, expected in zip(tables, llama_module(config, 8)(x, positions), strict=True):
+            assert (table.dtype, table.shape) == (dtype, expected.shape)
+            assert_close(table, expected, dtype)
+
+    @pytest.mark.parametrize("variant", ["all_ssd", "partly_rotated"])
+    def test_says_that_nothing_attends_by_rotation(self, variant):
+        with pytest.raises(ValueError, match="no attention layer rotates in this model"):
+            TransXSSMRotaryEmbedding(tiny_config(variant))(torch.zeros(1, 5, 32), POSITIONS)
+
+
 @pytest.mark.parametrize("rope_type", ROPE)
 def test_partial_rotation_lets_the_low_frequencies_of_the_state_stand_and_attention_alone(rope_type):
     rotated, whole = (
-        TransXSSMRotaryEmbedding(rope_config(rope_type, ssd_partial_rotary_factor=factor))(POSITIONS, torch.float64)
+        TransXSSMRotaryEmbedding(rope_config(rope_type, ssd_partial_rotary_factor=factor)).tables(
+            POSITIONS, torch.float64
+        )
         for factor in (0.75, 1.0)
     )
     for table, of_all, standing in zip(rotated[0], whole[0], (1, 0), strict=True):
@@ -317,12 +343,12 @@ def test_partial_rotation_lets_the_low_frequencies_of_the_state_stand_and_attent
 
 def test_unrotated_attention_has_no_say_in_the_table():
     config = tiny_config(attention_position_embedding="none", ssd_state_size=12)  # no multiple of head_dim
-    ssd, attention = TransXSSMRotaryEmbedding(config)(POSITIONS, torch.float64)
+    ssd, attention = TransXSSMRotaryEmbedding(config).tables(POSITIONS, torch.float64)
     assert config.rotary_width == 12
     assert ssd[0].shape == (1, 5, 6)
     assert attention is None
     nothing = tiny_config(attention_position_embedding="none", ssd_position_embedding="none")
-    assert TransXSSMRotaryEmbedding(nothing)(POSITIONS, torch.float64) == (None, None)
+    assert TransXSSMRotaryEmbedding(nothing).tables(POSITIONS, torch.float64) == (None, None)
 
 
 def test_only_yarn_has_an_attention_factor():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.apple_gpu import apple_gpu
 from tests.models.tiny import (
     ALL_VARIANTS,
     VOCAB_SIZE,
@@ -161,6 +162,31 @@ class TestInnerOutputs:
             weights = model(tokens(1, 9), output_attentions=True).attentions[0][0, 0]
         distance = torch.arange(9)[:, None] - torch.arange(9)
         assert torch.equal(weights > 0, (distance >= 0) & (distance < 4))
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_a_device_without_float64_learns_and_generates_the_same(variant, monkeypatch):
+    """Apple's GPUs, as far as a CPU can stand in for one."""
+    model, ids = tiny_model(variant, dtype=torch.float32), tokens(2, 21)
+    documents = torch.tensor([[0] * 10 + [1] * 11, [0] * 21])
+    prompt = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0),
+    }
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        loss = model(ids, labels=ids, seq_idx=documents, use_cache=False).loss
+        loss.backward()
+        return loss, gradients_of(model), model.generate(ids, **prompt)
+
+    loss, gradients, generated = run()
+    with apple_gpu(monkeypatch):
+        actual = run()
+    assert_close(actual[0], loss, torch.float32)
+    for name, gradient in gradients.items():
+        assert_close(actual[1][name], gradient, torch.float32, name=name, num_ops=10)
+    assert torch.equal(actual[2], generated)
 
 
 @pytest.mark.parametrize("variant", WITH_ATTENTION)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transxssm.ops.precision import has_fast_products
+from transxssm.ops.precision import has_fast_products, has_float64
 
 CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
 
@@ -31,3 +31,7 @@ def test_full_types_are_always_fast(dtype):
 
 def test_accelerators_are_taken_at_their_word():
     assert has_fast_products("cuda", torch.bfloat16)
+
+
+def test_apples_gpus_have_no_float64():
+    assert [has_float64(torch.device(name)) for name in ("cpu", "cuda:1", "mps", "meta")] == [True, True, False, True]

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.apple_gpu import OnAppleGPU
 from tests.tolerances import assert_close
-from transxssm.ops import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops import apply_rotary, keep_pairs, rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
 from transxssm.ops.rotary import rotate_into
 
 POSITIONS = st.integers(0, 131_072)
@@ -37,6 +38,14 @@ def test_frequencies_are_those_of_eq_3(width, theta):
     actual = rotary_frequencies(width, theta)
     assert actual.dtype == torch.float64
     assert_close(actual, expected, torch.float64)
+
+
+def test_a_device_without_float64_gets_the_same_table(monkeypatch):
+    positions, frequencies = torch.tensor([[0, 1, 17, 131_071]]), rotary_frequencies(64)
+    expected = rotary_cos_sin(positions, frequencies)
+    monkeypatch.setattr(rotary, "has_float64", lambda device: False)
+    for actual, wanted in zip(rotary_cos_sin(positions.as_subclass(OnAppleGPU), frequencies), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("width", [2, 6, 64])

@@ -173,7 +173,7 @@ def measure_length(
     for batch in _batches(jobs, batch_tokens):
         rows = np.stack([documents[index].input_ids[window.begin : window.end] for _, (index, window) in batch])
         ids = torch.from_numpy(rows)
-        losses = scorer(ids[:, :-1], ids[:, 1:]).losses.reshape(len(batch), -1).double().cpu().numpy()
+        losses = scorer(ids[:, :-1], ids[:, 1:]).losses.reshape(len(batch), -1).cpu().double().numpy()
         for row, (number, (index, window)) in zip(losses, batch, strict=True):
             counted = row[window.first_scored - window.begin - 1 :]
             scored[clusters[number]] += counted.sum(), len(counted)

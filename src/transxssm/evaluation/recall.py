@@ -52,8 +52,8 @@ def measure_recall(
         count = min(rows, num_examples - first)
         batch = task.sequences(seed, first, count)
         scores = scorer(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets))
-        nats += float(scores.losses.double().sum())
-        accuracies.append(scores.hits.reshape(count, task.num_pairs).double().mean(1).cpu())  # (count,)
+        nats += float(scores.losses.cpu().double().sum())
+        accuracies.append(scores.hits.reshape(count, task.num_pairs).cpu().double().mean(1))  # (count,)
         advance(count)
     accuracy = torch.cat(accuracies)
     return {

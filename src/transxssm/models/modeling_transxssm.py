@@ -38,6 +38,7 @@ from transxssm.models.positions import (
 )
 from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
+from transxssm.ops.precision import has_float64
 
 SILU = type(ACT2FN["silu"])
 MODEL_CARD = "README.md"
@@ -74,11 +75,29 @@ class TransXSSMRotaryEmbedding(nn.Module):
         self.ssd_dim = config.ssd_state_size if config.rotates_ssd else None
         self.num_rotated_pairs = config.ssd_num_rotated_pairs
 
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Rotary | None, Rotary | None]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rotary:
+        """(cos, sin) of attention as code that is written for any model of transformers asks for it: (b or 1, t, head_dim) each, in x's
+        dtype, its halves equal.
+
+        Raises:
+            ValueError: attention does not rotate, or there is none.
+        """
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        _, attention = self.tables(position_ids, dtype)
+        if attention is None:
+            raise ValueError(
+                "rotary_emb gives attention's cos and sin, and no attention layer rotates in this model: "
+                "rotary_emb.tables(position_ids, dtype) gives those of SSD layers"
+            )
+        cos, sin = (torch.cat((table, table), dim=-1).to(x.dtype) for table in attention)
+        return cos, sin
+
+    def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Rotary | None, Rotary | None]:
         """(cos, sin) for SSD layers and for attention, in `dtype`; None for a kind that isn't there or isn't rotated."""
         if not self.frequencies:
             return None, None
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=position_ids.device)
+        device = position_ids.device if has_float64(position_ids.device) else torch.device("cpu")
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=device)
         table = rotary_cos_sin(position_ids, frequencies, dtype)
         ssd = attention = None
         if self.ssd_dim is not None:
@@ -268,7 +287,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                     self.config, inputs_embeds, attention_mask, past_key_values, past_length, seq_idx
                 )
         dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
-        ssd_rotary, attention_rotary = self.rotary_emb(position_ids, dtype)
+        ssd_rotary, attention_rotary = self.rotary_emb.tables(position_ids, dtype)
         positions = Positions(
             ssd_rotary=ssd_rotary,
             attention_rotary=attention_rotary,

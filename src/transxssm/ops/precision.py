@@ -1,4 +1,4 @@
-"""Which number formats a device multiplies at full speed."""
+"""Which number formats a device has, and multiplies at full speed."""
 
 import torch
 
@@ -11,6 +11,11 @@ def has_fast_products(device_type: str, dtype: torch.dtype) -> bool:
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
     return _this_cpu_multiplies(dtype)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on a device can be float64; on Apple's GPUs they cannot."""
+    return device.type != "mps"
 
 
 @torch.compiler.assume_constant_result  # the compiler refuses to trace torch's checks, and a process stays on its processor

@@ -6,6 +6,8 @@ Letters: b batch, t time, h heads (or groups), d width of a head (head_dim in at
 import torch
 from torch import Tensor
 
+from transxssm.ops.precision import has_float64
+
 
 def rotary_frequencies(dim: int, theta: float = 10000.0, *, device: torch.device | None = None) -> Tensor:
     """Angular frequencies θ_i = theta^(−2i/dim), i = 0 … dim/2 − 1 (paper, Eq. 3).
@@ -35,18 +37,21 @@ def rotary_cos_sin(
     """Cosine and sine of the rotation angles m·θ_i (paper, Eq. 2 and 5).
 
     Angles are formed in float64: in float32 the angle itself is off by 1e-2 rad at position 100 000, and with it every
-    score between distant tokens.
+    score between distant tokens. For a device without float64 they are formed on the CPU.
 
     Args:
         position_ids: (b or 1, t) integer positions m.
-        frequencies: (d/2,) θ_i in radians per position.
+        frequencies: (d/2,) θ_i in radians per position; may be on the CPU whatever the device of position_ids.
         dtype: of the results; float32, or float64 for float64 inputs.
 
     Returns:
-        cos, sin: each (b or 1, t, d/2).
+        cos, sin: each (b or 1, t, d/2), on the device of position_ids.
     """
-    angles = position_ids[..., None].to(torch.float64) * frequencies.to(torch.float64)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    device = position_ids.device
+    if not has_float64(device):
+        position_ids, frequencies = position_ids.cpu(), frequencies.cpu()
+    angles = position_ids.unsqueeze(-1).to(torch.float64) * frequencies.to(position_ids.device, torch.float64)
+    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

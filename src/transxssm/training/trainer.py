@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from transxssm.data.labels import IGNORED_LABEL
 from transxssm.models import MODEL_CARD, TransXSSMConfig
+from transxssm.ops.precision import has_float64
 from transxssm.training.checkpoints import (
     PREFIX,
     STAGING,
@@ -145,7 +146,7 @@ class TransXSSMTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; its mean over batches gives way to the exact loss, perplexity and bits per byte."""
-        widest = torch.float32 if self.args.device.type == "mps" else torch.float64
+        widest = torch.float64 if has_float64(self.args.device) else torch.float32
         self._held_out_sums = torch.zeros(2, dtype=widest, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nats, tokens = self.accelerator.reduce(self._held_out_sums, reduction="sum").tolist()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transxssm.ops.precision import has_float64
+
 
 class Decays(NamedTuple):
     """All are between 0 and 1, and 0 across document boundaries."""
@@ -27,36 +29,56 @@ def decays_of(log_decay: Tensor, seq_idx: Tensor | None, before: Tensor | None, 
         exact: small decays after large ones keep the digits that rounding the cumulative sum leaves out.
     """
     dtype = log_decay.dtype
-    sums = cumulative_sum(log_decay.double())  # (a, g, r, q)
-    from_start = sums.to(dtype).exp()
-    to_end = (sums[..., -1:] - sums).to(dtype).exp_()
+    if has_float64(log_decay.device):
+        sums = cumulative_sum(log_decay.double())  # (a, g, r, q)
+        from_start = sums.to(dtype).exp()
+        to_end = (sums[..., -1:] - sums).to(dtype).exp_()
+        exponents = _differences(sums, dtype, exact=exact)
+    else:
+        from_start = cumulative_sum(log_decay).exp()
+        exponents = _sums_between(log_decay)
+        to_end = exponents[..., -1, :].exp()
     across = from_start[..., -1]
     if seq_idx is not None and before is not None:
         last = seq_idx[:, -1]
         from_start = from_start * (seq_idx == before[:, None])[:, None, None]
         to_end = to_end * (seq_idx == last[:, None])[:, None, None]
         across = across * (before == last)[:, None, None]
-    return Decays(_between(sums, seq_idx, dtype, exact=exact), from_start, to_end, across)
+    return Decays(_between(exponents, seq_idx), from_start, to_end, across)
 
 
 def cumulative_sum(tensor: Tensor) -> Tensor:
-    """Over the last axis. On a GPU a product, since torch's `cumsum` there is refused in deterministic mode and breaks the compiler."""
-    if tensor.device.type == "cpu":
+    """Over the last axis. On CUDA a product, since torch's `cumsum` there is refused in deterministic mode and breaks the compiler."""
+    if tensor.device.type == "cpu" or not has_float64(tensor.device):
         return tensor.cumsum(-1)
     length = tensor.shape[-1]
     sums = torch.ones(length, length, dtype=torch.float64, device=tensor.device).triu()  # float64: never TF32
     return (tensor.double() @ sums).to(tensor.dtype)
 
 
-def _between(sums: Tensor, seq_idx: Tensor | None, dtype: torch.dtype, *, exact: bool) -> Tensor:
-    """exp(l_q − l_k) for k ≤ q of one document: sums (a, g, r, q) → (a, g, r, q, k)."""
-    length = sums.shape[-1]
+def _differences(sums: Tensor, dtype: torch.dtype, *, exact: bool) -> Tensor:
+    """l_q − l_k: sums (a, g, r, q) in float64 → (a, g, r, q, k) in `dtype`."""
     rounded = sums.to(dtype)
-    exponents = rounded[..., :, None] - rounded[..., None, :]  # only those ≤ 0 are exponentiated
+    exponents = rounded[..., :, None] - rounded[..., None, :]  # those above 0, k > q, are not exponentiated
     if exact:
         remainder = (sums - rounded).to(dtype)
         exponents.add_(remainder[..., :, None]).sub_(remainder[..., None, :])
-    visible = torch.ones(length, length, dtype=torch.bool, device=sums.device).tril()
+    return exponents
+
+
+def _sums_between(log_decay: Tensor) -> Tensor:
+    """l_q − l_k without float64: each a sum of its own over what lies between k and q, so that nothing cancels ("segment sum", Mamba-2,
+    Listing 1): (a, g, r, q) → (a, g, r, q, k), for k ≤ q."""
+    length = log_decay.shape[-1]
+    is_behind = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).tril(-1)
+    terms = log_decay[..., :, None].expand(*log_decay.shape, length).masked_fill(~is_behind, 0.0)
+    return terms.cumsum(-2)
+
+
+def _between(exponents: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """exp(l_q − l_k) for k ≤ q of one document: (a, g, r, q, k), in the memory of its argument."""
+    length, dtype = exponents.shape[-1], exponents.dtype
+    visible = torch.ones(length, length, dtype=torch.bool, device=exponents.device).tril()
     if seq_idx is not None:
         visible = visible & (seq_idx[:, :, None] == seq_idx[:, None, :])[:, None, None]
     # Adding −∞ is ten times as fast on a CPU as masked_fill_ with a mask that broadcasts.
