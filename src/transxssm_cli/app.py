@@ -14,9 +14,26 @@ from rich.console import Console
 from transxssm_cli import evaluate
 from transxssm_cli.benchmark import benchmark
 from transxssm_cli.one_line_errors import OneLineErrors
+from transxssm_cli.places import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    STUDIES,
+    checkpoint_folder,
+    require_model,
+    require_path,
+    require_recipe,
+    require_run,
+    split_arguments,
+)
 
 # transformers and datasets read these when they are imported.
 LIBRARY_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
+# Loggers that speak while transformers is imported where the package is installed, before anything has gone wrong.
+CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
+# OpenMP's threads wait for one another at the end of every operator, and libgomp, which torch's wheels for Linux bring, lets them spin
+# 300,000 times there. A thread that another program has put aside is then waited for at full load: with one busy loop beside them two
+# threads trained at a quarter of their speed. 1000 is libgomp's own count where there are more threads than processors.
+SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
 
 app = typer.Typer(
     name="transxssm",
@@ -52,6 +69,8 @@ def configure(
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:  # a choice of the user's, as the variable itself is
+        os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("transxssm")
@@ -63,6 +82,8 @@ def configure(
     for variable in LIBRARY_VERBOSITY:
         os.environ.setdefault(variable, "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
@@ -84,22 +105,47 @@ def train(
     Examples: [cyan]transxssm train[/], [cyan]transxssm train small training.max_steps=2000[/],
     [cyan]transxssm train my.yaml --resume[/]
     """
+    name, overrides = split_arguments(arguments or [])
+    require_recipe("recipe", name, overrides, RECIPES)
+    if resume:
+        require_run(name, overrides)
     from transxssm_cli.training import train_recipe
 
-    train_recipe(arguments or [], resume=resume)
+    train_recipe(name, overrides, resume=resume)
 
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or a folder written by save_pretrained.")],
-    prompt: Annotated[
+    checkpoint: Annotated[
         str,
-        typer.Option("--prompt", "-p", help="Text to continue; - reads it from standard input. Empty: a new document."),
-    ] = "",
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file to continue, in place of --prompt.")] = None,
+        typer.Argument(help="A run folder, a folder written by save_pretrained, or owner/name on the hub of models."),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Text to continue; - reads it from standard input. Default: what is piped in, else a new document.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 file to continue, in place of --prompt.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='A file of prompts, one a line; of .jsonl a string or {"prompt": …}. Writes {"prompt": …, "completion": …} for each.',
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 always takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens; 0: from all.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, what prompt and text have had already becomes less likely.")
+    ] = 1.0,
     seed: Annotated[
         int | None, typer.Option(help="Of the random numbers. Default: a new one, which is shown.", show_default=False)
     ] = None,
@@ -112,34 +158,54 @@ def generate(
     """Continue a prompt with a language model of this package or any other causal one, token by token as they come.
 
     The completion alone goes to standard output (on a terminal, after the prompt), timing to standard error.
+
+    Examples: [cyan]transxssm generate runs/tiny -p "def "[/], [cyan]git diff | transxssm generate runs/tiny[/],
+    [cyan]transxssm generate runs/tiny --prompts prompts.jsonl > completions.jsonl[/]
     """
+    from transxssm_cli.prompts import new_seed, read_prompt, read_prompts
+
+    if sum(given is not None for given in (prompt, prompt_file, prompts)) > 1:
+        raise ValueError("got several prompts: give one of --prompt, --prompt-file and --prompts")
+    for option, path in (("--prompt-file", prompt_file), ("--prompts", prompts)):
+        require_path(option, path)
+    texts = [read_prompt(prompt, prompt_file)] if prompts is None else read_prompts(prompts)
+    folder = checkpoint_folder(checkpoint)
     from transxssm.serving import GenerationSettings
-    from transxssm_cli.generation import generate_to_stdout, new_seed, read_prompt
+    from transxssm_cli.generation import generate_each_to_stdout, generate_to_stdout
 
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
         seed=new_seed() if seed is None else seed,
         stop_strings=stop or [],
     )
-    text = read_prompt(prompt, prompt_file)
-    generate_to_stdout(checkpoint, text, settings, dtype_name=dtype, device_name=device)
+    if prompts is None:
+        generate_to_stdout(folder, texts[0], settings, dtype_name=dtype, device_name=device)
+    else:
+        generate_each_to_stdout(folder, texts, settings, dtype_name=dtype, device_name=device)
 
 
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="PRESET|CHECKPOINT", help="tiny, small, 320m, 1.3b, or a model's folder.")
+        str,
+        typer.Argument(
+            metavar="PRESET|CHECKPOINT",
+            help="tiny, small, 320m, 1.3b, a model's folder, or owner/name on the hub of models.",
+        ),
     ],
     context: Annotated[int, typer.Option(help="Tokens in the sequence that FLOPs are counted for.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Of keys and values: float32, bfloat16 or float16.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of tables.")] = False,
 ) -> None:
     """Show what a model is made of and costs: parameters, FLOPs per token, bytes per sequence. Loads no weight."""
+    folder = require_model(model)
     from transxssm_cli.information import describe, tables
 
-    description = describe(model, context=context, dtype=dtype)
+    description = describe(model, folder, context=context, dtype=dtype)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return
@@ -150,7 +216,7 @@ def info(
 
 @app.command()
 def demo(
-    recipe: Annotated[str, typer.Option(help="What to train: a bundled recipe or a YAML file.")] = "tiny",
+    recipe: Annotated[str, typer.Option(help="What to train: a bundled recipe or a YAML file.")] = DEFAULT_RECIPE,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Override it.", show_default=False)
     ] = None,
@@ -159,6 +225,7 @@ def demo(
 
     Continues by itself where it was interrupted; shows the result again once it has finished.
     """
+    require_recipe("recipe", recipe, overrides or [], RECIPES)
     from transxssm_cli.demo import run_demo
 
     run_demo(recipe, overrides or [])
@@ -195,6 +262,8 @@ def study(
 
     Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/]
     """
+    if arguments:
+        require_recipe("study", arguments[0], arguments[1:], STUDIES)
     from transxssm_cli.study import list_studies, report_command, run_study_command, show_plan
 
     if list_only and report_only:

@@ -38,7 +38,7 @@ def run_demo(recipe_name: str, overrides: list[str]) -> None:
         console.print("Ctrl-C stops it; the same command goes on from there.\n")
     quiet_progress_bars()
     try:
-        summary = train(recipe, resume=run_dir.exists())
+        summary = train(recipe, resume=run_folder.holds_run(run_dir))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
     _show_loss(console, run_dir)

@@ -3,9 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from transxssm_cli.places import RECIPES, checkpoint_folder, require_path, require_recipe
+
+if TYPE_CHECKING:
+    from transxssm_cli.evaluation import Place
 
 app = typer.Typer(
     name="evaluate",
@@ -51,10 +56,10 @@ Seed = Annotated[int, typer.Option(help="Of the examples.")]
 def evaluate(
     context: typer.Context,
     checkpoint: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A run folder, or any causal language model in a folder.",
+            help="A run folder, any causal language model in a folder, or owner/name on the hub of models.",
             show_default=False,
         ),
     ],
@@ -103,10 +108,12 @@ def perplexity(
 
     Every length scores the same tokens: those of held-out documents that fill the longest window.
     """
-    from transxssm_cli.evaluation import Place, TextOptions, evaluate_perplexity
+    _require_text(recipe, text_file)
+    place = _place(context.obj, dtype, device, output_dir)
+    from transxssm_cli.evaluation import TextOptions, evaluate_perplexity
 
     evaluate_perplexity(
-        Place(context.obj, dtype, device, output_dir),
+        place,
         TextOptions(corpus, recipe, text_file),
         lengths=lengths,
         stride=stride,
@@ -143,10 +150,12 @@ def needle(
 
     The text around it is the corpus's (without a run: Python's standard library).
     """
-    from transxssm_cli.evaluation import Place, TextOptions, evaluate_needle
+    _require_text(recipe, text_file)
+    place = _place(context.obj, dtype, device, output_dir)
+    from transxssm_cli.evaluation import TextOptions, evaluate_needle
 
     evaluate_needle(
-        Place(context.obj, dtype, device, output_dir),
+        place,
         TextOptions(corpus, recipe, text_file),
         lengths=lengths,
         depths=depths,
@@ -174,10 +183,11 @@ def recall(
 
     Accuracy and loss at the questions only; token ids are the task's own, no tokenizer is involved.
     """
-    from transxssm_cli.evaluation import Place, evaluate_recall
+    place = _place(context.obj, dtype, device, output_dir)
+    from transxssm_cli.evaluation import evaluate_recall
 
     evaluate_recall(
-        Place(context.obj, dtype, device, output_dir),
+        place,
         sizes=sizes,
         vocab_size=vocab_size,
         examples=examples,
@@ -205,13 +215,31 @@ def harness(
     r"""Standard tasks, by lm-evaluation-harness (pip install 'transxssm\[eval]')."""
     if not sys.stderr.isatty():  # lm-eval's bars are tqdm's, which reads this when it is imported
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from transxssm_cli.evaluation import Place, evaluate_harness
+    require_path("--include-path", include_path)
+    place = _place(context.obj, dtype, device, output_dir)
+    from transxssm_cli.evaluation import evaluate_harness
 
     evaluate_harness(
-        Place(context.obj, dtype, device, output_dir),
+        place,
         tasks=tasks,
         include_path=include_path,
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,
     )
+
+
+def _place(checkpoint: str, dtype: str, device: str, output_dir: Path | None) -> "Place":
+    """What is evaluated, when it is there; of a model on the hub results go into a folder of its name there."""
+    folder = checkpoint_folder(checkpoint)
+    if output_dir is None and folder != Path(checkpoint).expanduser():
+        output_dir = Path("runs", "evaluation", checkpoint.replace("/", "--"))
+    from transxssm_cli.evaluation import Place
+
+    return Place(folder, dtype, device, output_dir)
+
+
+def _require_text(recipe: str | None, text_file: Path | None) -> None:
+    require_path("--text-file", text_file)
+    if recipe is not None:
+        require_recipe("recipe", recipe, [], RECIPES)

@@ -1,13 +1,15 @@
 """`transxssm generate`."""
 
-import secrets
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from transxssm.inspection import activation_bytes, available_bytes, cache_bytes
@@ -16,13 +18,37 @@ from transxssm.serving import Generation, GenerationSettings, encode_prompt, gen
 from transxssm.training import run_folder
 from transxssm_cli.dtypes import read_dtype
 
-STDIN = "-"
-
 
 def generate_to_stdout(
     checkpoint: Path, prompt: str, settings: GenerationSettings, *, dtype_name: str, device_name: str
 ) -> None:
     """Writes the completion to standard output as it comes, and its timing to standard error."""
+    model, tokenizer, [input_ids] = _ready(checkpoint, [prompt], settings, dtype_name, device_name)
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        console.out(prompt, style="dim", end="", highlight=False)
+    generation = generate_text(model, tokenizer, input_ids, write_now, settings)
+    if console.is_terminal:
+        write_now("\n")
+    typer.echo(timing_line(generation, settings, model.device), err=True)
+
+
+def generate_each_to_stdout(
+    checkpoint: Path, prompts: Sequence[str], settings: GenerationSettings, *, dtype_name: str, device_name: str
+) -> None:
+    """Writes a line of JSON for each prompt, in their order, as each is done; every one is continued as if it were alone."""
+    model, tokenizer, encoded = _ready(checkpoint, prompts, settings, dtype_name, device_name)
+    for prompt, input_ids in zip(prompts, encoded, strict=True):
+        pieces: list[str] = []
+        generation = generate_text(model, tokenizer, input_ids, pieces.append, settings)
+        write_now(json.dumps({"prompt": prompt, "completion": "".join(pieces)}, ensure_ascii=False) + "\n")
+        typer.echo(timing_line(generation, settings, model.device), err=True)
+
+
+def _ready(
+    checkpoint: Path, prompts: Sequence[str], settings: GenerationSettings, dtype_name: str, device_name: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Tensor]]:
+    """Model, tokenizer and the prompts' ids, when it is sure that the longest of them fits."""
     dtype = None if dtype_name == "auto" else read_dtype(dtype_name, "auto")
     device = read_device(device_name)
     logging.disable_progress_bar()  # a bar over the loading of weights
@@ -30,45 +56,14 @@ def generate_to_stdout(
     tokenizer = load_tokenizer(checkpoint, model.config)
     is_ours = isinstance(model, TransXSSMForCausalLM)
     trained_here = is_ours or (checkpoint / run_folder.RECIPE).is_file()
-    input_ids = encode_prompt(tokenizer, prompt, model.config.get_text_config().vocab_size, trained_here=trained_here)
+    vocab_size = model.config.get_text_config().vocab_size
+    encoded = [encode_prompt(tokenizer, prompt, vocab_size, trained_here=trained_here) for prompt in prompts]
+    longest = max(input_ids.shape[1] for input_ids in encoded)
     if is_ours:
-        check_memory(model, input_ids.shape[1], settings.max_new_tokens)
+        check_memory(model, longest, settings.max_new_tokens)
     else:  # whose memory is not known here
-        check_positions(model.config, input_ids.shape[1], settings.max_new_tokens)
-
-    console = Console(highlight=False, soft_wrap=True)
-    if console.is_terminal:
-        console.out(prompt, style="dim", end="", highlight=False)
-    generation = generate_text(model, tokenizer, input_ids, write_now, settings)
-    if console.is_terminal:
-        write_now("\n")
-    typer.echo(timing_line(generation, settings, device), err=True)
-
-
-def new_seed() -> int:
-    """A seed that nobody chose."""
-    return secrets.randbelow(2**32)
-
-
-def read_prompt(prompt: str, prompt_file: Path | None) -> str:
-    """The prompt's text, from the option, a file, or standard input.
-
-    Raises:
-        ValueError: two prompts, or one that is no UTF-8 text. OSError: the file can't be read.
-    """
-    if prompt_file is not None and prompt:
-        raise ValueError("got both --prompt and --prompt-file: give one of them")
-    if prompt_file is None and prompt != STDIN:
-        return prompt
-    name, content = (
-        ("standard input", sys.stdin.buffer.read()) if prompt_file is None else (prompt_file, prompt_file.read_bytes())
-    )
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt in {name} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}"
-        ) from None
+        check_positions(model.config, longest, settings.max_new_tokens)
+    return model, tokenizer, encoded
 
 
 def check_memory(model: TransXSSMForCausalLM, num_prompt_tokens: int, max_new_tokens: int) -> None:

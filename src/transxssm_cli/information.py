@@ -19,7 +19,7 @@ from transxssm.inspection import (
     flops_per_token,
     layers_of,
 )
-from transxssm.models import PRESETS, TransXSSMConfig, read_causal_lm_config
+from transxssm.models import TransXSSMConfig, read_causal_lm_config
 from transxssm_cli.dtypes import read_dtype
 
 CONTEXTS = tuple(1024 * 2**power for power in range(2, 8))  # 4K … 128K
@@ -41,19 +41,20 @@ OPTIONS = (
 )
 
 
-def describe(model: str, *, context: int, dtype: str) -> dict[str, Any]:
+def describe(model: str, folder: Path | None, *, context: int, dtype: str) -> dict[str, Any]:
     """Everything that the command shows, as plain values: FLOPs for one token, bytes for one sequence.
 
     Args:
-        model: a preset's name, or a checkpoint folder: of this package's model, or of a baseline (Llama, Mamba-2, Bamba).
+        model: what it is called, for one of no folder a preset's name.
+        folder: of the checkpoint: of this package's model, or of a baseline (Llama, Mamba-2, Bamba); None for a preset.
         context: tokens of the sequence that FLOPs are counted for.
         dtype: of keys and values.
 
     Raises:
-        ValueError: neither a preset nor a checkpoint, or one of another kind; an unknown dtype; a context of less than one token.
+        ValueError: no checkpoint, or one of another kind; an unknown dtype; a context of less than one token.
     """
     kv_dtype = read_dtype(dtype)
-    config = _config_of(model)
+    config = TransXSSMConfig.from_preset(model) if folder is None else read_causal_lm_config(folder)
     flops = flops_per_token(config, context)
     parameters = count_parameters(config)
     return {
@@ -142,14 +143,6 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int | None]:
     sizes["ssd_state_size"] = scan and scan.state_size
     sizes["ssd_num_groups"] = scan and scan.num_groups
     return sizes
-
-
-def _config_of(model: str) -> PreTrainedConfig:
-    if model in PRESETS:
-        return TransXSSMConfig.from_preset(model)
-    if not Path(model).exists():
-        raise ValueError(f"{model!r} is neither a preset ({', '.join(PRESETS)}) nor a checkpoint folder")
-    return read_causal_lm_config(Path(model))
 
 
 def _label(kind: str) -> str:

@@ -23,6 +23,10 @@ class OneLineErrors(TyperGroup):
         try:
             result = super().main(arguments or ["--help"], *rest, **(options | {"standalone_mode": False}))
         except Exception as error:
+            if (
+                type(error).__name__ == "NoArgsIsHelpError"
+            ):  # a group alone: its help has been shown as the error was made
+                sys.exit(0)
             if os.environ.get(DEBUG_VARIABLE) or not is_users(error):
                 raise
             typer.echo(f"error: {line_of(error)}", err=True)
@@ -51,7 +55,7 @@ def is_users(error: Exception) -> bool:
 def line_of(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, _UsageError):
-        text = error.format_message()
+        text = error.format_message() + _commands_of(error)
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
@@ -61,3 +65,11 @@ def line_of(error: BaseException) -> str:
     else:
         text = str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _commands_of(error: Any) -> str:
+    """The commands that a group has, where none was given, or one that none of them is near to."""
+    group = getattr(error.ctx, "command", None)
+    if not isinstance(group, TyperGroup) or "ommand" not in error.message or "?" in error.message:
+        return ""
+    return f" Expected one of {', '.join(group.list_commands(error.ctx))}."

@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import datasets
 import typer
@@ -12,13 +12,11 @@ import typer
 from transxssm.data import DataArguments, load_corpus
 from transxssm.training import Recipe, load_recipe, train
 
-DEFAULT_RECIPE = "tiny"
 LONGEST_PROMPT = 40  # characters
 
 
-def train_recipe(arguments: list[str], *, resume: bool) -> None:
+def train_recipe(name: str, overrides: Sequence[str], *, resume: bool) -> None:
     """Trains the recipe that a command line names and says what came of it."""
-    name, overrides = split_arguments(arguments)
     recipe = load_recipe(name, overrides)
     quiet_progress_bars()
     try:
@@ -37,16 +35,6 @@ def quiet_progress_bars() -> None:
     """No bars over the preparation of data where nobody watches: in a log each of their steps would be a line."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-
-
-def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The recipe's name and the overrides; a first argument with "=" is an override of the default recipe, unless a file."""
-    if not arguments:
-        return DEFAULT_RECIPE, []
-    first, *rest = arguments
-    if "=" in first and not Path(first).is_file():
-        return DEFAULT_RECIPE, arguments
-    return first, rest
 
 
 def result_line(recipe: Recipe, summary: dict[str, float]) -> str:

@@ -21,6 +21,7 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the command sets for its process stays in the test."""
     for variable in (*app.LIBRARY_VERBOSITY, "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         monkeypatch.setenv(variable, "error")
+    monkeypatch.setenv(app.SPIN_VARIABLE, app.SPIN_COUNT)
     logger = logging.getLogger("transxssm")
     before = logger.handlers, logger.level, logger.propagate
     yield

@@ -200,7 +200,7 @@ class TestRefusals:
             (["recall", "--dtype", "int8"], "unknown dtype 'int8'"),
             (["harness", "--tasks", ","], "--tasks is empty"),
             (["harness", "--tasks", "piqa", "--limit", "0"], "--limit must be at least 1"),
-            (["harness", "--tasks", "piqa", "--include-path", "absent"], "no folder of tasks absent"),
+            (["harness", "--tasks", "piqa", "--include-path", "absent"], "--include-path: absent: No such file"),
             (["nothing"], "No such command 'nothing'"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -186,7 +186,7 @@ class TestRefusals:
             (["--top-p", "0"], "top-p must be more than 0"),
             (["--seed", "-1"], "seed must be at least 0"),
             (["--stop", ""], "a stop string must not be empty"),
-            (["--prompt", "a", "--prompt-file", "b"], "got both --prompt and --prompt-file"),
+            (["--prompt", "a", "--prompt-file", "b"], "give one of --prompt, --prompt-file and --prompts"),
             (["--prompt-file", "absent.txt"], "absent.txt: No such file or directory"),
         ],
         ids=str,

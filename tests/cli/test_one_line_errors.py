@@ -35,11 +35,22 @@ def failing(monkeypatch):
         (["info", "tiny", "--contxt", "3"], "No such option"),
         (["info", "tiny", "--context", "many"], "Invalid value for '--context'"),
         (["generate", "a", "b"], "unexpected extra argument"),
+        (["evaluate", "runs/tiny"], "Missing command. Expected one of perplexity, needle, recall, harness."),
+        (["evaluate", "runs/tiny", "xyz"], "No such command 'xyz'. Expected one of perplexity, needle,"),
+        (["benchmark", "xyz"], "No such command 'xyz'. Expected one of throughput, decode, ops."),
     ],
     ids=str,
 )
 def test_usage(error_of, arguments, words):
     assert words in error_of(*arguments)
+
+
+@pytest.mark.parametrize("group", ["evaluate", "benchmark"])
+def test_a_group_alone_shows_its_help(run, group):
+    result = run(group)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.strip() == run(group, "--help").stdout.strip()
+    assert f"{group} [OPTIONS]" in result.stdout
 
 
 @pytest.mark.parametrize(

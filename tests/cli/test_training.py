@@ -10,7 +10,7 @@ import pytest
 
 from transxssm.training import SaveError
 from transxssm_cli import training
-from transxssm_cli.training import split_arguments
+from transxssm_cli.places import split_arguments
 
 
 @pytest.mark.parametrize(
@@ -152,26 +152,47 @@ def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, tmp_path, mon
 def test_without_a_text_at_hand_the_prompt_is_left_out(run, recipe, tmp_path, monkeypatch):
     summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}
     monkeypatch.setattr(training, "train", lambda recipe, resume: summary)
-    for overrides in (["data.corpus=owner/name", "data.streaming=true"], [f"data.corpus={tmp_path / 'gone'}"]):
+    (tmp_path / "emptied").mkdir()  # while the model was trained
+    for overrides in (["data.corpus=owner/name", "data.streaming=true"], [f"data.corpus={tmp_path / 'emptied'}"]):
         assert run("train", recipe, *overrides).stdout.endswith(f"try it: transxssm generate {tmp_path / 'run'}\n")
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps: got 0, expected at least 1"),
-        ("training.per_device_eval_batch_size=0", "training.per_device_eval_batch_size: got 0, expected at least 1"),
+        ("training.learning_rate=-1", "training.learning_rate: got -1, expected 0 or more"),
+        ("training.max_steps=-5", "training.max_steps: got -5, expected at least 1, or -1 to train for"),
+        (
+            "training.logging_steps=0",
+            "training.logging_steps: got 0, expected a whole number of steps from 1 on, or a share",
+        ),
         ("training.optim=galore_adamw", "the training section asks for what is not installed here: "),
     ],
     ids=str,
 )
-def test_settings_that_transformers_would_stumble_over(error_of, recipe, setting, words):
+def test_settings_that_transformers_would_stumble_over(error_of, recipe, tmp_path, setting, words):
     assert words in error_of("train", recipe, setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_folder_is_not_resumed(error_of, recipe, tmp_path):
+    """Neither one that is missing nor one without a run in it; the nearest run is named."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    (tmp_path / "rum").mkdir()
+    for name in ("runn", "rum"):
+        words = error_of("train", recipe, "--resume", f"training.output_dir={tmp_path / name}")
+        assert words.startswith(f"nothing to resume in {tmp_path / name}: it ")
+        assert f"(did you mean {tmp_path / 'run'}?)" in words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "rum", "run"]
 
 
 def test_the_corrected_command_needs_no_other_folder(run, error_of, recipe, tmp_path):
     assert error_of("train", recipe, "training.optim=galore_adamw")
-    assert not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    assert error_of("train", recipe, "training.optim=galore_adamw")
+    assert not any((tmp_path / "run").iterdir())  # a folder that was there stays
     (tmp_path / "run" / "recipe.yaml").write_text("a user's own")
     assert "is not empty" in error_of("train", recipe)
     (tmp_path / "run" / "recipe.yaml").unlink()

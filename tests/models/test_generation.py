@@ -110,3 +110,20 @@ def test_sampling_depends_on_the_seed_alone(variant):
     assert torch.equal(sample(7, use_cache=False), first)
     assert not torch.equal(sample(8), first)
     assert first.unique(dim=0).shape[0] == 6  # the sequences of a prompt are drawn apart
+
+
+class TestContinuousBatching:
+    """transformers keeps keys and values in pages there; a state has none."""
+
+    WORDS = "continuous batching .* SSD layers have none: call generate with the prompts as a left-padded batch"
+
+    def test_it_is_refused_by_its_name(self):
+        model = tiny_model()
+        with pytest.raises(ValueError, match=self.WORDS):
+            model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+        with pytest.raises(ValueError, match=self.WORDS):
+            generate(model, tokens(1, 3), cache_implementation="paged")
+
+    def test_models_of_attention_alone_are_left_to_transformers(self):
+        model = tiny_model(layer_types=["full_attention"] * 2, num_hidden_layers=2)
+        assert model.init_continuous_batching() is not None

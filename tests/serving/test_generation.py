@@ -7,8 +7,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from tests.serving.checkpoints import RECITED, byte_tokenizer, write_random_checkpoint, write_reciting_checkpoint
-from transxssm.models import load_model
+from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM, load_model
 from transxssm.serving import GenerationSettings, encode_prompt, generate_text
+from transxssm.serving.generation import decoding_threads
 
 CPU = torch.device("cpu")
 GREEDY = {"temperature": 0.0}
@@ -69,6 +70,30 @@ def test_greedy_is_the_limit_of_a_low_temperature_and_of_a_low_top_p(random_mode
     assert complete(random_model, "a", max_new_tokens=30, temperature=1e-4)[0] == greedy
     assert complete(random_model, "a", max_new_tokens=30, temperature=1.0, top_p=1e-6)[0] == greedy
     assert complete(random_model, "a", max_new_tokens=30, temperature=1.0, top_p=1.0)[0] != greedy
+    assert complete(random_model, "a", max_new_tokens=30, temperature=1.0, top_p=1.0, top_k=1)[0] == greedy
+
+
+def test_top_k_draws_from_the_likeliest_tokens(random_model):
+    prompt = encode_prompt(TOKENIZER, "a", 258)
+    likeliest = {bytes([token]) for token in random_model(prompt).logits[0, -1].topk(3).indices.tolist() if token < 256}
+    drawn = {
+        complete(random_model, "a", max_new_tokens=1, temperature=9.0, top_p=1.0, top_k=3, seed=seed)[0].encode()
+        for seed in range(30)
+    }
+    assert drawn - {b""} <= likeliest  # nothing is written of a byte that is no whole character
+    assert (
+        complete(random_model, "a", max_new_tokens=30, temperature=9.0, top_p=1.0)[0]
+        != (complete(random_model, "a", max_new_tokens=30, temperature=9.0, top_p=1.0, top_k=3)[0])
+    )
+
+
+def test_a_penalty_on_repetition_holds_for_greedy_choices_too(random_model):
+    prompt = encode_prompt(TOKENIZER, "a", 258)
+    tokens = random_model.generate(prompt, max_new_tokens=12, do_sample=False, repetition_penalty=1e9)[0].tolist()
+    assert len(set(tokens)) == len(tokens)  # none comes twice
+    expected = TOKENIZER.decode(tokens[prompt.shape[1] :], skip_special_tokens=True).removesuffix("\ufffd")
+    assert complete(random_model, "a", max_new_tokens=12, repetition_penalty=1e9, **GREEDY)[0] == expected
+    assert complete(random_model, "a", max_new_tokens=12, **GREEDY)[0] != expected
 
 
 @pytest.mark.parametrize(
@@ -80,6 +105,9 @@ def test_greedy_is_the_limit_of_a_low_temperature_and_of_a_low_top_p(random_mode
         ({"temperature": float("inf")}, "got inf"),
         ({"top_p": 0.0}, "top-p must be more than 0 and at most 1: got 0.0"),
         ({"top_p": 1.1}, "got 1.1"),
+        ({"top_k": -1}, "top-k must be at least 1, or 0 for all tokens: got -1"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty must be more than 0, and 1 for none: got 0.0"),
+        ({"repetition_penalty": float("inf")}, "got inf"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"seed": 2**64}, "less than 2**64"),
         ({"stop_strings": ["a", ""]}, "a stop string must not be empty"),
@@ -166,3 +194,53 @@ class TestTheModelsOwnSettings:
         plain, _ = complete(random_model, "a", max_new_tokens=12, **GREEDY)
         own.update(**setting)
         assert complete(random_model, "a", max_new_tokens=12, **GREEDY)[0] == plain
+
+
+class TestDecodingThreads:
+    """A token's weights are shared by so many threads that each has enough of them to be worth its waiting for the others."""
+
+    @pytest.fixture
+    def eight(self, monkeypatch):
+        """Eight threads, as torch says, and what is done about them."""
+        chosen = [8]
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+        monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+        return chosen
+
+    @pytest.mark.parametrize(
+        ("sizes", "dtype", "threads"),
+        [
+            ({}, torch.float32, 1),  # the preset tiny, 9 MB; else of the preset small
+            ({"vocab_size": 8192}, torch.bfloat16, 3),  # 60 MB
+            ({"vocab_size": 8192}, torch.float32, 7),  # 120 MB
+            ({"vocab_size": 16384}, torch.float32, 8),
+            # With a head of its own a token reads one row of the embeddings.
+            ({"vocab_size": 8192, "tie_word_embeddings": False}, torch.float32, 7),
+        ],
+        ids=str,
+    )
+    def test_they_follow_from_the_bytes_of_a_token(self, eight, sizes, dtype, threads):
+        with torch.device("meta"):
+            model = TransXSSMForCausalLM(TransXSSMConfig.from_preset("small" if sizes else "tiny", **sizes))
+        assert decoding_threads(model.to(dtype)) == threads
+
+    def test_the_users_own_number_is_obeyed(self, random_model, eight, monkeypatch):
+        assert decoding_threads(random_model) == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+        assert decoding_threads(random_model) == 8
+
+    def test_the_prompt_has_all_of_them_and_they_are_given_back(self, random_model, eight):
+        seen = []
+        with random_model.register_forward_hook(lambda *arguments: seen.append(eight[-1])):
+            complete(random_model, "abc", max_new_tokens=4, **GREEDY)
+        assert seen == [8, 1, 1, 1]
+        assert eight[-1] == 8
+
+        def fail(*arguments):
+            if eight[-1] == 1:
+                raise RuntimeError("in the middle")
+
+        with random_model.register_forward_hook(fail), pytest.raises(RuntimeError, match="in the middle"):
+            complete(random_model, "abc", max_new_tokens=4, **GREEDY)
+        assert eight[-1] == 8

@@ -232,7 +232,11 @@ def test_a_finished_run_can_be_prolonged(recipe, finished_run, caplog):
     assert "training.max_steps was 20 and is 22" in caplog.text
 
 
-def test_resume_with_nothing_there_starts_from_scratch_and_says_so(recipe, finished_run, caplog):
+def test_a_run_that_ended_before_its_first_checkpoint_starts_from_scratch_and_says_so(recipe, finished_run, caplog):
+    with pytest.raises(ValueError, match=r"nothing to resume in .*: it holds no run; leave out --resume"):
+        train(recipe(), resume=True)
+    recipe().output_dir.mkdir()
+    (recipe().output_dir / "recipe.yaml").write_text(recipe().to_yaml())
     train(recipe(), resume=True)
     assert "starting from scratch" in caplog.text
     assert_same_run(recipe().output_dir, finished_run)
@@ -242,10 +246,9 @@ def test_a_folder_with_something_in_it_is_not_overwritten(recipe):
     run_dir = recipe().output_dir
     run_dir.mkdir()
     (run_dir / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"not empty: .*--resume, or choose another training\.output_dir"):
-        train(recipe())
-    with pytest.raises(ValueError, match="something other than a run"):
-        train(recipe(), resume=True)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"something other than a run .*: choose another training\.output_dir"):
+            train(recipe(), resume=resume)
     assert [path.name for path in run_dir.iterdir()] == ["notes.txt"]
 
 

@@ -121,10 +121,21 @@ def read_device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:1, …") from None
     try:
         torch.zeros(1, device=device).item()  # the name alone says nothing about the machine
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0]  # CUDA's own go on with advice on debugging kernels
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+    except (NotImplementedError, ImportError) as error:  # the former lists every key of torch's dispatcher
+        raise ValueError(
+            f"device {name!r} cannot be used here: this torch has no such backend; {_devices()}"
+        ) from error
+    except (RuntimeError, AssertionError) as error:
+        reason = (
+            str(error).split("\n", 1)[0].split(". ", 1)[0].rstrip(".")
+        )  # what follows is advice on building or debugging torch
+        raise ValueError(f"device {name!r} cannot be used here: {reason}; {_devices()}") from error
     return device
+
+
+def _devices() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return f"expected {'cpu' if accelerator is None else f'cpu or {accelerator.type}'}"
 
 
 def _model_type(folder: Path) -> Any:
@@ -152,9 +163,21 @@ def _load(
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # not ignored, but named below: transformers' error names none
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        weight, got, expected = mismatched[0]
+        raise ValueError(
+            f"the weights in {folder} do not fit its {CONFIG}: {len(mismatched)} differ, {weight} among them: "
+            f"got {tuple(got)}, expected {tuple(expected)}; put the configuration there that they were saved with"
+        )
+    if isinstance(config, TransXSSMConfig) and (unexpected := sorted(report["unexpected_keys"])):
+        raise ValueError(
+            f"the weights in {folder} do not fit its {CONFIG}: it has no place for {len(unexpected)} of them, {unexpected[0]} among "
+            "them; put the configuration there that they were saved with"
+        )
     absent = sorted(report["missing_keys"])
     if absent:  # transformers would draw them at random
         raise ValueError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]} among them: save it anew")

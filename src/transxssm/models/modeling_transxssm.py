@@ -399,6 +399,19 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             return loss
         return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for models of attention layers only.
+
+        Raises:
+            ValueError: there are SSD layers, whose states cannot be kept in pages as keys and values can.
+        """
+        if "linear_attention" in self.config.layer_types:
+            raise ValueError(
+                "continuous batching (generate_batch, cache_implementation='paged') keeps keys and values in pages, and the states of "
+                "SSD layers have none: call generate with the prompts as a left-padded batch and without cache_implementation"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def prepare_inputs_for_generation(  # generate looks for inputs_embeds among the names
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One prompt in, text out as it comes."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from transformers import (
 
 from transxssm.serving.text_stream import TextStream
 
+# Of the weights that a token reads, for each thread that computes it. On two cores one thread decoded 9 MB of weights as fast as two
+# when the machine was idle and faster when it was not, and two decoded 60 MB of them 1.6 times as fast (docs/guides/inference.md).
+BYTES_PER_THREAD = 16 * 2**20
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -26,6 +31,8 @@ class GenerationSettings:
         max_new_tokens: tokens to generate at most.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
         top_p: of the likeliest tokens, as many as together have this probability; 1: all.
+        top_k: so many of the likeliest tokens, before `top_p`; 0: all.
+        repetition_penalty: divides the positive logits of tokens that prompt or text have had, and multiplies the negative ones; 1: none.
         seed: of the random numbers.
         stop_strings: the text ends before the first of them.
 
@@ -36,6 +43,8 @@ class GenerationSettings:
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     seed: int = 0
     stop_strings: Sequence[str] = ()
 
@@ -46,6 +55,10 @@ class GenerationSettings:
             raise ValueError(f"temperature must be 0 (greedy) or more: got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be more than 0 and at most 1: got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top-k must be at least 1, or 0 for all tokens: got {self.top_k}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition-penalty must be more than 0, and 1 for none: got {self.repetition_penalty}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be at least 0 and less than 2**64: got {self.seed}")
         if not all(self.stop_strings):
@@ -53,9 +66,28 @@ class GenerationSettings:
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Those of `GenerationConfig`."""
+        repetition = {"repetition_penalty": self.repetition_penalty}
         if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            return {"do_sample": False, **repetition}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": True, **sampling, **repetition}
+
+
+def decoding_threads(model: PreTrainedModel) -> int:
+    """Threads that decode one sequence: what torch has, but no more than share the weights of a token in parts that are worth it.
+
+    Each operator ends with the threads waiting for one another. For a small model that costs more than they save, and an
+    interruption of one of them by another program holds all of them up. `OMP_NUM_THREADS` is obeyed as it is.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    weights = {id(parameter): parameter for parameter in model.parameters()}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is None or head.weight is not embedding:  # a token reads one row of the embeddings, and all of a head
+        weights.pop(id(embedding), None)
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in weights.values())
+    return max(1, min(threads, num_bytes // BYTES_PER_THREAD))
 
 
 @dataclass(frozen=True)
@@ -122,7 +154,8 @@ def generate_text(
         settings: how tokens are chosen, and when to stop.
     """
     stream = TextStream(tokenizer, write, settings.stop_strings)
-    follower = _Follower(stream)
+    threads = torch.get_num_threads()
+    follower = _Follower(stream, decoding_threads(model) if model.device.type == "cpu" else threads)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     generation_config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -131,19 +164,21 @@ def generate_text(
         pad_token_id=pad,
         num_beams=1,  # what is None here is taken from the model's own settings
         num_return_sequences=1,
-        repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         **settings.sampling_arguments(),
     )
     torch.manual_seed(settings.seed)
     started = time.perf_counter()
     input_ids = input_ids.to(model.device)
-    model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=generation_config,
-        stopping_criteria=StoppingCriteriaList([follower]),
-    )
+    try:
+        model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=generation_config,
+            stopping_criteria=StoppingCriteriaList([follower]),
+        )
+    finally:
+        torch.set_num_threads(threads)
     stream.end()
     ended = time.perf_counter()
     return Generation(
@@ -164,11 +199,13 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 class _Follower(StoppingCriteria):
     """Hands each new token to the stream, and ends `generate` with the token that completes a stop string.
 
-    A streamer of transformers would get each token only after it was decided whether to go on.
+    A streamer of transformers would get each token only after it was decided whether to go on. The first token ends the prompt, which
+    is worth every thread; those after it are decoded by `threads`.
     """
 
-    def __init__(self, stream: TextStream) -> None:
+    def __init__(self, stream: TextStream, threads: int) -> None:
         self.stream = stream
+        self.threads = threads
         self.num_tokens = 0
         self.first_token_at = 0.0
 
@@ -177,4 +214,5 @@ class _Follower(StoppingCriteria):
         self.num_tokens += 1
         if self.num_tokens == 1:
             self.first_token_at = time.perf_counter()
+            torch.set_num_threads(self.threads)
         return torch.full((1,), self.stream.stopped, dtype=torch.bool, device=input_ids.device)

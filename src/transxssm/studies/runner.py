@@ -17,7 +17,7 @@ from transxssm.studies.outcome import Outcome, read_outcome, write_divergence
 from transxssm.studies.plan import PlannedRun, Schedule, plan_of
 from transxssm.studies.recall_data import recall_data
 from transxssm.studies.report import Evidence, best_rate, write_report
-from transxssm.training import BudgetSpentError, NonFiniteError, Recipe, TrainingData, text_data, train
+from transxssm.training import BudgetSpentError, NonFiniteError, Recipe, TrainingData, run_folder, text_data, train
 from transxssm.whole_files import write_text_whole
 
 STUDY = "study.json"
@@ -152,7 +152,7 @@ class _Work:
         try:
             train(
                 recipe,
-                resume=folder.exists(),
+                resume=run_folder.holds_run(folder),
                 source=self._source,
                 display=_Steps(
                     lambda step: self._tell(f"{label} · step {step}/{run.steps}", run.seconds * step / run.steps)

@@ -60,8 +60,8 @@ def train(
 
     Args:
         recipe: from `load_recipe`.
-        resume: continue the run in the recipe's folder from its last whole checkpoint; from scratch if it has none; nothing
-            happens if it has finished.
+        resume: continue the run in the recipe's folder from its last whole checkpoint; from scratch if it ended before its first one;
+            nothing happens if it has finished.
         source: makes the data; not called if the run has finished.
         display: shows the run's progress; None: `ProgressDisplay`.
         budget_seconds: of wall time, after which the run stops with a checkpoint; None: no limit.
@@ -71,7 +71,7 @@ def train(
         tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte (of text only), and where it ran.
 
     Raises:
-        ValueError: bad settings, data that cannot be read, a folder that holds another run.
+        ValueError: bad settings, data that cannot be read, a folder that holds another run, or no run to resume.
         NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
         SaveError: a checkpoint could not be written; the one before is kept.
         BudgetSpentError: the time was up, when the checkpoint has been saved.
@@ -83,6 +83,7 @@ def train(
     with arguments.main_process_first(local=False):
         if is_main:
             _check_folder(run_dir, recipe, resume)
+    was_there = run_dir.exists()
     checkpoint = None
     if resume:
         finished = read_summary(run_dir)
@@ -111,7 +112,7 @@ def train(
             raise
         except Exception:
             if is_main and not resume and trainer.state.global_step == 0:
-                run_folder.remove_start(run_dir)
+                run_folder.remove_start(run_dir, was_there=was_there)
             raise
         trainer.save_final()
         summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}

@@ -143,7 +143,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises:
         ValueError: no such recipe (with the bundled ones), no valid YAML, an unknown section or key (with the nearest known
-            one), a value of a wrong type, a model that cannot be built. Always one line.
+            one), a value of a wrong type or out of its range, a model that cannot be built. Always one line.
     """
     name, text = _read(str(name_or_path))
     try:
@@ -228,11 +228,6 @@ def _with_defaults(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, (value, reason) in FIXED_TRAINING.items():
         if key in given and given[key] != value:
             raise ValueError(f"training.{key}: got {given[key]!r}, but it must stay {value!r}: {reason}")
-    if given.get("max_steps") == 0:
-        raise ValueError("training.max_steps: got 0, expected at least 1, or -1 to train for training.num_train_epochs")
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if isinstance(value := given.get(key), int) and value < 1:
-            raise ValueError(f"training.{key}: got {value}, expected at least 1")
     training = {**TRAINING_DEFAULTS, **given, "output_dir": given.get("output_dir") or f"runs/{name}"}
     if "lr_scheduler_type" not in given:
         training.setdefault("lr_scheduler_kwargs", dict(COSINE_TO_A_TENTH))

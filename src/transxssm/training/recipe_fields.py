@@ -3,9 +3,10 @@
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -21,6 +22,59 @@ _WIDER_TYPES: dict[str, Any] = {"fsdp": bool | str | None}
 ARCHITECTURES = ("transxssm", *BASELINES)
 # No coercion: "1" is no number, 1.5 no whole number, 1 no truth value. A whole number is a float all the same.
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which of the numbers of a type a setting may have; comparisons are written so that not-a-number is in no range."""
+
+    holds: Callable[[float], bool]
+    expected: str
+
+
+_FROM_1 = Range(lambda n: 1 <= n < math.inf, "at least 1")
+_FROM_0 = Range(lambda n: 0 <= n < math.inf, "0 or more")
+_ABOVE_0 = Range(lambda n: 0 < n < math.inf, "more than 0")
+_BELOW_1 = Range(lambda n: 0 <= n < 1, "at least 0 and less than 1")
+_SEED = Range(lambda n: 0 <= n < 2**32, "at least 0 and less than 2**32")
+_INTERVAL = Range(
+    lambda n: 0 < n < 1 or (1 <= n < math.inf and n == int(n)),
+    "a whole number of steps from 1 on, or a share of all steps between 0 and 1",
+)
+_WARMUP = Range(
+    lambda n: 0 <= n < 1 or (1 <= n < math.inf and n == int(n)),
+    "a whole number of steps from 0 on, or a share of all steps between 0 and 1",
+)
+_MAX_STEPS = Range(lambda n: n >= 1 or n == -1, "at least 1, or -1 to train for training.num_train_epochs")
+# Of TrainingArguments' numbers, which takes nearly any and fails in the middle of a run, or does something else than it was told.
+_TRAINING_RANGES = {
+    "max_steps": _MAX_STEPS,
+    "num_train_epochs": _ABOVE_0,
+    "per_device_train_batch_size": _FROM_1,
+    "per_device_eval_batch_size": _FROM_1,
+    "gradient_accumulation_steps": _FROM_1,
+    "eval_accumulation_steps": _FROM_1,
+    "torch_empty_cache_steps": _FROM_1,
+    "learning_rate": _FROM_0,
+    "warmup_steps": _WARMUP,
+    "weight_decay": _FROM_0,
+    "adam_beta1": _BELOW_1,
+    "adam_beta2": _BELOW_1,
+    "adam_epsilon": _FROM_0,
+    "max_grad_norm": _FROM_0,
+    "neftune_noise_alpha": _FROM_0,
+    "logging_steps": _INTERVAL,
+    "eval_steps": _INTERVAL,
+    "save_steps": _INTERVAL,
+    "eval_delay": _FROM_0,
+    "save_total_limit": _FROM_0,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": _FROM_0,
+    "dataloader_prefetch_factor": _FROM_1,
+    "ddp_bucket_cap_mb": _FROM_1,
+    "ddp_timeout": _ABOVE_0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +111,8 @@ def check_sections(sections: Mapping[str, Any]) -> None:
     """Checks every key and value of a recipe.
 
     Raises:
-        ValueError: an unknown section or key (with the nearest known one), or a value of a wrong type (with the expected one).
+        ValueError: an unknown section or key (with the nearest known one), a value of a wrong type (with the expected one), or a
+            number of the training section that is out of its range.
     """
     fields = known_fields()
     for section, values in sections.items():
@@ -69,6 +124,8 @@ def check_sections(sections: Mapping[str, Any]) -> None:
             if key not in fields[section]:
                 raise ValueError(f"unknown key {section}.{key}: {_nearest_key(section, str(key), fields)}")
             _check_value(f"{section}.{key}", value, fields[section][key])
+            if section == "training":
+                _check_range(key, value)
 
 
 def _check_value(name: str, value: Any, field: Field) -> None:
@@ -79,6 +136,12 @@ def _check_value(name: str, value: Any, field: Field) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name}: got {_shown(value)}, expected {field.expected}")
+
+
+def _check_range(key: str, value: Any) -> None:
+    allowed = _TRAINING_RANGES.get(key)
+    if allowed is not None and isinstance(value, (int, float)) and not allowed.holds(value):
+        raise ValueError(f"training.{key}: got {value}, expected {allowed.expected}")
 
 
 def _dataclass_fields(cls: type) -> dict[str, Field]:

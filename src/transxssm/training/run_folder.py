@@ -1,7 +1,9 @@
 """One run, one folder: what it may contain before a run starts, and whether a resumed run is still the same one."""
 
+import difflib
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +26,45 @@ def check_empty(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"training.output_dir {run_dir} is a file: choose another one")
     if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not holds_run(run_dir):
+            raise ValueError(_something_else(run_dir))
         raise ValueError(
             f"{run_dir} is not empty: continue that run with --resume, or choose another training.output_dir"
         )
 
 
-def remove_start(run_dir: Path) -> None:
-    """Removes what a new run wrote before its first step, so that the corrected command finds its folder empty."""
+def holds_run(run_dir: Path) -> bool:
+    """Whether a folder holds a run that has begun, which is what can be resumed."""
+    return (run_dir / RECIPE).is_file()
+
+
+def remove_start(run_dir: Path, *, was_there: bool) -> None:
+    """Removes what a new run wrote before its first step, so that the corrected command finds its folder as this one did.
+
+    Args:
+        run_dir: the folder.
+        was_there: whether it was, empty, before the run; else it goes too.
+    """
     run_dir.joinpath(RECIPE).unlink(missing_ok=True)
     shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+    if not was_there:
+        with suppress(OSError):  # not empty: somebody else wrote into it
+            run_dir.rmdir()
 
 
 def check_same_run(run_dir: Path, recipe: Recipe) -> None:
     """Checks that a run to be resumed has the model and data it was started with.
 
     Raises:
-        ValueError: it has other ones; names the keys.
+        ValueError: it has other ones, named by their keys; there is no run to be resumed, when the nearest that is there is named.
     """
     stored = _stored_recipe(run_dir)
     if stored is None:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise ValueError(
-                f"{run_dir} holds something other than a run (no {RECIPE}): choose another training.output_dir"
-            )
-        return
+            raise ValueError(_something_else(run_dir))
+        raise ValueError(
+            f"nothing to resume in {run_dir}: it holds no run{_nearest_run(run_dir)}; leave out --resume to start anew"
+        )
     before, now = stored.to_dict(), recipe.to_dict()
     differing = _differences(before, now, "model") + _differences(before, now, "data")
     if differing:
@@ -67,8 +84,17 @@ def has_same_training(run_dir: Path, recipe: Recipe) -> bool:
 
 
 def _stored_recipe(run_dir: Path) -> Recipe | None:
-    path = run_dir / RECIPE
-    return load_recipe(path) if path.is_file() else None
+    return load_recipe(run_dir / RECIPE) if holds_run(run_dir) else None
+
+
+def _something_else(run_dir: Path) -> str:
+    return f"{run_dir} holds something other than a run (no {RECIPE}): choose another training.output_dir"
+
+
+def _nearest_run(run_dir: Path) -> str:
+    runs = [path.parent.name for path in run_dir.parent.glob(f"*/{RECIPE}")]
+    close = difflib.get_close_matches(run_dir.name, runs, n=1)
+    return f" (did you mean {run_dir.parent / close[0]}?)" if close else ""
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:

@@ -1,0 +1,144 @@
+"""What a command line names is looked for before torch is imported, and a missing thing names the nearest."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from transxssm.data.embedded import EMBEDDED_CORPORA
+from transxssm.models import PRESETS
+from transxssm.studies import bundled_studies
+from transxssm.training import bundled_recipes
+from transxssm_cli import places
+
+# Runs each command line in one process, and says what each answered and whether torch had been imported by then.
+ANSWERS = """
+import json, sys
+from typer.testing import CliRunner
+from transxssm_cli import app
+for line in json.load(sys.stdin):
+    result = CliRunner().invoke(app.app, line)
+    slow = sorted({"torch", "transformers", "datasets", "transxssm", "numpy"} & set(sys.modules))
+    print(json.dumps([result.exit_code, result.stderr, slow]))
+"""
+NOTHING = "no checkpoint folder {}: found nothing there"
+MISTYPED = [
+    (["generate", "runs/tinny"], NOTHING.format("runs/tinny") + " (did you mean runs/tiny?)"),
+    (["generate", "rums/tiny"], "no checkpoint folder rums/tiny: found nothing there (did you mean runs/tiny?)"),
+    (["generate", "notes.txt"], "no checkpoint folder notes.txt: found a file there"),
+    (["generate", "runs/tiny", "--prompt-file", "note.txt"], "note.txt: No such file or directory (did you mean notes.txt?)"),
+    (["generate", "runs/tiny", "--prompts", "absent.txt"], "--prompts: absent.txt: No such file or directory"),
+    (["generate", "runs/tiny", "--prompts", "notes.txt", "-p", "a"], "give one of --prompt, --prompt-file and --prompts"),
+    (["info", "tini"], "nor a checkpoint folder (did you mean tiny?)"),
+    (["info", "./runs/tinny"], NOTHING.format("./runs/tinny") + " (did you mean runs/tiny?)"),
+    (["evaluate", "runs/tinny", "perplexity"], NOTHING.format("runs/tinny")),
+    (["evaluate", "runs/tinny", "recall"], NOTHING.format("runs/tinny")),
+    (["evaluate", "runs/tiny", "needle", "--text-file", "note.txt"], "--text-file: note.txt: No such file"),
+    (["evaluate", "runs/tiny", "perplexity", "--recipe", "tinny"], "no recipe 'tinny': did you mean tiny?"),
+    (["evaluate", "runs/tiny", "harness", "--tasks", "a", "--include-path", "absent"], "--include-path: absent"),
+    (["train", "smal"], "no recipe 'smal': did you mean small?"),
+    (["train", "my.yaml"], "no recipe 'my.yaml': Expected a YAML file, or one of small, "),
+    (["train", "small", "data.corpus=text/"], "no corpus 'text/' (did you mean texts?)"),
+    (["train", "small", "data.corpus=python-stlib"], "no corpus 'python-stlib' (did you mean python-stdlib?)"),
+    (["train", "tiny", "data.validation=noets.txt"], "no data.validation 'noets.txt' (did you mean notes.txt?): expected a"),
+    (["train", "own.yaml"], "no corpus './absent'"),
+    (["train", "tiny", "--resume", "training.output_dir=runs/tinny"], "it does not exist (did you mean runs/tiny?)"),
+    (["train", "smaller.yaml", "--resume"], "no recipe 'smaller.yaml'"),
+    (["train", "small", "--resume"], "nothing to resume in runs/small: it does not exist; leave out --resume"),
+    (["demo", "--recipe", "tinny"], "no recipe 'tinny': did you mean tiny?"),
+    (["study", "tabel2-cpu", "--list"], "no study 'tabel2-cpu': did you mean table2-cpu?"),
+]  # fmt: skip
+
+
+def test_a_mistyped_path_is_answered_without_torch(tmp_path):
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "own.yaml").write_text("data:\n  corpus: ./absent\n")
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS],
+        input=json.dumps([arguments for arguments, _ in MISTYPED]),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(MISTYPED)
+    for (arguments, words), (code, said, slow) in zip(MISTYPED, answers, strict=True):
+        assert code == 2, arguments
+        assert words in said
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert slow == [], arguments
+
+
+def test_names_that_are_repeated_here_are_the_librarys():
+    assert list(places.PRESETS) == list(PRESETS)
+    assert places.CORPORA == EMBEDDED_CORPORA
+    assert places._bundled(places.RECIPES) == bundled_recipes()
+    assert places._bundled(places.STUDIES) == sorted(bundled_studies())
+
+
+def test_the_last_override_goes_before_the_recipe(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("data: {corpus: mine}\ntraining:\n")
+    assert places.setting(str(path), [], "data.corpus") == "mine"
+    assert places.setting(str(path), ["data.corpus=a", "data.corpus='b c'"], "data.corpus") == "b c"
+    assert places.setting(str(path), [], "training.output_dir") is None
+    path.write_text("data: [")
+    assert places.setting(str(path), [], "data.corpus") is None
+
+
+@pytest.mark.parametrize("corpus", ["python-stdlib", "owner/name", "owner/name-v1.5", "here"])
+def test_what_may_be_a_corpus_is_left_to_the_library(tmp_path, monkeypatch, corpus):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    places.require_recipe("recipe", "tiny", [f"data.corpus={corpus}"], places.RECIPES)
+
+
+class TestHub:
+    @pytest.fixture
+    def cached(self, reciting, monkeypatch, tmp_path):
+        """A model in the hub's cache, as a download leaves it."""
+        monkeypatch.chdir(tmp_path)
+        repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--owner--reciting"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        shutil.copytree(reciting, snapshot)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        yield snapshot
+        shutil.rmtree(repository)
+
+    def test_a_name_on_the_hub_stands_for_the_model(self, run, cached):
+        command = ("generate", "owner/reciting", "-p", "x", "--max-new-tokens", "4", "--temperature", "0")
+        assert run(*command).stdout == "def("
+        assert json.loads(run("info", "owner/reciting", "--json").stdout)["model"] == "owner/reciting"
+        result = run("evaluate", "owner/reciting", "recall", "--sizes", "16/2", "--examples", "1", "--vocab-size", "64")
+        assert result.exit_code == 0
+        assert Path("runs/evaluation/owner--reciting/recall.json").is_file()
+
+    def test_a_folder_goes_before_the_hub(self, reciting, cached):
+        shutil.copytree(reciting, "owner/reciting")
+        assert places.checkpoint_folder("owner/reciting") == Path("owner/reciting")
+
+    def test_without_a_network(self, error_of, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        words = error_of("generate", "owner/absent")
+        assert words.startswith(
+            "owner/absent: found no folder of this path, and the hub of models cannot be asked for it"
+        )
+        assert words.endswith("go online, or give a folder")
+
+    def test_weights_that_could_run_code_are_not_taken(self, cached):
+        (cached / "model.safetensors").unlink()
+        (cached / "pytorch_model.bin").touch()
+        with pytest.raises(ValueError, match="has no weights in safetensors"):
+            places.checkpoint_folder("owner/reciting")
+        (cached / "config.json").unlink()
+        with pytest.raises(ValueError, match=r"config\.json is missing"):
+            places.checkpoint_folder("owner/reciting", weights=False)
