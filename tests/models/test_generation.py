@@ -1,21 +1,25 @@
 """`generate` as its users call it, held to a greedy loop that runs the whole text again for every token."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from tests.models.tiny import (
     ALL_VARIANTS,
     SLIDING,
+    VOCAB_SIZE,
     WITH_ATTENTION,
     logits_of,
     pad_rows,
     skip_where_transformers_is_wrong,
+    tiny_config,
     tiny_model,
     tokens,
 )
-from transxssm import TransXSSMForCausalLM
+from transxssm import TransXSSMCache, TransXSSMForCausalLM
 
 NEW_TOKENS = 6
 
@@ -127,3 +131,80 @@ class TestContinuousBatching:
     def test_models_of_attention_alone_are_left_to_transformers(self):
         model = tiny_model(layer_types=["full_attention"] * 2, num_hidden_layers=2)
         assert model.init_continuous_batching() is not None
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_a_model_in_training_that_checkpoints_gradients_generates_with_its_cache(variant):
+    """Trainers that sample from the policy do so: without gradients there is nothing to recompute."""
+    model, ids = tiny_model(variant), tokens(2, 7)
+    expected = greedy_by_hand(model, ids)
+    model.train()
+    model.gradient_checkpointing_enable()
+    output = generate(model, ids, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert output.past_key_values.get_seq_length() == 7 + NEW_TOKENS - 1
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_a_cache_is_refused_where_layers_are_recomputed(cached):
+    model, cache = tiny_model(), TransXSSMCache(config=tiny_config())
+    if cached:
+        logits_of(model, tokens(1, cached), past_key_values=cache)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient checkpointing .* writes a cache twice: .* torch\.no_grad"):
+        model(tokens(1, 3), past_key_values=cache)
+    assert model(tokens(1, 3), use_cache=True).past_key_values is None  # as in every model of transformers
+
+
+@pytest.mark.parametrize("new_cache", [TransXSSMCache, functools.partial(StaticCache, max_cache_len=24)])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}, {"attention_mask": torch.ones(2, 7)}], ids=str)
+def test_a_prompt_that_the_cache_holds_is_refused(new_cache, options):
+    """Its last token was read already, and a state cannot be taken back by one."""
+    model, ids = tiny_model(), tokens(2, 7)
+    for length in (7, 4):
+        cache = new_cache(config=model.config)
+        logits_of(model, ids, past_key_values=cache)
+        masked = {name: mask[:, :length] if name == "attention_mask" else mask for name, mask in options.items()}
+        message = rf"nothing .* left to read: got past_key_values of 7 tokens and a prompt of {length}; pass .* one token or more"
+        with pytest.raises(ValueError, match=message):
+            generate(model, ids[:, :length], past_key_values=cache, **masked)
+        assert int(cache.get_seq_length()) == 7
+
+
+def test_a_prompt_of_embeddings_that_the_cache_holds_is_refused():
+    model, ids = tiny_model(), tokens(2, 7)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="nothing of the prompt is left to read"):
+        generate(model, inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+
+
+def test_new_tokens_with_a_mask_of_all_go_on_from_a_cache():
+    model, ids = tiny_model(), tokens(2, 7)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, ids[:, :5], past_key_values=cache)
+    generated = generate(model, ids[:, 5:], past_key_values=cache, attention_mask=torch.ones(2, 7))
+    assert torch.equal(generated[:, 2:], greedy_by_hand(model, ids)[:, 7:])
+
+
+def test_chunks_of_embeddings_are_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="prefill_chunk_size=3 and inputs_embeds; pass input_ids"):
+        generate(model, inputs_embeds=model.get_input_embeddings()(tokens(2, 7)), prefill_chunk_size=3)
+
+
+class TestAssistant:
+    @pytest.fixture
+    def target(self) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, initializer_range=0.2, **sizes)).double().eval()
+
+    def test_a_model_with_states_is_refused(self, target):
+        with pytest.raises(ValueError, match="got a TransXSSMForCausalLM with SSD layers as assistant_model; expected"):
+            generate(target, tokens(1, 5), assistant_model=tiny_model())
+
+    def test_a_model_of_attention_alone_assists(self, target):
+        ids, assistant = tokens(1, 5), tiny_model("all_attention")
+        assert torch.equal(generate(target, ids, assistant_model=assistant), generate(target, ids))

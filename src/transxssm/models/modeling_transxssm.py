@@ -125,7 +125,22 @@ class TransXSSMMLP(nn.Module):
         return apply_linear(self.down_proj, gated)
 
 
-class TransXSSMDecoderLayer(GradientCheckpointingLayer):
+class CheckpointsGradients:
+    """`gradient_checkpointing` as transformers sets it, which counts only where gradients are formed: elsewhere nothing is recomputed, and
+    a cache, which transformers takes away from layers that are, can stay. So a model generates while it is trained."""
+
+    _gradient_checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._gradient_checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self._gradient_checkpointing = enable
+
+
+class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
     """A mixer (SSD or attention), then an FFN; a pre-RMSNorm and a residual around each (Section 3, principles 3 and 4)."""
 
     def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:
@@ -210,7 +225,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.conv_weight, -bound, bound)
 
 
-class TransXSSMModel(TransXSSMPreTrainedModel):
+class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
     """The decoder without its head: embeddings, layers, final norm."""
 
     def __init__(self, config: TransXSSMConfig) -> None:
@@ -248,10 +263,15 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; a mask of another shape; packed rows with a cache or an
-                attention implementation that would let documents leak.
+                attention implementation that would let documents leak; a cache where gradient checkpointing recomputes layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        if self.gradient_checkpointing and self.training and past_key_values is not None:
+            raise ValueError(
+                f"gradient checkpointing runs each layer twice, which writes a cache twice: got a {type(past_key_values).__name__}; "
+                "pass no past_key_values, call the model under torch.no_grad(), or call gradient_checkpointing_disable()"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -412,6 +432,33 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             )
         return super().init_continuous_batching(*args, **kwargs)
 
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Reads the prompt, of which something must be left to read behind the cache: transformers slices it by what is left, and a slice
+        of nothing is all of it.
+
+        Raises:
+            ValueError: the cache holds the whole prompt, or more than it; chunks of a prompt of embeddings.
+        """
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
+        if embeds is not None and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size cuts a prompt of tokens: got prefill_chunk_size={generation_config.prefill_chunk_size} and "
+                "inputs_embeds; pass input_ids, or no prefill_chunk_size"
+            )
+        mask = model_kwargs.get("attention_mask")
+        num_masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        length = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        if cache is not None and (embeds is not None or num_masked == length):  # else the prompt is what is new
+            num_cached = int(cache.get_seq_length())
+            if num_cached >= length:
+                raise ValueError(
+                    f"nothing of the prompt is left to read: got past_key_values of {num_cached} tokens and a prompt of {length}; "
+                    "pass the cached text with one token or more behind it, or no past_key_values"
+                )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def prepare_inputs_for_generation(  # generate looks for inputs_embeds among the names
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -428,7 +475,16 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """`generate` gets the cache that counts its tokens, unless another kind was asked for."""
+        """`generate` gets the cache that counts its tokens, unless another kind was asked for.
+
+        Raises:
+            ValueError: the model is to assist another one, and has SSD layers.
+        """
+        if generation_config.is_assistant and SSD_LAYER_TYPE in self.config.layer_types:
+            raise ValueError(
+                "an assistant takes back the tokens that are not accepted, and a state that has summed a token cannot be put back: got a "
+                f"{type(self).__name__} with SSD layers as assistant_model; expected a model of attention layers alone"
+            )
         wants_default = generation_config.cache_implementation in (None, "dynamic")
         wants_static = generation_config.cache_implementation == "static"
         if (
@@ -437,6 +493,8 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             and (wants_default or (wants_static and not self.config.has_attention))
         ):
             model_kwargs["past_key_values"] = TransXSSMCache(config=self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
