@@ -232,3 +232,76 @@ def test_generate_takes_the_documents_of_a_packed_prompt():
     alone = model.generate(ids[:, 9:], **options)[:, 11:]
     assert torch.equal(model.generate(ids, seq_idx=seq_idx, **options)[:, 20:], alone)
     assert torch.equal(model.generate(ids, seq_idx=seq_idx, use_cache=False, **options)[:, 20:], alone)
+
+
+@pytest.mark.parametrize("side", ["none", *SIDES])
+@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
+@pytest.mark.parametrize("variant", ["hybrid", "everything", "all_ssd_mamba2"])
+def test_compiled_packed_rows(variant, marks, side):
+    """In one graph, into which the numbers of documents go unseen; then a row of one document in the same graph."""
+    model, docs = tiny_model(variant), documents(LENGTHS)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    if side == "none":
+        row, mask, marked = torch.cat(docs, dim=1), None, MARKS[marks](LENGTHS)
+    else:
+        row, mask, marked = padded_row(docs, marks, side)
+    seen = torch.ones_like(row[0]) if mask is None else mask[0]
+    with torch.no_grad():
+        packed = compiled(row, attention_mask=mask, use_cache=False, **marked).logits
+        assert_close(packed[:, seen.bool()], one_row(model, docs), torch.float64)
+        if side == "none":
+            whole = compiled(row, use_cache=False, **MARKS[marks]([sum(LENGTHS)])).logits
+            assert_close(whole, logits_of(model, row), torch.float64)
+
+
+def test_positions_that_nobody_gives_need_no_documents_when_compiled():
+    """A mask of all pairs would be slower than causal attention without one."""
+    model, ids, attended = tiny_model("all_attention", attn_implementation="sdpa"), tokens(1, 9), []
+
+    def spy(graph, inputs):
+        attended.extend(node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=spy)(ids, use_cache=False)
+    assert len(attended) == 3
+    assert all(node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] for node in attended)
+
+
+@pytest.mark.parametrize("positions", ["packed", "plain"])
+def test_a_compiled_prompt_in_a_cache_that_cannot_tell_documents_apart(positions):
+    model, ids = tiny_model(), torch.cat(documents(LENGTHS), dim=1)
+    cache, compiled = DynamicCache(config=model.config), torch.compile(model, backend="eager")
+    torch.compiler.reset()
+    with torch.no_grad():
+        if positions == "plain":
+            got = compiled(ids, position_ids=torch.arange(ids.shape[1])[None], past_key_values=cache).logits
+            assert_close(got, logits_of(model, ids), torch.float64)
+        else:
+            with pytest.raises(RuntimeError, match="packed rows need a cache that remembers"):
+                compiled(ids, position_ids=restarting_positions(LENGTHS), past_key_values=cache)
+
+
+@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
+@pytest.mark.parametrize("variant", ["hybrid", "sliding", "all_attention"])
+def test_generate_refuses_packed_rows_in_a_static_cache(variant, marks):
+    model, row = tiny_model(variant), torch.cat(documents(LENGTHS), dim=1)
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    with pytest.raises(ValueError, match=r"packed rows need a cache that remembers .* got StaticCache"):
+        model.generate(row, **MARKS[marks](LENGTHS), **options)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["positions count pads", "positions leave pads out"])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_documents_with_pads_between_them(variant, counted):
+    """Positions fall back behind the pads, whether those were counted or not."""
+    model, docs = tiny_model(variant), documents([6, 8])
+    pads = torch.full((1, 2), FILLER)
+    row = torch.cat((docs[0], pads, docs[1]), dim=1)
+    between = [6, 7] if counted else [0, 0]
+    positions = torch.tensor([[*range(6), *between, *range(8)]])
+    mask = torch.tensor([[1] * 6 + [0] * 2 + [1] * 8])
+    got = logits_of(model, row, attention_mask=mask, position_ids=positions)[:, mask[0].bool()]
+    assert_close(got, one_row(model, docs), torch.float64)

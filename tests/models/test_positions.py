@@ -130,3 +130,17 @@ def test_positions_of_pads_start_no_document():
     positions = torch.tensor([[0, 0, 0, 1, 2, 0, 0]])
     padding = torch.tensor([[0, 0, 1, 1, 1, 0, 0]])
     assert documents_from_positions(positions, padding) is None
+
+
+@pytest.mark.parametrize(
+    ("positions", "padding", "documents"),
+    [
+        ([0, 1, 2, 0, 0, 1], [1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 1, 1]),  # falls back behind a pad
+        ([0, 1, 2, 3, 4, 5], [1, 1, 1, 0, 1, 1], None),  # pads are counted
+        ([0, 1, 2, 2, 3, 4], [1, 1, 1, 0, 1, 1], None),  # pads are left out
+        ([5, 5, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1], None),  # nothing stands before
+    ],
+)
+def test_documents_behind_pads(positions, padding, documents):
+    got = documents_from_positions(torch.tensor([positions]), torch.tensor([padding]))
+    assert (got if got is None else got.tolist()) == (None if documents is None else [documents])

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.import_utils import is_tracing
 
 from transxssm.models.attention import has_kernels_for_rows
 from transxssm.models.cache_transxssm import TransXSSMCache
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
-from transxssm.models.positions import first_keys_in, key_documents, left_pads
+from transxssm.models.positions import documents_from_positions, first_keys_in, key_documents, left_pads
 
 
 def padding_of(
@@ -58,7 +59,7 @@ def first_keys_by_kind(
         seq_idx: (b, t) documents of packed rows.
         padding: (b, t), 0 at pads. What is on the right no token sees anyhow. While tracing it can't be looked at.
     """
-    if inputs_embeds.device.type != "cpu" or (padding is not None and torch.compiler.is_compiling()):
+    if inputs_embeds.device.type != "cpu" or (padding is not None and is_tracing(padding)):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
     head = inputs_embeds.new_empty(1, 1, 1, config.head_dim, dtype=dtype)  # as projections will make them
@@ -77,6 +78,38 @@ def first_keys_by_kind(
     }
 
 
+def documents_of(
+    config: TransXSSMConfig, position_ids: Tensor, padding: Tensor | None, cache: Cache | None
+) -> Tensor | None:
+    """(b or 1, t) document of each token, read off `position_ids` that restart; None: one document in each row.
+
+    While tracing, the numbers are formed whatever they are. Where they could not be honoured, the graph asserts that there is one document.
+    """
+    seq_idx = documents_from_positions(position_ids, padding)
+    if seq_idx is None or not is_tracing(seq_idx):
+        return seq_idx
+    refusal = refusal_of_documents(config, cache)
+    if refusal is None:
+        return seq_idx
+    torch._assert_async((seq_idx == 0).all(), refusal)
+    return None
+
+
+def refusal_of_documents(config: TransXSSMConfig, cache: Cache | None) -> str | None:
+    """Why documents of packed rows would see each other in this cache or attention; None: they do not."""
+    if cache is not None and not isinstance(cache, TransXSSMCache):
+        return (
+            "packed rows need a cache that remembers where the last document began: "
+            f"got {type(cache).__name__}, expected TransXSSMCache(config=model.config) or use_cache=False"
+        )
+    if config.has_attention and "flash" in config._attn_implementation:
+        return (
+            "packed rows need a mask, which flash attention does not take: got attn_implementation="
+            f"{config._attn_implementation!r}, expected 'sdpa', 'eager' or 'flex_attention'"
+        )
+    return None
+
+
 def attention_masks(
     config: TransXSSMConfig,
     inputs_embeds: Tensor,
@@ -93,16 +126,9 @@ def attention_masks(
     documents = None
     cached_start = cache.document_start if isinstance(cache, TransXSSMCache) else None
     if seq_idx is not None or cached_start is not None:
-        if cache is not None and not isinstance(cache, TransXSSMCache):
-            raise ValueError(
-                "packed rows need a cache that remembers where the last document began: "
-                f"got {type(cache).__name__}, expected TransXSSMCache(config=model.config) or use_cache=False"
-            )
-        if config.has_attention and "flash" in config._attn_implementation:
-            raise ValueError(
-                "packed rows need a mask, which flash attention does not take: got attn_implementation="
-                f"{config._attn_implementation!r}, expected 'sdpa', 'eager' or 'flex_attention'"
-            )
+        refusal = refusal_of_documents(config, cache)
+        if refusal is not None:
+            raise ValueError(refusal)
         documents = key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
 
     same_document = None

@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -25,7 +26,7 @@ from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import apply_linear, is_plain_linear
-from transxssm.models.masks import attention_masks, first_keys_by_kind, padding_of
+from transxssm.models.masks import attention_masks, documents_of, first_keys_by_kind, padding_of, refusal_of_documents
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import (
     Positions,
@@ -280,7 +281,7 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         padding = padding_of(self.config, attention_mask, past_length, length)
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
-            seq_idx = documents_from_positions(position_ids, padding)
+            seq_idx = documents_of(self.config, position_ids, padding, past_key_values)
         if seq_idx is not None:
             if seq_idx.shape[-1] != length:
                 raise ValueError(
@@ -465,12 +466,38 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         """`generate(seq_idx=…)` numbers the prompt's documents; generated tokens continue the last of them."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         seq_idx, cache = inputs.get("seq_idx"), inputs.get("past_key_values")
+        is_masked_by_kind = isinstance(inputs.get("attention_mask"), dict)  # as for static caches
+        refusal = refusal_of_documents(self.config, cache)
+        if seq_idx is not None and is_masked_by_kind and refusal is not None:
+            raise ValueError(refusal)
         if seq_idx is not None:
             tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             start = 0 if cache is None else cache.get_seq_length()
             wanted = torch.arange(start, start + tokens.shape[1], device=seq_idx.device).clamp(max=seq_idx.shape[1] - 1)
             inputs["seq_idx"] = seq_idx[:, wanted]
         return inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: TransXSSMConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Masks by layer type for a static cache, outside of the compiled step. transformers reads no documents off positions here.
+
+        Raises:
+            ValueError: positions of a packed row.
+        """
+        refusal = refusal_of_documents(config, past_key_values)
+        documents = None if position_ids is None else documents_from_positions(position_ids, attention_mask)
+        if documents is not None and refusal is not None:
+            raise ValueError(refusal)
+        return create_masks_for_generate(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -88,17 +89,23 @@ def left_pads(padding: Tensor) -> Tensor | None:
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
-    """(b or 1, t) document numbers from jumps in the positions of neighbouring real tokens; None: one document in each row.
+    """(b or 1, t) document numbers; None: one document in each row. A document begins where the position of a token does not follow the
+    one before it; behind pads, which positions may count or leave out, where it falls back.
 
-    While tracing, the numbers can't be looked at: then rows count as one document, and packed rows must pass seq_idx.
+    While tracing, numbers can't be looked at, so that there are some for rows of one document, too.
     """
-    if position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+    length = position_ids.shape[-1]
+    if length == 1:
         return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    before, now = position_ids[:, :-1], position_ids[:, 1:]
+    starts = now != before + 1  # (b or 1, t − 1)
     if padding is not None:
-        real = padding[:, -position_ids.shape[1] :].bool()
-        starts = starts & real[:, 1:] & real[:, :-1]
-    if not starts.any():
+        real = padding[:, -length:].bool()
+        index = torch.arange(length - 1, device=real.device)
+        last_real = torch.where(real[:, :-1], index, -1).cummax(dim=-1).values  # (b, t − 1) before each token
+        falls_back = now <= before.expand(len(real), -1).gather(1, last_real.clamp(min=0))
+        starts = real[:, 1:] & (last_real >= 0) & torch.where(real[:, :-1], starts, falls_back)
+    if not is_tracing(starts) and not starts.any():
         return None
     return F.pad(starts.long().cumsum(-1), (1, 0))
 
@@ -111,7 +118,7 @@ def local_padding(padding: Tensor | None, length: int) -> Tensor | None:
     if padding is None:
         return None
     local = padding[:, -length:]
-    if not torch.compiler.is_compiling() and bool(local.all()):
+    if not is_tracing(local) and bool(local.all()):
         return None
     return local
 
