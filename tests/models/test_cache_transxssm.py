@@ -81,6 +81,17 @@ def test_caches_of_transformers(variant, pieces):
         assert_close(in_pieces(model, ids, pieces, cache), whole, torch.float64, name=type(cache).__name__)
 
 
+@pytest.mark.parametrize("window", [1, 2, LENGTH + 5])
+def test_windows_of_any_width(window):
+    """The narrowest sees a token itself and keeps nothing."""
+    model, ids = tiny_model("sliding", sliding_window=window), tokens(2, LENGTH)
+    whole = logits_of(model, ids, use_cache=False)
+    for pieces in ([5, 5], [4, 1, 5], [1] * LENGTH):
+        cache = TransXSSMCache(config=model.config)
+        assert_close(in_pieces(model, ids, pieces, cache), whole, torch.float64, name=str(pieces))
+        assert cache.layers[1].keys.shape[2] == min(window - 1, LENGTH)
+
+
 def test_a_forward_call_returns_a_cache_that_goes_on():
     model, ids = tiny_model(), tokens(2, LENGTH)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.models.tiny import ALL_VARIANTS, FILLER, SLIDING, VARIANTS, gradients_of, logits_of, tiny_model, tokens
+from tests.models.tiny import ALL_VARIANTS, FILLER, VARIANTS, gradients_of, logits_of, tiny_model, tokens
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
 
@@ -178,10 +178,9 @@ def test_a_padded_packed_row(variant, marks, side):
     assert_close(padded[:, mask[0].bool()], one_row(model, docs), torch.float64)
 
 
-# A sliding window counts columns, in transformers, so that pads between text and continuation take places in it.
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
-@pytest.mark.parametrize("variant", [name for name in ALL_VARIANTS if name not in SLIDING])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_decoding_after_a_padded_packed_row(variant, marks, side):
     model, docs, more = tiny_model(variant), documents(LENGTHS), tokens(1, 3, seed=3)
     row, mask, marked = padded_row(docs, marks, side)

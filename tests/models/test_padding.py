@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
-from tests.models.tiny import ALL_VARIANTS, SLIDING, gradients_of, logits_of, pad_rows, tiny_model, tokens
+from tests.models.tiny import ALL_VARIANTS, FILLER, gradients_of, logits_of, pad_rows, tiny_model, tokens
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache
 
@@ -59,10 +60,9 @@ def test_loss_and_gradients(variant, side):
         assert_close(padded_gradients[name], gradient, torch.float64, name=name)
 
 
-# A sliding window counts columns, in transformers, so that pads between text and continuation take places in it.
 @pytest.mark.parametrize("pieces", [[1, 1, 1], [3], [1, 2]], ids=str)
 @pytest.mark.parametrize("side", LEFT)
-@pytest.mark.parametrize("variant", [name for name in ALL_VARIANTS if name not in SLIDING])
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_decoding_after_a_padded_prompt(variant, side, pieces):
     model, more = tiny_model(variant), tokens(3, 3, seed=5)
     ids, mask = pad_rows(rows(), LEFT[side], WIDTH)
@@ -87,3 +87,88 @@ def test_a_row_of_pads_only_harms_no_other(variant):
     padded = logits_of(model, ids, attention_mask=mask)
     assert padded.isfinite().all()
     assert_close(padded[:1], logits_of(model, ids[:1]), torch.float64)
+
+
+# Pads beside and between tokens, more of them than a window or a kernel reaches, and fewer.
+PATTERNS = torch.tensor(
+    [
+        [1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 1],
+        [0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+)
+LENGTH = PATTERNS.shape[1]
+
+
+@pytest.mark.parametrize(
+    "pieces", [[LENGTH], [5, 9], [9, 5], [7, 1, 6], [1] * LENGTH], ids=["whole", "5 9", "9 5", "7 1 6", "ones"]
+)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_pads_between_tokens(variant, pieces):
+    """One call, two calls or a call for each column: each row is its tokens alone."""
+    model = tiny_model(variant)
+    ids = torch.where(PATTERNS.bool(), tokens(4, LENGTH), FILLER)
+    cache = None if len(pieces) == 1 else TransXSSMCache(config=model.config)
+    logits, end = [], 0
+    for piece in pieces:
+        start, end = end, end + piece
+        call = {"attention_mask": PATTERNS[:, :end], "past_key_values": cache, "use_cache": cache is not None}
+        logits.append(logits_of(model, ids[:, start:end], **call))
+    for row, real, got in zip(ids, PATTERNS.bool(), torch.cat(logits, dim=1), strict=True):
+        alone = logits_of(model, row[None, real], use_cache=False)[0]
+        assert_close(got[real], alone, torch.float64, name=f"pattern {real.int().tolist()}")
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_gradients_with_pads_between_tokens(variant):
+    model = tiny_model(variant)
+    ids, real = torch.where(PATTERNS.bool(), tokens(4, LENGTH), FILLER), PATTERNS.bool()
+    model(ids, attention_mask=PATTERNS, use_cache=False).logits[real].square().sum().backward()
+    padded = gradients_of(model)
+    sum(
+        model(row[None, seen], use_cache=False).logits.square().sum() for row, seen in zip(ids, real, strict=True)
+    ).backward()
+    for name, gradient in gradients_of(model).items():
+        assert_close(padded[name], gradient, torch.float64, name=name)
+
+
+def test_pads_between_tokens_compiled():
+    """In one graph, where nobody can look for them."""
+    model, ids = tiny_model("everything"), torch.where(PATTERNS.bool(), tokens(4, LENGTH), FILLER)
+    expected = logits_of(model, ids, attention_mask=PATTERNS, use_cache=False)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    got = logits_of(compiled, ids, attention_mask=PATTERNS, use_cache=False)
+    assert_close(got[PATTERNS.bool()], expected[PATTERNS.bool()], torch.float64)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_cache_whose_window_would_count_pads_is_refused(attention):
+    model = tiny_model("sliding", attn_implementation=attention)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
+        logits_of(model, tokens(1, 5), attention_mask=torch.tensor([[1, 1, 1, 0, 0]]), past_key_values=cache)
+        with pytest.raises(
+            ValueError, match=r"pads between their tokens .* got (Dynamic|Static)Cache, expected TransXSSM"
+        ):
+            model(tokens(1, 1), attention_mask=torch.tensor([[1, 1, 1, 0, 0, 1]]), past_key_values=cache)
+
+
+def test_generate_refuses_pads_between_tokens_in_a_static_cache():
+    model, mask = tiny_model("sliding"), torch.tensor([[1, 0, 1, 1, 1]])
+    with pytest.raises(ValueError, match=r"pads between their tokens .* got StaticCache"):
+        model.generate(tokens(1, 5), attention_mask=mask, max_new_tokens=2, cache_implementation="static")
+    model.generate(tokens(1, 5), attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_second_turn_padded_on_the_left_generates_as_without_pads():
+    """Turns of a batch differ in length: pads come to stand between a row's turns, in every kind of layer."""
+    model, settings = tiny_model("everything"), {"max_new_tokens": 6, "do_sample": False}
+    turns, mask = pad_rows(rows(), LEFT["left"], WIDTH)
+    more, more_mask = pad_rows([tokens(1, length, seed=9)[0] for length in (2, 6, 4)], [4, 0, 2], 6)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, turns, attention_mask=mask, past_key_values=cache)
+    ids, mask = torch.cat((turns, more), dim=1), torch.cat((mask, more_mask), dim=1)
+    generated = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)[:, -6:]
+    for row, real, got in zip(ids, mask.bool(), generated, strict=True):
+        assert torch.equal(got, model.generate(row[None, real], **settings)[0, -6:])

@@ -193,6 +193,39 @@ def test_pads_leave_no_trace(left, right, kernel, length, device):
     assert_equal_results(padded, short_convolution, (x, weight), torch.float64)
 
 
+@given(
+    patterns=st.lists(st.integers(0, 1), min_size=9, max_size=9).map(lambda row: [row, row[::-1]]),
+    kernel=st.integers(1, 5),
+    boundary=st.integers(0, 9),
+    is_looked_at=st.booleans(),
+)
+def test_pads_between_tokens_leave_no_trace(patterns, kernel, boundary, is_looked_at, device):
+    """Each row is that of its tokens alone, whatever documents they are of, behind a state; pads are numbered as they come."""
+    mask = torch.tensor(patterns, device=device)
+    numbers = (torch.arange(9, device=device) >= boundary).long().expand(2, -1)
+
+    def padded(x, weight, state):
+        with_pads = torch.where(mask[..., None].bool(), x, 7.0)
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_looked_at:
+                patch.setattr(sys.modules["transxssm.ops.short_convolution"], "is_watched", lambda: True)
+            y, after = short_convolution(with_pads, weight, initial_state=state, mask=mask, seq_idx=numbers)
+        return y[mask.bool()], after
+
+    def alone(x, weight, state):
+        outputs, after = [], []
+        for row, real in enumerate(mask.bool()):
+            one = {"initial_state": state[row : row + 1], "seq_idx": numbers[row : row + 1, real]}
+            y, s = x[:1, :0] * weight.sum(), one["initial_state"]
+            if real.any():
+                y, s = short_convolution(x[row : row + 1, real], weight, **one)
+            outputs.append(y[0])
+            after.append(s)
+        return torch.cat(outputs), torch.cat(after)
+
+    assert_equal_results(padded, alone, inputs(9, kernel, device=device), torch.float64)
+
+
 @KERNELS
 def test_rows_may_be_padded_differently(kernel, device):
     x, weight, _ = inputs(7, kernel, device=device)

@@ -74,7 +74,8 @@ class TransXSSMAttention(nn.Module):
             q, k = apply_rotary(q, *positions.attention_rotary), apply_rotary(k, *positions.attention_rotary)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            pads = {} if self.sliding_window is None else {"padding_mask": positions.padding_mask}
+            k, v = past_key_values.update(k, v, self.layer_idx, **pads)
         weights = None
         if self._is_for_single_query(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)

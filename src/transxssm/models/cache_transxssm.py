@@ -7,8 +7,9 @@ Letters: b batch, h heads, t time, d head_dim of attention.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 
@@ -28,6 +29,8 @@ class TransXSSMCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = GrowingLayer()
+            elif type(layer) is DynamicSlidingWindowLayer:
+                self.layers[index] = SlidingLayer(sliding_window=layer.sliding_window)
         self._has_attention = config.has_attention
         self.num_seen_tokens = 0
         self.document_start: Tensor | None = None  # (b,) index of the last document's first token; None: 0 everywhere
@@ -96,6 +99,34 @@ class GrowingLayer(DynamicLayer):
             self._buffers[name] = buffer
         buffer[..., start:stop, :] = new
         return buffer[..., :stop, :]
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """The keys and values of each row's last tokens, as many as a window reaches back; pads take none of their places."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends (b, h, t, d) each; returns those that were kept and the new ones.
+
+        Args:
+            padding_mask: (b, t), 0 at pads.
+        """
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:
+            return keys, values
+        num_passed = max(keys.shape[-2] - (self.sliding_window - 1), 0)
+        if self.sliding_window == 1:  # of which transformers keeps all
+            self.keys, self.values = keys[..., num_passed:, :], values[..., num_passed:, :]
+        elif padding_mask is not None:
+            batch, length = padding_mask.shape
+            is_kept = F.pad(padding_mask.bool(), (keys.shape[-2] - length, 0), value=True)  # (b, kept + t)
+            order = is_kept.int().argsort(dim=1, stable=True)[:, num_passed:]  # pads first
+            self.keys, self.values = (
+                tensor.gather(2, order[:, None, :, None].expand(batch, tensor.shape[1], -1, tensor.shape[3]))
+                for tensor in (keys, values)
+            )
+        return keys, values
 
 
 def _is_front(part: Tensor, buffer: Tensor) -> bool:

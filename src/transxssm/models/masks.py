@@ -3,6 +3,7 @@
 Letters: b batch, t time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from transformers.utils.import_utils import is_tracing
 from transxssm.models.attention import has_kernels_for_rows
 from transxssm.models.cache_transxssm import TransXSSMCache
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
-from transxssm.models.positions import documents_from_positions, first_keys_in, key_documents, left_pads
+from transxssm.models.positions import (
+    WindowedKeys,
+    documents_from_positions,
+    first_keys_in,
+    has_pads_between,
+    key_documents,
+    left_pads,
+    windowed_keys,
+)
 
 
 def padding_of(
@@ -110,6 +119,36 @@ def refusal_of_documents(config: TransXSSMConfig, cache: Cache | None) -> str | 
     return None
 
 
+def refusal_of_pads_between(config: TransXSSMConfig, cache: Cache | None) -> str | None:
+    """Why a sliding window would count pads between tokens; None: it does not."""
+    if "sliding_attention" not in config.layer_types or cache is None or isinstance(cache, TransXSSMCache):
+        return None
+    return (
+        "a sliding window over rows with pads between their tokens needs a cache that keeps no pads: "
+        f"got {type(cache).__name__}, expected TransXSSMCache(config=model.config) or use_cache=False; or pad on the left only"
+    )
+
+
+def _counts_tokens(config: TransXSSMConfig, padding: Tensor | None, cache: Cache | None) -> bool:
+    """Whether windows have to pass over pads between tokens, where transformers counts columns.
+
+    Raises:
+        ValueError: a cache that keeps columns; while tracing, the graph asserts that there are no such pads.
+    """
+    if "sliding_attention" not in config.layer_types or padding is None:
+        return False
+    is_traced = is_tracing(padding)
+    if not is_traced and not has_pads_between(padding).any():
+        return False
+    refusal = refusal_of_pads_between(config, cache)
+    if refusal is None:
+        return True
+    if not is_traced:
+        raise ValueError(refusal)
+    torch._assert_async(~has_pads_between(padding).any(), refusal)
+    return False
+
+
 def attention_masks(
     config: TransXSSMConfig,
     inputs_embeds: Tensor,
@@ -121,7 +160,8 @@ def attention_masks(
     """The mask of each kind of attention layer in the model: causal, no pads, no other documents.
 
     Raises:
-        ValueError: packed rows with a cache or an attention implementation that would let documents leak.
+        ValueError: packed rows with a cache or an attention implementation that would let documents leak; pads between tokens with a
+            cache that would count them.
     """
     documents = None
     cached_start = cache.document_start if isinstance(cache, TransXSSMCache) else None
@@ -138,16 +178,41 @@ def attention_masks(
             return documents[batch_idx, q_idx] == documents[batch_idx, kv_idx]
 
     create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": cache,
+        "and_mask_function": same_document,
+    }
+    by_kind = dict.fromkeys(create, arguments)
+    padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+    if padding is not None and _counts_tokens(config, padding, cache):
+        keys = windowed_keys(padding, past_length, seq_idx, cached_start)
+        create["sliding_attention"] = create_causal_mask
+        by_kind["sliding_attention"] = arguments | {
+            "attention_mask": keys.is_token,
+            # Flash attention takes pads out by itself before it counts, and no function.
+            "and_mask_function": None
+            if "flash" in config._attn_implementation
+            else _is_in_window(config.sliding_window, keys),
+        }
     return {
-        kind: create[kind](
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            and_mask_function=same_document,
-            # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
-            layer_idx=config.layer_types.index(kind),
-        )
+        # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
+        kind: create[kind](**by_kind[kind], layer_idx=config.layer_types.index(kind))
         for kind in create
         if kind in config.layer_types
     }
+
+
+def _is_in_window(window: int | None, keys: WindowedKeys) -> Callable[..., Tensor]:
+    """The mask function of a window over tokens."""
+    assert window is not None
+
+    def is_in_window(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        seen = keys.key_numbers[batch_idx, kv_idx] > keys.numbers[batch_idx, q_idx] - window
+        if keys.documents is not None:
+            seen = seen & (keys.documents[batch_idx, q_idx] == keys.documents[batch_idx, kv_idx])
+        return seen
+
+    return is_in_window

@@ -26,13 +26,21 @@ from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import apply_linear, is_plain_linear
-from transxssm.models.masks import attention_masks, documents_of, first_keys_by_kind, padding_of, refusal_of_documents
+from transxssm.models.masks import (
+    attention_masks,
+    documents_of,
+    first_keys_by_kind,
+    padding_of,
+    refusal_of_documents,
+    refusal_of_pads_between,
+)
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import (
     Positions,
     Rotary,
     default_positions,
     documents_from_positions,
+    has_pads_between,
     last_document_start,
     length_scale,
     local_padding,
@@ -489,11 +497,14 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         """Masks by layer type for a static cache, outside of the compiled step. transformers reads no documents off positions here.
 
         Raises:
-            ValueError: positions of a packed row.
+            ValueError: positions of a packed row; pads between tokens in a sliding window.
         """
         refusal = refusal_of_documents(config, past_key_values)
         documents = None if position_ids is None else documents_from_positions(position_ids, attention_mask)
         if documents is not None and refusal is not None:
+            raise ValueError(refusal)
+        refusal = refusal_of_pads_between(config, past_key_values)
+        if refusal is not None and attention_mask is not None and has_pads_between(attention_mask).any():
             raise ValueError(refusal)
         return create_masks_for_generate(
             config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs

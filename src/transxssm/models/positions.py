@@ -81,11 +81,54 @@ def left_pads(padding: Tensor) -> Tensor | None:
     Args:
         padding: (b, t), 0 at pads. A row of nothing else counts as one of tokens.
     """
+    if has_pads_between(padding).any():
+        return None
+    return padding.bool().int().argmax(-1)
+
+
+def has_pads_between(padding: Tensor) -> Tensor:
+    """(b,) whether a row has pads between its tokens."""
     real = padding.bool()
     starts = real & ~F.pad(real[:, :-1], (1, 0))
-    if (starts.sum(-1) > 1).any():
-        return None
-    return starts.int().argmax(-1)
+    return starts.sum(-1) > 1
+
+
+class WindowedKeys(NamedTuple):
+    """What a window that counts tokens, and no pads between them, has to know of each column of a row, (b, cached + t). Of cached tokens
+    there are the last of each row alone, side by side on the right, as `SlidingLayer` keeps them."""
+
+    numbers: Tensor  # of tokens before each query, itself included
+    key_numbers: Tensor
+    is_token: Tensor  # whether the key is one
+    documents: Tensor | None  # of each key and query; None: one document in a row
+
+
+def windowed_keys(padding: Tensor, past_length: int, seq_idx: Tensor | None, start: Tensor | None) -> WindowedKeys:
+    """The same for pads anywhere.
+
+    Args:
+        padding: (b, cached + t), 0 at pads.
+        seq_idx: (b, t) documents of this call's tokens.
+        start: (b,) the column at which the cached document began.
+    """
+    real = padding.bool()
+    num_before = F.pad(real.long().cumsum(-1), (1, 0))  # (b, cached + t + 1) tokens before each column
+    numbers = num_before[:, 1:]
+    to_the_last = torch.arange(1 - past_length, 1, device=padding.device)
+    cached_numbers = num_before[:, past_length, None] + to_the_last  # (b, cached); of nothing where below 1
+    documents = None
+    if seq_idx is not None or start is not None:
+        local = torch.zeros_like(numbers[:, past_length:]) if seq_idx is None else seq_idx - seq_idx[:, :1]
+        past = torch.zeros_like(cached_numbers)
+        if start is not None:
+            past = past.masked_fill(cached_numbers <= num_before.gather(1, start[:, None]), -1)
+        documents = torch.cat((past, local), dim=1)
+    return WindowedKeys(
+        numbers=numbers,
+        key_numbers=torch.cat((cached_numbers, numbers[:, past_length:]), dim=1),
+        is_token=torch.cat((cached_numbers > 0, real[:, past_length:]), dim=1),
+        documents=documents,
+    )
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import row_blocks
+from transxssm.ops.watched import is_watched
 
 SHORTEST_FOR_OPERATOR = 16  # tokens; a decoded one is a handful of numbers
 
@@ -35,7 +36,7 @@ def short_convolution(
         bias: (e,); None: none.
         initial_state: (b, k−1, e), the inputs before the first token, of the first token's document; None: zeros.
         seq_idx: (b, t) integers, non-decreasing: documents of a packed row.
-        mask: (b, t), 0 or False at pads (left or right of the row's tokens); None: no pads.
+        mask: (b, t), 0 or False at pads, wherever they stand; None: no pads.
 
     Returns:
         y: (b, t, e) in x's dtype; state: (b, k−1, e), the last k−1 inputs that are no pads, of the last token's document.
@@ -51,23 +52,56 @@ def short_convolution(
         initial_state = x.new_zeros(batch, memory, channels)
     elif initial_state.shape != (batch, memory, channels):
         raise ValueError(f"initial_state must have shape {(batch, memory, channels)}: got {tuple(initial_state.shape)}")
+    places = None  # (b, t) of each token and pad, all pads on the left
     if mask is not None:
+        mask = mask.bool()
         x = x * mask[..., None].to(x.dtype)
+        if _may_stand_between(mask):
+            places = _places_behind_pads(mask)
+            order = torch.zeros_like(places).scatter(1, places, torch.arange(length, device=x.device).expand(batch, -1))
+            x, mask = x.gather(1, order[..., None].expand(-1, -1, channels)), mask.gather(1, order)
+            seq_idx = None if seq_idx is None else seq_idx.expand(batch, -1).gather(1, order)
     history = torch.cat((initial_state.to(x.dtype), x), dim=1)  # (b, k−1+t, e)
+    num_left_pads = None
     if mask is not None:  # the inputs before the first token stand right before it, behind the pads on its left
         num_left_pads = mask.to(torch.uint8).argmax(dim=1, keepdim=True)  # (b, 1)
+        if places is not None:
+            num_left_pads = length - mask.sum(dim=1, keepdim=True)
         rows = num_left_pads + torch.arange(memory, device=x.device)  # (b, k−1)
         history = torch.cat((torch.zeros_like(initial_state, dtype=x.dtype), x), dim=1)
         history = history.scatter(1, rows[..., None].expand(-1, -1, channels), initial_state.to(x.dtype))
     documents = None
     if seq_idx is not None:
-        documents = torch.cat((seq_idx[:, :1].expand(-1, memory), seq_idx), dim=1)  # (b, k−1+t)
+        first = seq_idx[:, :1]
+        if (
+            num_left_pads is not None
+        ):  # pads on the left, of which some may come from other documents, are of the first token's
+            first = seq_idx.gather(1, num_left_pads.clamp(max=length - 1))
+            seq_idx = torch.where(torch.arange(length, device=x.device) < num_left_pads, first, seq_idx)
+        documents = torch.cat((first.expand(-1, memory), seq_idx), dim=1)  # (b, k−1+t)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.device.type == "cpu" and length >= SHORTEST_FOR_OPERATOR:
         y = _convolution(history, weight, bias, documents)
     else:
         y = _by_taps(history, weight, bias, documents)
-    return y, _last_inputs(history, documents, mask, memory)
+    state = _last_inputs(history, documents, None if places is not None else mask, memory)
+    return y if places is None else y.gather(1, places[..., None].expand(-1, -1, channels)), state
+
+
+def _may_stand_between(mask: Tensor) -> bool:
+    """Whether pads may stand between tokens of a row; where that can't be looked at without delay, they may."""
+    if mask.shape[1] < 3:
+        return False
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_watched():
+        return True
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    return bool((starts.sum(1) + mask[:, 0] > 1).any())
+
+
+def _places_behind_pads(mask: Tensor) -> Tensor:
+    """(b, t): where each token and pad goes so that pads come first, each kind in its order."""
+    num_pads = (~mask).cumsum(1)
+    return torch.where(mask, num_pads[:, -1:] + mask.cumsum(1) - 1, num_pads - 1)
 
 
 def _by_taps(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
