@@ -3,6 +3,6 @@
 The compiler of torch takes these kernels as they are, so that what it compiles and what it doesn't run the same.
 """
 
-from transxssm.ops.gpu.dispatch import gpu_kernels_of, has_gpu_kernels
+from transxssm.ops.gpu.dispatch import gpu_kernels_of, gpu_refusal, has_gpu_kernels
 
-__all__ = ["gpu_kernels_of", "has_gpu_kernels"]
+__all__ = ["gpu_kernels_of", "gpu_refusal", "has_gpu_kernels"]

@@ -19,14 +19,25 @@ _OLDEST_CAPABILITY = (8, 0)  # with bfloat16
 _logger = logging.getLogger(__name__)
 
 
-def has_gpu_kernels(tensor: Tensor, *others: Tensor | None) -> bool:
-    """Whether all lie on one GPU for which Triton compiles, in formats that the kernels read, and nobody would miss the operations."""
+def gpu_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
+    """Why these tensors cannot be given to a GPU's kernels. Defaults to None: they can."""
     given = [each for each in (tensor, *others) if each is not None]
     if not all(each.device == tensor.device and each.device.type == _DEVICE_TYPE for each in given):
-        return False
-    if not all(each.dtype in _DTYPES and is_plain(each) for each in given) or not _is_supported(tensor.device.index):
-        return False
-    return torch.compiler.is_compiling() or not is_watched()
+        return f"Triton's kernels need all tensors on one CUDA device: got {', '.join({str(each.device) for each in given})}"
+    if not all(each.dtype in _DTYPES or not each.is_floating_point() for each in given):
+        return (
+            f"Triton's kernels take float32, bfloat16 and float16: got {', '.join({str(each.dtype) for each in given})}"
+        )
+    if not all(is_plain(each) for each in given):
+        return f"Triton's kernels take plain tensors: got {', '.join({type(each).__name__ for each in given})}"
+    if not _is_supported(tensor.device.index):
+        return "Triton, a C compiler that it can use, or a GPU with bfloat16 (compute capability 8.0) is missing"
+    return None
+
+
+def has_gpu_kernels(tensor: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels can take these tensors, and no tracer, counter or transform has to see torch's operations instead."""
+    return gpu_refusal(tensor, *others) is None and (torch.compiler.is_compiling() or not is_watched())
 
 
 def gpu_kernels_of(device: torch.device) -> bool:

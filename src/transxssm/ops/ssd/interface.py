@@ -4,13 +4,17 @@ Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 """
 
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from transxssm.ops.dispatch import Backend, accepts_all, choose
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.reference import ssd_recurrence
 from transxssm.ops.ssd.step import TokenInputs, step, step_in_place
+from transxssm.ops.ssd.triton.scan import refusal as triton_refusal
+from transxssm.ops.ssd.triton.scan import ssd_triton
 
 # By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
 DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
@@ -19,8 +23,26 @@ DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
 class SSDBackend(StrEnum):
     """How `ssd_chunk_scan` computes."""
 
-    CHUNKED = "chunked"  # matrix products in chunks, PyTorch, any device
+    TRITON = "triton"  # kernels for GPUs, which read and write as few bytes as they can
+    CHUNKED = "chunked"  # matrix products in chunks, PyTorch, any device; compiled kernels on a CPU that has them
     RECURRENCE = "recurrence"  # token by token: the reference
+
+
+def _chunked(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
+    if chunk_size is None:
+        chunk_size = DEFAULT_CHUNK_SIZE.get(inputs[0].device.type, DEFAULT_CHUNK_SIZE["cuda"])
+    return ssd_chunked(*inputs, chunk_size=chunk_size, **options)
+
+
+def _recurrence(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return ssd_recurrence(*inputs, **options)
+
+
+SCAN_BACKENDS = (
+    Backend(SSDBackend.TRITON, triton_refusal, ssd_triton),
+    Backend(SSDBackend.CHUNKED, accepts_all, _chunked),
+    Backend(SSDBackend.RECURRENCE, accepts_all, _recurrence),
+)
 
 
 def ssd_chunk_scan(
@@ -54,8 +76,9 @@ def ssd_chunk_scan(
         D: (h,) skip; None: none.
         initial_state: (b, h, p, n); belongs to the document of the first token; None: zeros.
         seq_idx: (b, t) integers, non-decreasing: the documents of a packed row; score and state stop at a boundary.
-        chunk_size: tokens in a chunk ≥ 1; None: `DEFAULT_CHUNK_SIZE` of the device.
-        backend: an `SSDBackend`; None: chunked.
+        chunk_size: tokens in a chunk ≥ 1; results do not depend on it but for rounding, and "triton" takes the next power of 2 from
+            16 to 256. Defaults to what is fastest on the device.
+        backend: an `SSDBackend`. Defaults to the first that takes the inputs: "triton" on a CUDA device, else "chunked".
 
     Returns:
         y: (b, t, h, p) in x's dtype; final_state: (b, h, p, n), that of the last token's document.
@@ -63,7 +86,6 @@ def ssd_chunk_scan(
     Raises:
         ValueError: shapes, the chunk size or the backend do not fit; the message says got and expected.
     """
-    backend = SSDBackend.CHUNKED if backend is None else _parse_backend(backend)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token: got {chunk_size}")
     if x.dim() != 4:
@@ -75,13 +97,16 @@ def ssd_chunk_scan(
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"seq_idx must have shape {(batch, length)}: got {tuple(seq_idx.shape)}")
 
+    tensors = (x, B.shape[-1], dt, A, B, C, D, initial_state, *(rotary or ()), seq_idx)
+    chosen = choose("ssd_chunk_scan", SCAN_BACKENDS, backend, *tensors)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        if backend is SSDBackend.RECURRENCE:
-            return ssd_recurrence(x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx)
-        if chunk_size is None:
-            chunk_size = DEFAULT_CHUNK_SIZE.get(x.device.type, DEFAULT_CHUNK_SIZE["cuda"])
-        return ssd_chunked(
-            x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk_size
+        return chosen.run(
+            *(x, dt, A, B, C),
+            rotary=rotary,
+            D=D,
+            initial_state=initial_state,
+            seq_idx=seq_idx,
+            chunk_size=chunk_size,
         )
 
 
@@ -162,16 +187,6 @@ def _token(
         raise ValueError(f"x must have shape (b, h, p): got {tuple(x.shape)}")
     _check_shapes(x, dt, A, B, C, rotary, D, state, time=())
     return TokenInputs(x, dt, A, B, C, rotary, D)
-
-
-def _parse_backend(backend: SSDBackend | str) -> SSDBackend:
-    try:
-        return SSDBackend(backend)
-    except ValueError:
-        known = ", ".join(SSDBackend)
-        raise ValueError(
-            f"unknown SSD backend {str(backend)!r}: expected one of {known}, or None to let the device decide"
-        ) from None
 
 
 def _check_shapes(

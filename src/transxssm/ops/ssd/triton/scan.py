@@ -1,0 +1,152 @@
+"""The operator around the scan's Triton kernels: one op to autograd, to `torch.compile` and to `torch.export`.
+
+Letters: b batch, c chunks, h heads, p head_dim, n state size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transxssm.ops.gpu import gpu_refusal
+from transxssm.ops.ssd.blocks import ScanInputs
+
+MAX_HEAD_DIM = 128
+MAX_STATE_SIZE = 256
+_UNDIVIDED_HEAD_DIM = 64
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? cos, Tensor? sin, Tensor? seq_idx"
+)
+
+
+def refusal(x: Tensor, state_size: int, *others: Tensor | None) -> str | None:
+    """Why the kernels cannot compute this scan. Defaults to None: they can."""
+    head_dim = x.shape[-1]
+    if head_dim > MAX_HEAD_DIM or (head_dim > _UNDIVIDED_HEAD_DIM and head_dim % 2):
+        return f"its kernels take a head_dim of at most {_UNDIVIDED_HEAD_DIM}, or an even one up to {MAX_HEAD_DIM}: got {head_dim}"
+    if state_size > MAX_STATE_SIZE:
+        return f"its kernels take a state size of at most {MAX_STATE_SIZE}: got {state_size}"
+    return gpu_refusal(x, *others)
+
+
+def ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The scan of `transxssm.ops.ssd.ssd_chunk_scan` by kernels. Differentiable once, in everything but the rotary tables.
+
+    Args:
+        chunk_size: rounded up to a power of 2 from 16 to 256. Defaults to what measured best.
+    """
+    cos, sin = (None, None) if rotary is None else rotary
+    differentiable = (x, dt, A, B, C, D, initial_state)
+    keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    y, final_state, *_ = _scan(
+        *(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), None if D is None else D.float()),
+        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, chunk_size, keeps_states),
+    )
+    return y, final_state
+
+
+def _num_chunks(x: Tensor, state_size: int, chunk_size: int | None) -> int:
+    from transxssm.ops.ssd.triton.launch import tiles_of
+
+    return -(-x.shape[1] // tiles_of(x, state_size, chunk_size).chunk)
+
+
+def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
+    """y, the final state and, for the backward pass, the states that chunks begin with, (b, c, h, p, n), and B and C as they were rotated;
+    the last three are (0,) where no gradients are wanted, the last two where nothing is rotated."""
+    *tensors, chunk_size, keeps_states = arguments
+    inputs = ScanInputs(*tensors)
+    x, state_size = inputs.x, inputs.B.shape[-1]
+    batch, _, heads, head_dim = x.shape
+    of_state = (heads, head_dim, state_size)
+    states = (batch, _num_chunks(x, state_size, chunk_size), *of_state) if keeps_states else (0,)
+    rotated = inputs.B.shape if keeps_states and inputs.cos is not None else (0,)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(batch, *of_state, dtype=torch.float32, device=x.device),
+        torch.empty(states, dtype=x.dtype, device=x.device),
+        *(torch.empty(rotated, dtype=x.dtype, device=x.device) for _ in range(2)),
+    )
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    from transxssm.ops.ssd.triton.launch import forward, rotate, tiles_of
+
+    *tensors, chunk_size, keeps_states = arguments
+    inputs = ScanInputs(*tensors)
+    B, C = rotate(inputs)
+    y, final_state, states, no_B, no_C = _outputs(*tensors[:7], None, None, tensors[9], chunk_size, True)
+    tiles = tiles_of(inputs.x, inputs.B.shape[-1], chunk_size)
+    forward(inputs._replace(B=B, C=C), y, final_state, states, tiles)
+    if not keeps_states:
+        return y, final_state, states.new_empty(0), no_B, no_C
+    return y, final_state, states, *((no_B, no_C) if inputs.cos is None else (B, C))
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = ScanInputs(*arguments[: len(ScanInputs._fields)])
+    x, dt, A, B, C, D = inputs[:6]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, A, B, C)]
+    return (*grads, dt.new_empty(0 if D is None else x.shape[2]), dt.new_empty(x.shape[0], *x.shape[2:], B.shape[3]))
+
+
+def _backward_of(*arguments: Any) -> tuple[Tensor, ...]:
+    from transxssm.ops.ssd.triton.launch import backward, tiles_of
+
+    *tensors, grad_y, grad_state, states, chunk_size = arguments
+    inputs = ScanInputs(*tensors)
+    return backward(inputs, grad_y, grad_state, states, tiles_of(inputs.x, inputs.B.shape[-1], chunk_size))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.chunk_size, _ = inputs
+    given = ScanInputs(*tensors)
+    if given.cos is not None:
+        given = given._replace(B=output[3], C=output[4])
+    ctx.save_for_backward(*given, output[2])
+    ctx.set_materialize_grads(False)  # the states' gradient, which is none, is as large as the states
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    inputs = ScanInputs(*tensors)
+    if grad_y is None:
+        grad_y = torch.zeros_like(inputs.x)
+    *grads, grad_D, grad_initial = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size)
+    return (
+        *grads,
+        None if inputs.D is None else grad_D,
+        None if inputs.initial_state is None else grad_initial,
+        *(None,) * 5,  # cos, sin, seq_idx, chunk_size, keeps_states
+    )
+
+
+_scan = torch.library.custom_op(
+    "transxssm::ssd_triton",
+    _forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, int? chunk_size, bool keeps_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_scan.register_fake(_outputs)
+_scan_backward = torch.library.custom_op(
+    "transxssm::ssd_triton_backward",
+    _backward_of,
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor grad_y, Tensor? grad_state, Tensor states, int? chunk_size) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_scan_backward.register_fake(_gradients)
+_scan.register_autograd(_backward, setup_context=_save_for_backward)
