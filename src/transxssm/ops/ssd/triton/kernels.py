@@ -722,6 +722,15 @@ def differentiate_keys(
     _store_unrotated(
         grad_B, maps_token, cos, sin, first, length, grad_B1, grad_B2, block, state_size, block_half, rotates
     )
+    if first == first_of_chunk:  # here, where no other large tile is in the registers
+        for head in range(part * heads_per_part, (part + 1) * heads_per_part):
+            of_state = ((row * num_chunks + c) * heads + head) * head_dim * state_size
+            state1, state2 = _load_state(states + of_state, head_dim, state_size, block_half, block_p)
+            leaving1, leaving2 = _load_state(leaving + of_state, head_dim, state_size, block_half, block_p)
+            kept = tl.sum(tl.sum(leaving1.to(tl.float32) * state1.to(tl.float32), 1), 0)
+            kept += tl.sum(tl.sum(leaving2.to(tl.float32) * state2.to(tl.float32), 1), 0)
+            kept *= _across(sums + (row * heads + head) * length, seq_idx, first_of_chunk, end - 1, has_documents)
+            tl.store(grad_kept + (row * heads + head) * num_chunks + c, kept)
 
 
 @triton.jit(do_not_specialize=["length", "num_blocks"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.library import wrap_triton
 
 from transxssm.ops.gpu.dispatch import launched_on, power_of_2
 from transxssm.ops.ssd.blocks import ScanInputs
@@ -63,7 +64,7 @@ def rotate(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     cos, sin, rotary_row = _angles(inputs)
     per_program = 4
     with launched_on(B.device):
-        kernels.rotate_maps[(triton.cdiv(length, _ROTATED), triton.cdiv(groups, per_program), batch)](
+        wrap_triton(kernels.rotate_maps)[(triton.cdiv(length, _ROTATED), triton.cdiv(groups, per_program), batch)](
             *(B, C, cos, sin, rotated_B, rotated_C, length, *B.stride()[:3], *C.stride()[:3], rotary_row),
             groups=groups,
             groups_per_program=per_program,
@@ -85,7 +86,7 @@ def forward(inputs: ScanInputs, y: Tensor, final_state: Tensor, states: Tensor, 
     with launched_on(x.device):
         call.sum_decays()
         call.carry_states(x, B, inputs.initial_state, states, final_state, backward=False)
-        kernels.scan_blocks[(call.heads, call.num_blocks, call.batch)](
+        wrap_triton(kernels.scan_blocks)[(call.heads, call.num_blocks, call.batch)](
             *(x, B, C, call.D, call.times, call.sums, call.seq_idx, states, y),
             *(call.length, call.num_chunks, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3]),
             has_D=inputs.D is not None,
@@ -115,8 +116,9 @@ def backward(
     )
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=device)
     grad_dt = torch.empty(call.batch, call.length, call.heads, dtype=torch.float32, device=device)
-    grad_times, grad_sums = torch.empty(2, call.batch, call.heads, call.length, dtype=torch.float32, device=device)
-    grad_ends, grad_D = torch.empty(2, call.batch, call.heads, call.num_blocks, dtype=torch.float32, device=device)
+    grad_times, grad_sums = (torch.empty_like(call.times) for _ in range(2))
+    of_blocks = (call.batch, call.heads, call.num_blocks)
+    grad_ends, grad_D = (torch.empty(of_blocks, dtype=torch.float32, device=device) for _ in range(2))
     grad_kept = torch.empty(call.batch, call.heads, call.num_chunks, dtype=torch.float32, device=device)
     grad_A = torch.empty(call.batch, call.num_chunks, call.heads, dtype=torch.float32, device=device)
     grad_initial = torch.empty(call.batch, *states.shape[2:], dtype=torch.float32, device=device)
@@ -130,12 +132,12 @@ def backward(
     with launched_on(device):
         call.sum_decays()
         call.carry_states(grad_y, C, grad_state, leaving, grad_initial, backward=True)
-        kernels.differentiate_queries[(parts, call.num_blocks, call.batch)](
+        wrap_triton(kernels.differentiate_queries)[(parts, call.num_blocks, call.batch)](
             *(x, B, C, grad_y, call.times, call.sums, cos, sin, call.seq_idx, states, grad_C, grad_sums),
             *(call.length, call.num_chunks, *strides),
             **options,
         )
-        kernels.differentiate_keys[(parts, call.num_blocks, call.batch)](
+        wrap_triton(kernels.differentiate_keys)[(parts, call.num_blocks, call.batch)](
             *(x, B, C, call.D, grad_y, call.times, call.sums, cos, sin, call.seq_idx, states, leaving),
             *(
                 grad_x,
@@ -152,7 +154,7 @@ def backward(
             has_D=inputs.D is not None,
             **options,
         )
-        kernels.differentiate_decays[call.grid_of_decays](
+        wrap_triton(kernels.differentiate_decays)[call.grid_of_decays](
             *(
                 call.A,
                 call.times,
@@ -230,7 +232,7 @@ class _Call:
 
     def sum_decays(self) -> None:
         """Fills `times` and `sums`."""
-        kernels.sum_decays[self.grid_of_decays](
+        wrap_triton(kernels.sum_decays)[self.grid_of_decays](
             *(self.dt, self.A, self.times, self.sums, self.length, *self.dt.stride()),
             heads=self.heads,
             chunk=self.tiles.chunk,
@@ -242,7 +244,7 @@ class _Call:
     ) -> None:
         """Fills `states` with those that enter the chunks and `carried` with the last; `backward`, with the gradients of those that
         leave the chunks and that of the first."""
-        kernels.sum_chunks[(self.heads, self.num_chunks, self.batch)](
+        wrap_triton(kernels.sum_chunks)[(self.heads, self.num_chunks, self.batch)](
             *(
                 rows,
                 maps,
@@ -259,8 +261,8 @@ class _Call:
             **self.constants,
         )
         size = self.constants["head_dim"] * self.state_size
-        kernels.carry_states[(triton.cdiv(size, _CARRIED), self.heads, self.batch)](
-            *(carried if given is None else given.contiguous(), states, carried, self.sums, self.seq_idx),
+        wrap_triton(kernels.carry_states)[(triton.cdiv(size, _CARRIED), self.heads, self.batch)](
+            *(self.A if given is None else given.contiguous(), states, carried, self.sums, self.seq_idx),
             *(self.length, self.num_chunks),
             heads=self.heads,
             size=size,

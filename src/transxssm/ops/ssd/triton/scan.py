@@ -3,7 +3,9 @@
 Letters: b batch, c chunks, h heads, p head_dim, n state size.
 """
 
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -14,10 +16,8 @@ from transxssm.ops.ssd.blocks import ScanInputs
 MAX_HEAD_DIM = 128
 MAX_STATE_SIZE = 256
 _UNDIVIDED_HEAD_DIM = 64
-_INPUTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
-    "Tensor? cos, Tensor? sin, Tensor? seq_idx"
-)
+# The compiler keeps what it made of an operator on disk, by the operator's name and arguments; the kernels may have changed since.
+_CODE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 def refusal(x: Tensor, state_size: int, *others: Tensor | None) -> str | None:
@@ -53,7 +53,7 @@ def ssd_triton(
     keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     y, final_state, *_ = _scan(
         *(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), None if D is None else D.float()),
-        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, chunk_size, keeps_states),
+        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, chunk_size, keeps_states, _CODE),
     )
     return y, final_state
 
@@ -67,7 +67,7 @@ def _num_chunks(x: Tensor, state_size: int, chunk_size: int | None) -> int:
 def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """y, the final state and, for the backward pass, the states that chunks begin with, (b, c, h, p, n), and B and C as they were rotated;
     the last three are (0,) where no gradients are wanted, the last two where nothing is rotated."""
-    *tensors, chunk_size, keeps_states = arguments
+    *tensors, chunk_size, keeps_states, _ = arguments
     inputs = ScanInputs(*tensors)
     x, state_size = inputs.x, inputs.B.shape[-1]
     batch, _, heads, head_dim = x.shape
@@ -82,18 +82,31 @@ def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int | None,
+    keeps_states: bool,
+    code: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from transxssm.ops.ssd.triton.launch import forward, rotate, tiles_of
 
-    *tensors, chunk_size, keeps_states = arguments
-    inputs = ScanInputs(*tensors)
-    B, C = rotate(inputs)
-    y, final_state, states, no_B, no_C = _outputs(*tensors[:7], None, None, tensors[9], chunk_size, True)
-    tiles = tiles_of(inputs.x, inputs.B.shape[-1], chunk_size)
-    forward(inputs._replace(B=B, C=C), y, final_state, states, tiles)
+    inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx)
+    tiles = tiles_of(x, B.shape[-1], chunk_size)
+    rotated_B, rotated_C = rotate(inputs)
+    y, final_state, states, no_B, no_C = _outputs(*inputs[:7], None, None, seq_idx, chunk_size, True, code)
+    forward(inputs._replace(B=rotated_B, C=rotated_C), y, final_state, states, tiles)
     if not keeps_states:
         return y, final_state, states.new_empty(0), no_B, no_C
-    return y, final_state, states, *((no_B, no_C) if inputs.cos is None else (B, C))
+    return y, final_state, states, *((no_B, no_C) if cos is None else (rotated_B, rotated_C))
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
@@ -103,16 +116,31 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     return (*grads, dt.new_empty(0 if D is None else x.shape[2]), dt.new_empty(x.shape[0], *x.shape[2:], B.shape[3]))
 
 
-def _backward_of(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_of(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    seq_idx: Tensor | None,
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    states: Tensor,
+    chunk_size: int | None,
+    code: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from transxssm.ops.ssd.triton.launch import backward, tiles_of
 
-    *tensors, grad_y, grad_state, states, chunk_size = arguments
-    inputs = ScanInputs(*tensors)
-    return backward(inputs, grad_y, grad_state, states, tiles_of(inputs.x, inputs.B.shape[-1], chunk_size))
+    inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx)
+    return backward(inputs, grad_y, grad_state, states, tiles_of(x, B.shape[-1], chunk_size))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk_size, _ = inputs
+    *tensors, ctx.chunk_size, _, _ = inputs
     given = ScanInputs(*tensors)
     if given.cos is not None:
         given = given._replace(B=output[3], C=output[4])
@@ -125,28 +153,18 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: No
     inputs = ScanInputs(*tensors)
     if grad_y is None:
         grad_y = torch.zeros_like(inputs.x)
-    *grads, grad_D, grad_initial = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size)
+    *grads, grad_D, grad_initial = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, _CODE)
     return (
         *grads,
         None if inputs.D is None else grad_D,
         None if inputs.initial_state is None else grad_initial,
-        *(None,) * 5,  # cos, sin, seq_idx, chunk_size, keeps_states
+        *(None,) * 6,  # cos, sin, seq_idx, chunk_size, keeps_states, code
     )
 
 
-_scan = torch.library.custom_op(
-    "transxssm::ssd_triton",
-    _forward,
-    mutates_args=(),
-    schema=f"({_INPUTS}, int? chunk_size, bool keeps_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+# The compiler sees the kernels inside these operators, and launches them itself; to autograd and to export they are one operator each.
+_scan = torch.library.triton_op("transxssm::ssd_triton", _forward, mutates_args=())
 _scan.register_fake(_outputs)
-_scan_backward = torch.library.custom_op(
-    "transxssm::ssd_triton_backward",
-    _backward_of,
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor grad_y, Tensor? grad_state, Tensor states, int? chunk_size) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+_scan_backward = torch.library.triton_op("transxssm::ssd_triton_backward", _backward_of, mutates_args=())
 _scan_backward.register_fake(_gradients)
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
