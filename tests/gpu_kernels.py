@@ -8,19 +8,25 @@ import torch
 
 from transxssm.ops.gpu import dispatch
 
-NAMES = ("step", "single_query_attention")
+NAMES = ("step", "single_query_attention", "cross_entropy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 
 
-def install(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> SimpleNamespace:
-    """The kernels' modules, by name; on a CPU the ops take them there for this test."""
+def install(monkeypatch: pytest.MonkeyPatch, device: torch.device, *, scans: bool = False) -> SimpleNamespace:
+    """The kernels' modules, by name; on a CPU the ops take them there for this test.
+
+    Args:
+        scans: with the kernels of the scan, which the interpreter takes seconds for, and whose bfloat16 products it gets wrong.
+    """
     if device.type != "cuda":
         knobs = pytest.importorskip("triton", reason="no Triton, whose interpreter would run the kernels").knobs
         if not knobs.runtime.interpret:
             pytest.skip("Triton was imported to compile, not to interpret")
         monkeypatch.setattr(dispatch, "_DEVICE_TYPE", device.type)
         monkeypatch.setattr(dispatch, "_is_supported", lambda index: True)
+        if not scans:
+            monkeypatch.setattr("transxssm.ops.ssd.triton.scan.gpu_refusal", lambda *tensors: "not in this test")
     return SimpleNamespace(**{name: import_module(f"transxssm.ops.gpu.{name}") for name in NAMES})
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.cpu import kernels_for
+from transxssm.ops.gpu import has_gpu_kernels
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import row_blocks
 
-# On a CPU 16 MiB of float32 stay in the last-level cache; on a GPU 512 MiB keep it busy. Each block adds once to the whole
+# On a CPU 16 MiB of float32 stay in the last-level cache; on a GPU 512 MiB of bfloat16 keep it busy. Each block adds once to the whole
 # weight gradient.
-_LOGITS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**27}
+_LOGITS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**28}
 _MIN_TOKENS_PER_BLOCK = 160
 # Share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs.
 _FEW_SHARE = 0.9
@@ -73,13 +74,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
+        grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         most_logits = _LOGITS_PER_BLOCK.get(hidden.device.type, _LOGITS_PER_BLOCK["cuda"])
         block = max(_MIN_TOKENS_PER_BLOCK, most_logits // weight.shape[0])
         operand = hidden.dtype if has_fast_products(hidden.device.type, hidden.dtype) else torch.float32
         factor = weight.to(operand)
-        kernels = kernels_for(factor, hidden, labels)
+        on_gpu = has_gpu_kernels(factor, hidden)
+        kernels = None if on_gpu else kernels_for(factor, hidden, labels)
         if kernels:
             labels = labels.long().contiguous()
             _check_labels(labels, weight.shape[0], ignore_index)
@@ -92,7 +94,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 differentiate = int(needs_hidden or needs_weight)
                 kernels.on_rows("cross_entropy", logits, int(ignore_index), differentiate, logits, labels[rows], losses)
                 total += losses.sum(dtype=torch.float64)
-            for part in _parts(logits, accumulate) if not kernels else ():
+            if on_gpu:
+                from transxssm.ops.gpu.cross_entropy import cross_entropy_over_logits  # which imports Triton
+
+                differentiates = needs_hidden or needs_weight
+                losses = cross_entropy_over_logits(logits, labels[rows], ignore_index, differentiate=differentiates)
+                total = total + losses.sum()
+            for part in _parts(logits, accumulate) if not (kernels or on_gpu) else ():
                 log_probs = logits[part].to(accumulate).log_softmax(-1)
                 ignored = labels[rows][part] == ignore_index
                 targets = labels[rows][part].masked_fill(ignored, 0)[:, None]
@@ -107,10 +115,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                         logits[part] = grad
             if grad_hidden is not None:
                 grad_hidden[rows] = logits @ factor
-            if grad_weight is not None:
+            if needs_weight:
                 product = logits.T @ inputs
+                if block >= hidden.shape[0]:
+                    grad_weight = product
+                    continue
+                if grad_weight is None:
+                    grad_weight = torch.zeros_like(weight, dtype=accumulate)
                 for part in _parts(product, accumulate):
                     grad_weight[part] += product[part]
+        if needs_weight and grad_weight is None:  # of no tokens
+            grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 

@@ -163,8 +163,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: No
 
 
 # The compiler sees the kernels inside these operators, and launches them itself; to autograd and to export they are one operator each.
-_scan = torch.library.triton_op("transxssm::ssd_triton", _forward, mutates_args=())
+_scan: Any = torch.library.triton_op("transxssm::ssd_triton", _forward, mutates_args=())
 _scan.register_fake(_outputs)
-_scan_backward = torch.library.triton_op("transxssm::ssd_triton_backward", _backward_of, mutates_args=())
+_scan_backward: Any = torch.library.triton_op("transxssm::ssd_triton_backward", _backward_of, mutates_args=())
 _scan_backward.register_fake(_gradients)
 _scan.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,62 @@
+"""Cross-entropy of a block of logits on a GPU, and its gradient written over them: each row is read twice and written once.
+
+Letters: n tokens, v vocabulary. Contract: `transxssm.ops.linear_cross_entropy`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transxssm.ops.gpu.dispatch import launched_on
+
+_BLOCK = 4096  # logits of a row that a program holds at once
+
+
+def cross_entropy_over_logits(logits: Tensor, labels: Tensor, ignore_index: int, *, differentiate: bool) -> Tensor:
+    """The loss of each token, (n,) float32; 0 at ignored ones, NaN where a label is no entry of the vocabulary.
+
+    Args:
+        logits: (n, v), contiguous; where `differentiate`, replaced by the gradient of the sum of the losses.
+        labels: (n,) int64.
+    """
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.shape[0]:
+        with launched_on(logits.device):
+            _cross_entropy[(logits.shape[0],)](
+                *(logits, labels.contiguous(), losses, logits.shape[1], ignore_index),
+                differentiate=differentiate,
+                block=_BLOCK,
+                num_warps=8,
+            )
+    return losses
+
+
+@triton.jit
+def _cross_entropy(logits, labels, losses, vocabulary, ignored, differentiate: tl.constexpr, block: tl.constexpr):
+    """Every lane has a maximum and a sum of its own until the row has been read, so that none waits for another's."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    counts = label != ignored
+    logits += row * vocabulary
+    v = tl.arange(0, block)
+    most = tl.full((block,), -1e38, tl.float32)
+    total = tl.zeros((block,), tl.float32)
+    for first in range(0, vocabulary, block):
+        logit = tl.load(logits + first + v, mask=first + v < vocabulary, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(most, logit)
+        total = total * tl.exp(most - higher) + tl.exp(logit - higher)
+        most = higher
+    highest = tl.max(most, 0)
+    log_total = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
+    is_known = (label >= 0) & (label < vocabulary)
+    wanted = tl.load(logits + label, mask=is_known, other=float("nan")).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, log_total - wanted, 0.0))
+    if differentiate:
+        tl.debug_barrier()  # the label's logit has been read
+        for first in range(0, vocabulary, block):
+            inside = first + v < vocabulary
+            logit = tl.load(logits + first + v, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.exp(logit - log_total) - tl.where(first + v == label, 1.0, 0.0)
+            grad = tl.where(counts, grad, 0.0)
+            tl.store(logits + first + v, grad.to(logits.dtype.element_ty), mask=inside)
