@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -117,6 +118,16 @@ def test_json_round_trip(variant, tmp_path):
     assert type(loaded) is TransXSSMConfig
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "transxssm"
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "all_ssd", "all_attention", "everything"])
+def test_each_rule_of_parallelism_names_a_module(variant):
+    config = tiny_config(variant)
+    with torch.device("meta"):
+        model = TransXSSMForCausalLM(config)
+    modules = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    assert model.tp_plan.keys() | model.pp_plan.keys() <= modules
+    assert {"model.embed_tokens", "model.layers.*.mlp.up_proj", "lm_head"} <= model.tp_plan.keys()
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])

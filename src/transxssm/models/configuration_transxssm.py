@@ -105,12 +105,9 @@ class TransXSSMConfig(PreTrainedConfig):
 
     model_type = "transxssm"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
-    # SSD layers are replicated: their heads read A_log and dt_bias, which no plan of transformers shards.
+    # Attention's rules come from `_tensor_parallel_plan`. SSD layers are replicated: their heads read A_log and dt_bias, which no plan
+    # of transformers shards.
     base_model_tp_plan = {  # noqa: RUF012 (transformers' own form)
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -168,11 +165,7 @@ class TransXSSMConfig(PreTrainedConfig):
         self._check_positive(*_GIVEN_SIZES)
         self._derive()
         self._check_layer_types()  # before transformers renames the kinds of layer that it knows from elsewhere
-        if self.qk_norm:  # one weight for the heads of every shard; transformers warns of a rule without a layer
-            norms = (f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm"))
-            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
-        if self.attention_output_gate:
-            self.base_model_tp_plan = self.base_model_tp_plan | {"layers.*.self_attn.g_proj": "colwise"}
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         self.check()
 
@@ -267,6 +260,17 @@ class TransXSSMConfig(PreTrainedConfig):
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """The rules of the modules that the model has; transformers warns of a rule without a module."""
+        if not self.has_attention:
+            return self.base_model_tp_plan
+        styles = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
+        if self.attention_output_gate:
+            styles["g_proj"] = "colwise"
+        if self.qk_norm:  # one weight for the heads of every shard
+            styles |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+        return self.base_model_tp_plan | {f"layers.*.self_attn.{name}": style for name, style in styles.items()}
 
     def _check_layer_types(self) -> None:
         allowed = (SSD_LAYER_TYPE, *ATTENTION_LAYER_TYPES)

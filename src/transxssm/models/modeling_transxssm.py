@@ -350,6 +350,8 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     """The language model: the decoder and a linear head, tied to the embeddings by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     accepts_loss_kwargs = True  # the loss is a sum over num_items_in_batch, however many batches a step accumulates
 

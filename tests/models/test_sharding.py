@@ -1,0 +1,49 @@
+"""A model that two processes share (gloo, on the CPU) computes what one process does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tolerances import assert_close
+
+ROOT = Path(__file__).parents[2]
+
+
+def found_by(check: str, folder: Path) -> dict[str, Any]:
+    """What launch.py's check of this name gives in two processes."""
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    finished = subprocess.run(
+        [*command, "-m", "tests.models.launch", check, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert "match nothing" not in finished.stderr  # rules of a plan without a module
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.mark.slow
+def test_tensor_parallel(tmp_path):
+    for name, models in found_by("tensor_parallel", tmp_path).items():
+        sharded, alone = models["sharded"], models["alone"]
+        assert any(".mlp.up_proj." in weight for weight in sharded["sharded"]), name
+        assert "model.embed_tokens.weight" in sharded["sharded"], name
+        assert ("lm_head.weight" in sharded["sharded"]) == ("untied" in name), name
+        assert_close(sharded["loss"], alone["loss"], torch.float32, name)
+        assert_close(sharded["logits"], alone["logits"], torch.float32, name)
+        assert torch.equal(sharded["generated"], alone["generated"]), name
+        assert sharded["gradients"].keys() == alone["gradients"].keys()
+        for weight, gradient in sharded["gradients"].items():
+            assert_close(gradient, alone["gradients"][weight], torch.float32, f"{name}: {weight}", num_ops=4)
