@@ -2,6 +2,8 @@
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from transxssm._version import __version__
@@ -13,6 +15,7 @@ from transxssm.models import (
     TransXSSMModel,
 )
 from transxssm.models.peft_targets import add_peft_targets
+from transxssm.models.ssd_mixer import DYNAMICS_NAMES
 
 __all__ = [
     "TransXSSMCache",
@@ -34,3 +37,8 @@ for _class in (TransXSSMModel, TransXSSMForCausalLM, TransXSSMForSequenceClassif
 # Trainer's label smoothing shifts the labels of the classes named here, and of no others.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["transxssm"] = TransXSSMForCausalLM.__name__
 add_peft_targets(TransXSSMConfig.model_type)
+register_checkpoint_conversion_mapping(
+    TransXSSMConfig.model_type,
+    [WeightRenaming(f"ssd.{name}", f"ssd.dynamics.{name}") for name in DYNAMICS_NAMES],
+    overwrite=True,
+)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils.import_utils import direct_transformers_import
 
-from tests.models.tiny import ALL_VARIANTS, logits_of, tiny_config, tiny_model, tokens
+from tests.models.tiny import ALL_VARIANTS, logits_of, saved_weights, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close, relative_error
 from transxssm import (
     TransXSSMConfig,
@@ -25,6 +25,7 @@ from transxssm import (
     TransXSSMModel,
 )
 from transxssm.models import ssd_mixer
+from transxssm.models.ssd_mixer import name_in_checkpoints
 
 FLOAT32_NAMES = ("A_log", "dt_bias", "D")  # these set the decays, whose errors accumulate over a whole text
 
@@ -138,8 +139,8 @@ class TestPrecision:
         saved = load_file(tmp_path / "model.safetensors")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         for name, weight in saved.items():
-            assert loaded.state_dict()[name].dtype == torch.float32
-            assert torch.equal(loaded.state_dict()[name], weight.float()), name
+            assert saved_weights(loaded)[name].dtype == torch.float32
+            assert torch.equal(saved_weights(loaded)[name], weight.float()), name
 
     def test_a_bfloat16_model_computes_its_decays_in_float32(self, variant, tmp_path, monkeypatch):
         model = tiny_model(variant, dtype=torch.float32)
@@ -190,6 +191,36 @@ def test_a_model_cast_to_bfloat16_still_computes_its_decays_in_float32(monkeypat
     monkeypatch.setattr(ssd_mixer, "ssd_chunk_scan", watched)
     logits_of(tiny_model(dtype=torch.bfloat16), tokens(1, 5))
     assert set(seen) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_what_is_kept_in_float32_and_never_split_is_there(variant):
+    model = tiny_model(variant)
+    types = {type(module).__name__ for module in model.modules()}
+    assert model._no_split_modules <= types
+    kept = model._keep_in_fp32_modules_strict
+    assert kept == ({"dynamics"} if "TransXSSMDynamics" in types else set())
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name in names if kept & set(name.split("."))} == {name for name in names if is_float32(name)}
+
+
+def test_per_head_parameters_are_an_ssd_layers_own_in_checkpoints(tmp_path):
+    """A checkpoint has the names that it has always had, and `load_state_dict`, which Trainer resumes with, takes them too."""
+    model = tiny_model("mamba2", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    layer = {name.rsplit(".", 1)[-1] for name in saved if name.startswith("model.layers.0.ssd.")}
+    assert layer == {"A_log", "dt_bias", "D", "conv_weight", "weight"}
+    assert {name for name in saved if name.endswith(FLOAT32_NAMES)} == {
+        f"model.layers.{index}.ssd.{name}" for index in (0, 2) for name in FLOAT32_NAMES
+    }
+    other = TransXSSMForCausalLM(model.config)
+    report = other.load_state_dict(saved, strict=False)
+    assert report.missing_keys == ["lm_head.weight"]
+    assert report.unexpected_keys == []
+    for name, weight in other.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    other.load_state_dict(model.state_dict())
 
 
 def softplus(dt_bias: Tensor) -> Tensor:
@@ -272,10 +303,10 @@ def test_a_missing_key_is_initialised_and_the_others_stay(variant, missing, tmp_
     assert removed
     kept = load_file(tmp_path / "model.safetensors")
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(report["missing_keys"]) == set(removed)
+    assert set(map(name_in_checkpoints, report["missing_keys"])) == set(removed)
     assert_initialised(loaded, config)
     for name, weight in kept.items():
-        assert torch.equal(loaded.state_dict()[name], weight), name
+        assert torch.equal(saved_weights(loaded)[name], weight), name
 
 
 def test_an_option_can_be_added_to_a_checkpoint(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, relative_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +47,23 @@ def test_tensor_parallel(tmp_path):
         assert sharded["gradients"].keys() == alone["gradients"].keys()
         for weight, gradient in sharded["gradients"].items():
             assert_close(gradient, alone["gradients"][weight], torch.float32, f"{name}: {weight}", num_ops=4)
+
+
+@pytest.mark.slow
+def test_fsdp_of_a_bfloat16_model_whose_decays_are_float32(tmp_path):
+    for name, models in found_by("fsdp", tmp_path).items():
+        alone = models["alone"]
+        if "attention" not in name:
+            assert set(alone["dtypes"].values()) == {torch.bfloat16, torch.float32}
+        for way in ("transformers", "accelerate"):
+            sharded, where = models[way], f"{name}, by {way}"
+            assert sharded["dtypes"] == alone["dtypes"], where
+            assert sharded["sharded"] == alone["dtypes"].keys(), where
+            assert_close(sharded["loss"], alone["loss"], torch.float32, where)
+            assert torch.equal(sharded["logits"], alone["logits"]), where
+            assert torch.equal(sharded["generated"], alone["generated"]), where
+            for weight, gradient in sharded["gradients"].items():  # the loss's own is rounded to bfloat16 elsewhere
+                assert relative_error(gradient, alone["gradients"][weight]) < 0.1, f"{where}: {weight}"
+        after, expected = models["FSDP1, after a step"].item(), models["alone, after a step"].item()
+        assert after == pytest.approx(expected, rel=0.01), name
+        assert after < 0.99 * alone["loss"].item(), name

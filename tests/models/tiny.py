@@ -11,6 +11,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from transxssm import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.ssd_mixer import name_in_checkpoints
 
 VOCAB_SIZE = 97
 FILLER = 5  # what pads are filled with: an ordinary token, since a pad token's embedding is zero and would hide a leak
@@ -80,6 +81,11 @@ def tiny_model(variant: str = "hybrid", dtype: torch.dtype = torch.float64, **ov
     """A model of a variant in evaluation mode; the same weights at every call. In float64 the laws hold to 1e-10."""
     torch.manual_seed(1)
     return TransXSSMForCausalLM(tiny_config(variant, **overrides)).to(dtype).eval()
+
+
+def saved_weights(model: TransXSSMForCausalLM) -> dict[str, Tensor]:
+    """The state of a model by the names that its weights have in a checkpoint."""
+    return {name_in_checkpoints(name): weight for name, weight in model.state_dict().items()}
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

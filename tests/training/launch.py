@@ -5,6 +5,7 @@ import os
 import signal
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -26,6 +27,7 @@ def main() -> None:
     if arguments.shard_on_cpu:
         shard_on_cpu()
     train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    assert not dist.is_initialized()  # NCCL warns of a group that is left
 
 
 def kill_in_step(step: int) -> None:
@@ -50,6 +52,8 @@ def shard_on_cpu() -> None:
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     def sharded(self, model, *args, **kwargs):
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

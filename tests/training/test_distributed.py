@@ -86,3 +86,23 @@ def test_the_same_recipe_shards_with_fsdp2_under_accelerate_launch_and_resumes(
     run(*command, "--kill-in-step", "5", expect=1)
     run(*command, "--resume")
     assert_same_as_one_process(recipe().output_dir, one_process)
+
+
+@pytest.mark.slow
+def test_mixed_precision_under_fsdp2_rounds_no_loss(recipe_file, recipe, one_process, tmp_path):
+    """accelerate's policy rounds what modules return to bfloat16: the loss of a step, and the sum over a held-out batch."""
+    config = tmp_path / "fsdp2.yaml"
+    config.write_text(yaml.safe_dump(FSDP2 | {"mixed_precision": "bf16"}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    overrides = ["training.per_device_train_batch_size=4", "training.bf16=true"]
+    run(*launch, LAUNCH, recipe_file, *STEPS, *overrides, "--shard-on-cpu")
+    rows, expected_rows = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (recipe().output_dir, one_process)
+    )
+    for row, expected in zip(rows, expected_rows, strict=True):
+        losses = {key: row[key] for key in row.keys() & {"loss", "eval_loss"}}
+        assert losses
+        for key, loss in losses.items():
+            assert loss != torch.tensor(loss).bfloat16().item(), (row["step"], key)
+            assert loss == pytest.approx(expected[key], rel=1e-3), (row["step"], key)

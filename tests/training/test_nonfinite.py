@@ -109,11 +109,9 @@ def test_a_gradient_from_between_a_mixers_modules_is_named_by_the_mixer(model, m
 def test_a_parameters_own_gradient_is_named_by_the_parameter(model, monkeypatch):
     from transxssm.models import ssd_mixer
 
-    scan = ssd_mixer.ssd_chunk_scan
+    raised, A_log = ssd_mixer.at_least_float32, model.model.layers[2].ssd.A_log
     monkeypatch.setattr(
-        ssd_mixer,
-        "ssd_chunk_scan",
-        lambda x, dt, A, B, C, **kwargs: scan(x, dt, Poison.apply(A), B, C, **kwargs),
+        ssd_mixer, "at_least_float32", lambda tensor: Poison.apply(tensor) if tensor is A_log else raised(tensor)
     )
     assert str(origin_of(model)) == "gradient of model.layers.2.ssd.A_log"
 

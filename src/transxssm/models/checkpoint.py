@@ -17,6 +17,7 @@ from transformers import (
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.modeling_transxssm import TransXSSMForCausalLM
+from transxssm.models.ssd_mixer import name_in_checkpoints
 
 CONFIG = "config.json"
 HEADER_LENGTH_BYTES = 8  # a safetensors file: the header's length, the header in JSON, the tensors
@@ -170,15 +171,17 @@ def _load(
     if mismatched := sorted(report["mismatched_keys"]):
         weight, got, expected = mismatched[0]
         raise ValueError(
-            f"the weights in {folder} do not fit its {CONFIG}: {len(mismatched)} differ, {weight} among them: "
+            f"the weights in {folder} do not fit its {CONFIG}: {len(mismatched)} differ, {name_in_checkpoints(weight)} among them: "
             f"got {tuple(got)}, expected {tuple(expected)}; put the configuration there that they were saved with"
         )
-    if isinstance(config, TransXSSMConfig) and (unexpected := sorted(report["unexpected_keys"])):
+    if isinstance(config, TransXSSMConfig) and (
+        unexpected := sorted(map(name_in_checkpoints, report["unexpected_keys"]))
+    ):
         raise ValueError(
             f"the weights in {folder} do not fit its {CONFIG}: it has no place for {len(unexpected)} of them, {unexpected[0]} among "
             "them; put the configuration there that they were saved with"
         )
-    absent = sorted(report["missing_keys"])
+    absent = sorted(map(name_in_checkpoints, report["missing_keys"]))
     if absent:  # transformers would draw them at random
         raise ValueError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]} among them: save it anew")
     return model.to(device).eval()

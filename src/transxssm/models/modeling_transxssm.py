@@ -5,6 +5,7 @@ Letters: b batch, t time, n state size, d head_dim of attention.
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ from transxssm.models.positions import (
     length_scale,
     local_padding,
 )
-from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
+from transxssm.models.ssd_mixer import TransXSSMDynamics, TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
 from transxssm.ops.precision import has_float64
 
@@ -188,9 +189,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     config_class = TransXSSMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransXSSMDecoderLayer"]  # noqa: RUF012 (transformers' own form)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
@@ -205,6 +204,24 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: TransXSSMConfig, *args: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)
+        if SSD_LAYER_TYPE in config.layer_types:  # only what is there may be named
+            self._keep_in_fp32_modules_strict = ["dynamics"]
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """What stays on one device; accelerate makes an FSDP unit of each, whose parameters must have one dtype.
+
+        So float32 parameters in a model of another dtype are a unit of their own. Where all dtypes are the same they are not: accelerate's
+        mixed precision rounds what a unit returns.
+        """
+        names = self.__dict__.setdefault("_names_of_undivided_modules", {TransXSSMDecoderLayer.__name__})
+        dtypes = {weight.dtype for weight in self.parameters() if weight.is_floating_point()}
+        has_dynamics = any(isinstance(module, TransXSSMDynamics) for module in self.modules())
+        return names | {TransXSSMDynamics.__name__} if has_dynamics and len(dtypes) > 1 else names
+
+    @_no_split_modules.setter
+    def _no_split_modules(self, names: Iterable[str]) -> None:
+        self.__dict__["_names_of_undivided_modules"] = set(names) - {TransXSSMDynamics.__name__}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
@@ -219,14 +236,17 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TransXSSMSSDMixer):
-            config = self.config
+        config = self.config
+        if isinstance(module, TransXSSMDynamics):
             rates = torch.empty_like(module.A_log).uniform_(config.ssd_A_min, config.ssd_A_max)
             init.copy_(module.A_log, rates.log())
             log_range = math.log(config.ssd_dt_min), math.log(config.ssd_dt_max)
             dt = torch.empty_like(module.dt_bias).uniform_(*log_range).exp().clamp(min=config.ssd_dt_floor)
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹
-            for ones in (module.D, module.B_bias, module.C_bias):
+            if module.D is not None:
+                init.ones_(module.D)
+        elif isinstance(module, TransXSSMSSDMixer):
+            for ones in (module.B_bias, module.C_bias):
                 if ones is not None:
                     init.ones_(ones)
             if module.conv_weight is not None:

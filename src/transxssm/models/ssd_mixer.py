@@ -3,6 +3,11 @@
 Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 """
 
+import functools
+import logging
+import re
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +16,40 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
-from transxssm.models.linear import apply_linear
+from transxssm.models.linear import HALF_PRECISION, apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
 from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
+
+logger = logging.getLogger(__name__)
+
+DYNAMICS_NAMES = ("A_log", "dt_bias", "D")
+
+
+def name_in_checkpoints(name: str) -> str:
+    """The name that a parameter, or a module, has in a checkpoint, where an SSD layer's `dynamics` are its own."""
+    return re.sub(r"\bssd\.dynamics\b", "ssd", name)
+
+
+class TransXSSMDynamics(nn.Module):
+    """The per-head parameters of a state-space layer: A = −exp(A_log), the bias of dt, and D (Appendix A; D as in Mamba-2).
+
+    They are float32 in a model of any dtype: bfloat16 would move decays by a part in 256. They form a module, because FSDP shards
+    parameters of one dtype together and gathers them when their module is called. What it returns outlives the call, after which gathered
+    parameters are freed.
+    """
+
+    def __init__(self, num_heads: int, *, has_skip: bool) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(num_heads, dtype=torch.float32)) if has_skip else None
+
+    def forward(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From W_dt u (b, t, h): dt (b, t, h), A (h,) and D (h,), at least float32."""
+        dt = F.softplus(at_least_float32(projected) + at_least_float32(self.dt_bias))
+        A = -torch.exp(at_least_float32(self.A_log))
+        return dt, A, None if self.D is None else self.D.clone()
 
 
 class TransXSSMSSDMixer(nn.Module):
@@ -39,10 +74,6 @@ class TransXSSMSSDMixer(nn.Module):
         # a CPU), saves nothing, and decays are exponentials of it.
         self.dt_proj = NonDynamicallyQuantizableLinear(config.hidden_size, self.num_heads, bias=False)
         self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
-        # float32 in a model of any dtype: bfloat16 would move decays by a part in 256.
-        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32)) if config.ssd_skip else None
         self.conv_weight = None
         if config.ssd_conv_kernel_size:
             self.conv_weight = nn.Parameter(torch.empty(sum(self.split_sizes), config.ssd_conv_kernel_size))
@@ -57,6 +88,26 @@ class TransXSSMSSDMixer(nn.Module):
         if config.ssd_output_gate:
             self.z_proj = nn.Linear(config.hidden_size, x_size, bias=False)
             self.norm = TransXSSMRMSNorm(x_size, eps=config.rms_norm_eps)
+        self.dynamics = TransXSSMDynamics(self.num_heads, has_skip=config.ssd_skip)
+
+    @property
+    def A_log(self) -> nn.Parameter:
+        return self.dynamics.A_log
+
+    @property
+    def dt_bias(self) -> nn.Parameter:
+        return self.dynamics.dt_bias
+
+    @property
+    def D(self) -> nn.Parameter | None:
+        return self.dynamics.D
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # By the names of checkpoints too: Trainer gives a checkpoint's tensors to `load_state_dict` as they are.
+        for name in DYNAMICS_NAMES:
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}dynamics.{name}"] = state_dict.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self, hidden_states: Tensor, positions: Positions, cached: LinearAttentionLayer | None = None
@@ -80,10 +131,10 @@ class TransXSSMSSDMixer(nn.Module):
                 mask=positions.padding_mask,
             )
             x, B, C = mixed.split(self.split_sizes, dim=-1)
-        dt = F.softplus(
-            at_least_float32(apply_linear(self.dt_proj, hidden_states)) + at_least_float32(self.dt_bias)
-        )  # (b, t, h)
-        A = -torch.exp(at_least_float32(self.A_log))
+        dt, A, D = self.dynamics(apply_linear(self.dt_proj, hidden_states))
+        if dt.dtype in HALF_PRECISION:  # the module returns float32
+            warn_of_rounded_decays(dt.dtype)
+            dt, A, D = dt.float(), A.float(), None if D is None else D.float()
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
             dt = dt * positions.padding_mask[..., None]
         x = x.view(batch, length, self.num_heads, self.head_dim)
@@ -99,9 +150,9 @@ class TransXSSMSSDMixer(nn.Module):
             step_rotary = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
             token = (state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
             if torch.is_grad_enabled() or state.dtype != dt.dtype:
-                y, state = ssd_step(*token, rotary=step_rotary, D=self.D)
+                y, state = ssd_step(*token, rotary=step_rotary, D=D)
             else:
-                y = ssd_step_(*token, rotary=step_rotary, D=self.D)  # in the cache's own buffer
+                y = ssd_step_(*token, rotary=step_rotary, D=D)  # in the cache's own buffer
         else:
             y, state = ssd_chunk_scan(
                 x,
@@ -110,7 +161,7 @@ class TransXSSMSSDMixer(nn.Module):
                 B,
                 C,
                 rotary=rotary,
-                D=self.D,
+                D=D,
                 initial_state=state,
                 seq_idx=positions.seq_idx,
                 chunk_size=self.chunk_size,
@@ -130,6 +181,16 @@ class TransXSSMSSDMixer(nn.Module):
         if bias is not None:
             state_map = (state_map + bias.view(self.num_groups, self.state_size)).to(state_map.dtype)
         return state_map
+
+
+@functools.cache
+def warn_of_rounded_decays(dtype: torch.dtype) -> None:
+    """Once for each dtype."""
+    logger.warning(
+        "time steps and decays of SSD layers were rounded to %s: got mixed precision that casts what TransXSSMDynamics returns, expected "
+        "float32; load the model in float32, or give FSDP a MixedPrecisionPolicy with output_dtype=None",
+        dtype,
+    )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -77,6 +79,41 @@ def train(
         BudgetSpentError: the time was up, when the checkpoint has been saved.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint, or in the last step the finished run, has been saved.
     """
+    with _process_group():
+        return _train(recipe, resume, source, display, budget_seconds)
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Ends the process group that the run begins, as NCCL asks for; a group of the caller's stays.
+
+    After an error it stays too: the other processes may be waiting in it, and with them its end would.
+    """
+    had_group = dist.is_available() and dist.is_initialized()
+    try:
+        yield
+    except BudgetSpentError:  # in all processes at the same step
+        _end_process_group(had_group)
+        raise
+    _end_process_group(had_group)
+
+
+def _end_process_group(had_group: bool) -> None:
+    if had_group or not (dist.is_available() and dist.is_initialized()):
+        return
+    dist.destroy_process_group()
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # or the next run in this process would believe in the group
+
+
+def _train(
+    recipe: Recipe,
+    resume: bool,
+    source: Callable[[Recipe], TrainingData],
+    display: TrainerCallback | None,
+    budget_seconds: float | None,
+) -> dict[str, Any]:
     arguments = recipe.training_arguments()
     run_dir, is_main = recipe.output_dir, arguments.process_index == 0
     say = logger.warning if is_main else logger.debug

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from transxssm.models.ssd_mixer import name_in_checkpoints
+
 LOSS = "the loss"
 
 
@@ -71,7 +73,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names = {module: name_in_checkpoints(name) for name, module in model.named_modules()}
         self.origin: Origin | None = None
         self.forward_done = False
         self.running: list[nn.Module] = []
@@ -89,7 +91,7 @@ class _Watch:
             stack.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                hook = partial(self._on_parameter_gradient, name)
+                hook = partial(self._on_parameter_gradient, name_in_checkpoints(name))
                 stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
         return stack
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -52,6 +54,7 @@ class TransXSSMTrainer(Trainer):
         # Where the model knows how, logits, tokens × vocabulary, are never formed.
         is_own = kwargs["model"].config.model_type == TransXSSMConfig.model_type
         self._loss_options = {"skip_logits": True} if is_own else {}
+        self._keep_outputs_whole()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.train_seconds = 0.0  # evaluation left out
@@ -69,6 +72,16 @@ class TransXSSMTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
+
+    def _keep_outputs_whole(self) -> None:
+        """Under FSDP2 with mixed precision parameters are gathered in half precision; only that.
+
+        accelerate's policy also rounds what modules take and return, among it the loss, and the rotations of each position.
+        """
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(policy, MixedPrecisionPolicy):
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
     # Parameter groups
 
