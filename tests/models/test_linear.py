@@ -104,6 +104,15 @@ def test_whatever_acts_on_the_head_acts_on_the_loss(change, training):
     assert all(weight.grad is not None for weight in model.parameters())
 
 
+def test_a_head_that_is_called_is_called_once():
+    model, ids, calls = tiny_model(dtype=torch.float32), tokens(2, 9), []
+    expected = logits_of(model, ids)
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    output = model(ids, labels=ids, logits_to_keep=3)
+    assert_close(output.logits, expected[:, -3:], torch.float32)
+    assert len(calls) == 1
+
+
 def test_a_resized_head_keeps_the_loss_without_logits(monkeypatch):
     model, ids = tiny_model(dtype=torch.float32), tokens(2, 9)
     model.resize_token_embeddings(128, mean_resizing=False)

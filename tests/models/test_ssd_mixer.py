@@ -94,3 +94,22 @@ def test_the_output_projection_gets_what_autocast_gave(scan_in_fp32):
 def test_precision_is_raised_and_never_lowered():
     assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_rounded_decays_are_said_once_and_computed_with_in_float32(caplog, monkeypatch):
+    """FSDP's mixed precision may cast what a module returns."""
+    ssd_mixer.warn_of_rounded_decays.cache_clear()
+    seen, scan = [], ssd_mixer.ssd_chunk_scan
+    monkeypatch.setattr(
+        ssd_mixer,
+        "ssd_chunk_scan",
+        lambda x, dt, A, *args, **options: seen.append((dt, A, options["D"])) or scan(x, dt, A, *args, **options),
+    )
+    model = TransXSSMForCausalLM(tiny_config("mamba2"))
+    for layer in model.model.layers:
+        if layer.is_ssd:
+            layer.ssd.dynamics.register_forward_hook(lambda *args: tuple(tensor.bfloat16() for tensor in args[-1]))
+    model(tokens(1, 5))
+    assert [record.message.split(" were ")[0] for record in caplog.records] == ["time steps and decays of SSD layers"]
+    assert len(seen) == 2
+    assert {tensor.dtype for tensors in seen for tensor in tensors} == {torch.float32}

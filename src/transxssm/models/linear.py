@@ -32,8 +32,8 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     output: Tensor
     if torch.compiler.is_compiling():
         output = module(x)
-    elif type(x) is Tensor and is_plain_linear(module):
-        output = linear(x, module.weight)
+    elif type(x) is Tensor and (weight := _plain_weight(module)) is not None:
+        output = linear(x, weight)
     elif x.device.type == "cpu" and (x.dtype in HALF_PRECISION or torch.is_autocast_enabled("cpu")):
         with _FastProducts():
             output = module(x)
@@ -48,16 +48,29 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     Not of a subclass, a parametrised or replaced layer, one with a bias, a hook or a forward of its own (accelerate's and tensor
     parallelism's), nor of a weight that is a tensor of another class (torchao's quantised one, a DTensor).
     """
-    return (
-        type(module) in LINEAR
-        and type(module.weight) in DENSE
-        and module.bias is None
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
+    return _plain_weight(module) is not None
+
+
+def _plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a plain layer, else None.
+
+    Decoding asks some two hundred times a token, so attributes are read without `nn.Module.__getattr__`.
+    """
+    if type(module) not in LINEAR:
+        return None
+    state = module.__dict__
+    parameters = state["_parameters"]
+    weight = parameters["weight"] if "weight" in parameters else state.get("weight")
+    is_plain = (
+        type(weight) in DENSE
+        and parameters.get("bias") is None
+        and "bias" not in state
+        and "forward" not in state
+        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
+        and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
         and not module_hooks._has_any_global_hook()
     )
+    return weight if is_plain else None
 
 
 class _FastProducts(TorchFunctionMode):

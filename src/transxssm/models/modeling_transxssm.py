@@ -420,15 +420,18 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
+        loss = all_logits = logits = None
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         if shift_labels is not None:
-            loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
-        logits = None
+            if not is_plain_linear(
+                self.lm_head
+            ):  # adapted, quantised, sharded or watched: its weight is not all that it computes with
+                all_logits = apply_linear(self.lm_head, hidden_states)
+            loss = self._loss(hidden_states, all_logits, shift_labels, num_items_in_batch)
         if loss is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = apply_linear(self.lm_head, hidden_states[:, kept])
+            logits = apply_linear(self.lm_head, hidden_states[:, kept]) if all_logits is None else all_logits[:, kept]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -437,15 +440,16 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_states: Tensor, shift_labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _loss(
+        self, hidden_states: Tensor, logits: Tensor | None, shift_labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        """Without the logits where there are none yet."""
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
         reduction: Literal["mean", "sum"] = "mean" if num_items is None else "sum"
-        if is_plain_linear(self.lm_head):
+        if logits is None:
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
-        else:  # adapted, quantised, sharded or watched: the weight alone is not what the head computes
-            loss = F.cross_entropy(
-                at_least_float32(apply_linear(self.lm_head, hidden_states)), shift_labels, reduction=reduction
-            )
+        else:
+            loss = F.cross_entropy(at_least_float32(logits.flatten(0, 1)), shift_labels, reduction=reduction)
         if num_items is None:
             return loss
         return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
