@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -244,7 +245,8 @@ def study(
     budget_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Wall time; a run that is cut off goes on the next time. Default: no limit.", show_default=False
+            help="Wall time for everything; a run that is cut off goes on the next time. Default: no limit.",
+            show_default=False,
         ),
     ] = None,
     only: Annotated[
@@ -262,6 +264,7 @@ def study(
 
     Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/]
     """
+    started = time.monotonic()
     if arguments:
         require_recipe("study", arguments[0], arguments[1:], STUDIES)
     from transxssm_cli.study import list_studies, report_command, run_study_command, show_plan
@@ -277,4 +280,4 @@ def study(
             raise ValueError("--report writes the tables of all that is there: leave out --only and --budget-minutes")
         report_command(arguments[0], arguments[1:])
     else:
-        run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes)
+        run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes, started=started)

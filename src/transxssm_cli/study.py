@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
 from transxssm.evaluation import ResultTable
@@ -22,10 +22,13 @@ from transxssm.studies import (
     tables_of,
 )
 from transxssm.studies.outcome import read_outcome
+from transxssm.studies.plan import duration
 from transxssm.studies.runner import Notify
 from transxssm.studies.tables import notes_of
 from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
+
+SHARE_OF_A_LINE = 0.005  # of the planned time
 
 
 def list_studies() -> None:
@@ -45,9 +48,13 @@ def show_plan(recipe: str, overrides: Sequence[str], only: Sequence[str]) -> Non
 
 
 def run_study_command(
-    recipe: str, overrides: Sequence[str], *, only: Sequence[str], budget_minutes: float | None
+    recipe: str, overrides: Sequence[str], *, only: Sequence[str], budget_minutes: float | None, started: float
 ) -> None:
     """Runs a study and shows its tables.
+
+    Args:
+        recipe, overrides, only, budget_minutes: as the command line has them.
+        started: when the command began, in `time.monotonic`'s seconds: what it took to begin is of the budget too.
 
     Raises:
         ValueError: see `load_study`, `run_study`.
@@ -61,7 +68,7 @@ def run_study_command(
     quiet_progress_bars()
     logging.disable_progress_bar()  # a bar over the loading of weights
     with _progress(study) as notify:
-        report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify)
+        report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify, started=started)
     _print_report(study, report)
 
 
@@ -76,7 +83,8 @@ def report_command(recipe: str, overrides: Sequence[str]) -> None:
 
 
 def _print_report(study: Study, report: dict[str, Any]) -> None:
-    for title, table in tables_of(report).items():
+    has_begun = any(one["runs"] or one["tuning"] for one in report["contenders"].values())
+    for title, table in tables_of(report).items() if has_begun else ():
         typer.echo(f"\n{title}")
         show(table_of(table.headings, table.rows))
     for note in notes_of(report):
@@ -96,14 +104,14 @@ def _print_plan(study: Study, only: Sequence[str], *, stderr: bool = False) -> N
                 contender.name,
                 f"weights of {contender.weights_of}" if contender.weights_of else f"{len(tuning)} + {len(full)}",
                 f"{sum(run.tokens for run in (*tuning, *full)):,}",
-                _duration(sum(run.seconds for run in (*tuning, *full))),
+                duration(sum(run.seconds for run in (*tuning, *full))),
             ]
         )
     show(table_of(["cell", "runs (tuning + whole)", "tokens", "about"], rows), stderr=stderr)
     done = [run for run in schedule.runs if read_outcome(study.output_dir / run.folder) is not None]
     seconds = schedule.seconds - sum(run.seconds for run in done)
     typer.echo(
-        f"{study.name}: {len(schedule.runs)} runs, {len(done)} done, about {_duration(seconds)} left at "
+        f"{study.name}: {len(schedule.runs)} runs, {len(done)} done, about {duration(seconds)} left at "
         f"{study.grid.flops_per_second:.1e} FLOP/s, evaluation not counted; in {study.output_dir}",
         err=stderr,
     )
@@ -111,17 +119,20 @@ def _print_plan(study: Study, only: Sequence[str], *, stderr: bool = False) -> N
 
 @contextmanager
 def _progress(study: Study) -> Iterator[Notify]:
-    """A bar over the planned time on a terminal; elsewhere a line as each run begins. An interruption says how to go on."""
+    """A bar over the planned time on a terminal; elsewhere a line as each run begins, and one for each half per cent of the whole.
+
+    An interruption says how to go on.
+    """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    last = ""
+    columns = (BarColumn(), TextColumn("{task.percentage:.1f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))
+    last, told = "", 0.0
 
     def on_lines(what: str, done: float) -> None:
-        nonlocal last
+        nonlocal last, told
         run = what.partition(" · ")[0]
-        if run != last:
-            console.print(f"{done:4.0%}  {escape(run)}")
-        last = run
+        if run != last or done >= told + SHARE_OF_A_LINE:
+            console.print(f"{done:6.1%}  {escape(what)}")
+            last, told = run, done
 
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -133,8 +144,3 @@ def _progress(study: Study) -> Iterator[Notify]:
             yield on_bar if console.is_terminal else on_lines
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was run is in {study.output_dir}; the same command goes on from there") from None
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

@@ -1,9 +1,13 @@
 """`transxssm study`: the plan, the tables, and every mistake in one line."""
 
 import json
+import re
+import time
 
 import pytest
 import yaml
+
+from transxssm_cli import study
 
 
 @pytest.fixture
@@ -41,15 +45,29 @@ def test_plan_progress_and_tables(run, study_file, tmp_path):
     result = run("study", study_file, "--only", "hybrid")
     assert result.exit_code == 0
     assert result.stderr.index("1 runs, 0 done") < result.stderr.index("hybrid, full, seed 0")
-    assert "step" not in result.stderr
+    assert re.search(r"^ 50\.0%  hybrid, full, seed 0 · step 1/2 · about .* left$", result.stderr, re.MULTILINE)
     assert "resume" not in result.stderr
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     loss = report["contenders"]["hybrid"]["mean"]["eval_loss"]
     assert f"{loss:.4f}"[:4] in result.stdout
-    assert "Not everything was run: llama unfinished" in result.stdout
+    assert "Not everything was run: llama not begun" in result.stdout
     assert "0:00" not in result.stderr  # no bar where nobody watches
     result = run("study", study_file, "--only", "hybrid")
     assert "1 runs, 1 done, about < 1 min left" in result.stderr
+
+
+def test_a_budget_that_was_too_small_says_what_is_left_in_place_of_empty_tables(run, study_file, monkeypatch):
+    def run_study(study, *, started, budget_minutes, **options):
+        begun.append(started)
+        return real(study, started=started - 3600, budget_minutes=budget_minutes, **options)
+
+    begun, real = [], study.run_study
+    monkeypatch.setattr(study, "run_study", run_study)
+    result = run("study", study_file, "--budget-minutes", "10")
+    assert result.exit_code == 0
+    assert begun[0] <= time.monotonic()
+    assert "the budget of 10 minutes is spent; the rest takes about < 1 min, evaluation not counted" in result.stdout
+    assert "not begun" not in result.stdout
 
 
 def test_the_report_alone_is_of_what_is_there(run, error_of, study_file, tmp_path):
@@ -60,7 +78,7 @@ def test_the_report_alone_is_of_what_is_there(run, error_of, study_file, tmp_pat
         (tmp_path / "out" / name).unlink()
     result = run("study", study_file, "--report")
     assert result.exit_code == 0
-    assert "llama unfinished" in result.stdout
+    assert "llama not begun" in result.stdout
     again = (tmp_path / "out" / "README.md").read_text()
     assert again.partition("## Where")[0] == written.partition("## Where")[0]
     summary = json.loads((tmp_path / "out/hybrid/seed-0/summary.json").read_text())

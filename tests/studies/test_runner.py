@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -116,16 +117,68 @@ def test_what_has_finished_is_not_run_again(study, batches):
     assert not batches
 
 
-def test_a_budget_cuts_a_run_off_and_the_next_call_goes_on(study, tmp_path, monkeypatch):
-    clock = iter(range(0, 10**6, 10))  # ten seconds later each time somebody looks
-    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    cut = study("grid.seeds=[0]", tuning=None)
-    report = run_study(cut, budget_minutes=0.5)
-    assert report["status"] == "the budget of 0.5 minutes is spent"
-    assert {one["status"] for one in report["contenders"].values()} == {"unfinished"}
-    assert list((tmp_path / "out" / "hybrid" / "seed-0").glob("checkpoint-*"))
-    monkeypatch.undo()
-    assert run_study(cut)["status"] == "complete"
+STEP_SECONDS = 10.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a training step moves on, and nothing else does."""
+    now = [1000.0]
+    step = TransXSSMTrainer.training_step
+
+    def take_a_while(self, *args, **kwargs):
+        now[0] += STEP_SECONDS
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(TransXSSMTrainer, "training_step", take_a_while)
+    return now
+
+
+class TestBudget:
+    def test_it_cuts_a_run_off_in_time_and_the_next_call_goes_on(self, study, tmp_path, clock):
+        cut = study("grid.seeds=[0]", tuning=None)
+        told = []
+        report = run_study(cut, budget_minutes=0.5, notify=lambda what, done: told.append((what, done)))
+        # Two steps of four of the first of two runs: a third one would end when no time was left to report.
+        assert clock[0] == 1000 + 2 * STEP_SECONDS
+        assert (
+            report["status"] == "the budget of 0.5 minutes is spent; the rest takes about 1 min, evaluation not counted"
+        )
+        assert {name: one["status"] for name, one in report["contenders"].items()} == {
+            "hybrid": "unfinished",
+            "ssd": "not begun",
+        }
+        assert list((tmp_path / "out" / "hybrid" / "seed-0").glob("checkpoint-2"))
+        assert [what for what, _ in told] == [
+            "hybrid, full, seed 0",
+            "hybrid, full, seed 0 · step 1/4 · about 1 min left",
+            "hybrid, full, seed 0 · step 2/4 · about 1 min left",
+        ]
+        assert 0.2 < told[-1][1] < 0.3
+        assert run_study(cut, budget_minutes=60)["status"] == "complete"
+        assert clock[0] == 1000 + 8 * STEP_SECONDS
+
+    def test_what_came_before_and_the_preparation_of_data_are_of_it(self, study, clock, monkeypatch):
+        real = runner.text_data
+
+        def prepare(recipe):
+            clock[0] += 45
+            return real(recipe)
+
+        monkeypatch.setattr(runner, "text_data", prepare)
+        run_study(study("grid.seeds=[0]", tuning=None), budget_minutes=1.5, started=980.0)
+        assert clock[0] <= 980 + 90
+        assert clock[0] == 1000 + 45 + STEP_SECONDS  # a second step would end when no time was left to report
+
+    def test_it_ends_evaluation_too(self, study, tmp_path, clock, monkeypatch):
+        def evaluate(*arguments):
+            signal.raise_signal(signal.SIGALRM)
+
+        monkeypatch.setattr(runner, "evaluate_run", evaluate)
+        report = run_study(study("grid.seeds=[0]", tuning=None, cells={"hybrid": {}}), budget_minutes=60)
+        assert report["status"].startswith("the budget of 60 minutes is spent; the rest takes about < 1 min")
+        assert report["contenders"]["hybrid"]["runs"]
 
 
 def test_only_some_cells(study):
@@ -133,7 +186,7 @@ def test_only_some_cells(study):
     report = run_study(two, only=["ssd"])
     assert report["contenders"]["ssd"]["status"] == "finished"
     assert report["contenders"]["hybrid"]["runs"] == []
-    assert report["status"] == "hybrid unfinished"
+    assert report["status"] == "hybrid not begun"
     assert run_study(two)["status"] == "complete"
 
 
@@ -185,9 +238,7 @@ class TestRepeatingTheBestRate:
         assert one["measured"]
         assert "slightly optimistic" in (tmp_path / "out" / "README.md").read_text()
 
-    def test_a_rate_is_chosen_when_all_have_ended(self, sweep, tmp_path, monkeypatch):
-        clock = iter(range(0, 10**6, 10))
-        monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    def test_a_rate_is_chosen_when_all_have_ended(self, sweep, tmp_path, clock, monkeypatch):
         cut = run_study(sweep(), budget_minutes=1.2)
         assert cut["contenders"]["hybrid"]["status"] == "unfinished"
         assert len(cut["contenders"]["hybrid"]["runs"]) == 1

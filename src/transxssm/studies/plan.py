@@ -56,6 +56,12 @@ class Schedule:
         return sum(run.seconds for run in self.runs)
 
 
+def duration(seconds: float) -> str:
+    """Such as "1 h 05 min"."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"
+
+
 def plan_of(study: Study, contenders: Sequence[Contender]) -> Schedule:
     """The runs of these contenders, and an estimate of their time out of FLOPs and `grid.flops_per_second`.
 

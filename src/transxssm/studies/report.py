@@ -80,9 +80,12 @@ def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata:
         metadata: where and with what it was run.
     """
     contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
-    unfinished = [name for name, report in contenders.items() if report["status"] == "unfinished"]
-    if status == "complete" and unfinished:
-        status = f"{', '.join(unfinished)} unfinished"
+    missing = {
+        word: ", ".join(name for name, report in contenders.items() if report["status"] == word)
+        for word in ("unfinished", "not begun")
+    }
+    if status == "complete" and any(missing.values()):
+        status = "; ".join(f"{names} {word}" for word, names in missing.items() if names)
     return {
         "study": study.name,
         "title": study.grid.title,
@@ -164,6 +167,8 @@ def _deciding_losses(study: Study, runs: Sequence[tuple[PlannedRun, Outcome]]) -
 
 
 def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcome]]) -> str:
+    if not (study.output_dir / (one.contender.weights_of or one.contender.name)).exists():
+        return "not begun"
     if (
         one.tuning
         and study.tuning

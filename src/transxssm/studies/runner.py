@@ -14,13 +14,24 @@ from transxssm.studies.definition import Study
 from transxssm.studies.evaluation import evaluate_run
 from transxssm.studies.needle_data import needle_data
 from transxssm.studies.outcome import Outcome, read_outcome, write_divergence
-from transxssm.studies.plan import PlannedRun, Schedule, plan_of
+from transxssm.studies.plan import PlannedRun, Schedule, duration, plan_of
 from transxssm.studies.recall_data import recall_data
 from transxssm.studies.report import Evidence, best_rate, write_report
-from transxssm.training import BudgetSpentError, NonFiniteError, Recipe, TrainingData, run_folder, text_data, train
+from transxssm.training import (
+    BudgetSpentError,
+    NonFiniteError,
+    Recipe,
+    TrainingData,
+    run_folder,
+    stopped_at,
+    text_data,
+    train,
+)
 from transxssm.whole_files import write_text_whole
 
 STUDY = "study.json"
+# Of a budget, for the last checkpoint and the report: so long, but no larger a share.
+SECONDS_TO_REPORT, SHARE_TO_REPORT = 10.0, 0.1
 # What is told as it goes: the words, and the share of the planned time that is done.
 Notify = Callable[[str, float], object]
 
@@ -31,6 +42,7 @@ def run_study(
     only: Sequence[str] = (),
     budget_minutes: float | None = None,
     notify: Notify = lambda what, done: None,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Makes the runs that are not there yet, and the report out of all that are.
 
@@ -39,6 +51,7 @@ def run_study(
         only: cells or contenders to run; the report has all that were run at any time.
         budget_minutes: of wall time; a run that it interrupts is gone on with next time.
         notify: is called as runs begin and steps are made.
+        started: when the budget began, in `time.monotonic`'s seconds; None: now.
 
     Returns:
         the report, as in results.json.
@@ -52,12 +65,19 @@ def run_study(
     if budget_minutes is not None and budget_minutes <= 0:
         raise ValueError(f"the budget must be more than 0 minutes: got {budget_minutes}")
     _note_study(study)
-    work = _Work(study, schedule, None if budget_minutes is None else time.monotonic() + 60 * budget_minutes, notify)
+    deadline = None
+    if budget_minutes is not None:
+        began, seconds = time.monotonic() if started is None else started, 60 * budget_minutes
+        deadline = began + seconds - min(SECONDS_TO_REPORT, SHARE_TO_REPORT * seconds)
+    work = _Work(study, schedule, deadline, notify)
     status = "complete"
     try:
         work.run(chosen)
     except BudgetSpentError:
-        status = f"the budget of {budget_minutes:g} minutes is spent"
+        left = duration(work.seconds_left())
+        status = (
+            f"the budget of {budget_minutes:g} minutes is spent; the rest takes about {left}, evaluation not counted"
+        )
     except KeyboardInterrupt:
         write_report(study, collect_evidence(study), "interrupted")
         raise
@@ -114,7 +134,14 @@ class _Work:
 
     def __init__(self, study: Study, schedule: Schedule, deadline: float | None, notify: Notify) -> None:
         self.study, self.schedule, self.deadline, self.notify = study, schedule, deadline, notify
-        self.done_seconds = 0.0
+        self.done_seconds = 0.0  # planned ones, of the runs that are behind us
+        self.reached_seconds = 0.0  # planned ones, of the run that is being made
+        self.made_seconds = self.took_seconds = 0.0  # planned and real ones, of the steps that were made here
+
+    def seconds_left(self) -> float:
+        """What the rest takes: as planned, at the pace of the steps that were made here if there were some."""
+        pace = self.took_seconds / self.made_seconds if self.made_seconds else 1.0
+        return pace * max(self.schedule.seconds - self.done_seconds - self.reached_seconds, 0.0)
 
     def run(self, contenders: Sequence[Contender]) -> None:
         tuned: dict[str, dict[float | None, Outcome]] = {}
@@ -145,6 +172,7 @@ class _Work:
         if outcome is None:
             outcome = self._train(run, folder, learning_rate, label)
         self.done_seconds += run.seconds
+        self.reached_seconds = 0.0
         return outcome
 
     def _train(self, run: PlannedRun, folder: Path, learning_rate: float | None, label: str) -> Outcome:
@@ -154,10 +182,8 @@ class _Work:
                 recipe,
                 resume=run_folder.holds_run(folder),
                 source=self._source,
-                display=_Steps(
-                    lambda step: self._tell(f"{label} · step {step}/{run.steps}", run.seconds * step / run.steps)
-                ),
-                budget_seconds=self._seconds_left(),
+                display=_Steps(lambda step, seconds: self._step(label, run, step, seconds)),
+                budget_seconds=self._budget_left(),
             )
         except NonFiniteError as error:
             write_divergence(folder, str(error))
@@ -170,11 +196,11 @@ class _Work:
         folder = self.study.output_dir / run.folder
         for contender in contenders:
             if run.contender.name in (contender.name, contender.weights_of):
-                self._seconds_left()
                 self._tell(f"{contender.name}, evaluation, seed {run.seed}", 0.0)
                 path = _evaluation_path(self.study, contender, run)
                 overrides = None if contender.weights_of is None else contender.model
-                evaluate_run(self.study, folder, self._recipe(run, learning_rate), path, overrides)
+                with stopped_at(self.deadline):
+                    evaluate_run(self.study, folder, self._recipe(run, learning_rate), path, overrides)
 
     def _recipe(self, run: PlannedRun, learning_rate: float | None) -> Recipe:
         return recipe_for(
@@ -191,7 +217,15 @@ class _Work:
             return recall_data(self.study.recall, recipe)
         return text_data(recipe) if self.study.needle is None else needle_data(self.study.needle, recipe)
 
-    def _seconds_left(self) -> float | None:
+    def _step(self, label: str, run: PlannedRun, step: int, seconds: float) -> None:
+        self.made_seconds += run.seconds / run.steps
+        self.took_seconds += seconds
+        self.reached_seconds = run.seconds * step / run.steps
+        self._tell(
+            f"{label} · step {step}/{run.steps} · about {duration(self.seconds_left())} left", self.reached_seconds
+        )
+
+    def _budget_left(self) -> float | None:
         if self.deadline is None:
             return None
         left = self.deadline - time.monotonic()
@@ -199,8 +233,9 @@ class _Work:
             raise BudgetSpentError("nothing more was begun")
         return left
 
-    def _tell(self, what: str, seconds: float) -> None:
-        self.notify(what, (self.done_seconds + seconds) / max(self.schedule.seconds, 1e-9))
+    def _tell(self, what: str, reached_seconds: float) -> None:
+        self.reached_seconds = reached_seconds
+        self.notify(what, (self.done_seconds + reached_seconds) / max(self.schedule.seconds, 1e-9))
 
 
 def _with_rate(study: Study, run: PlannedRun, whole: Sequence[tuple[PlannedRun, Outcome]]) -> PlannedRun | None:
@@ -213,13 +248,20 @@ def _with_rate(study: Study, run: PlannedRun, whole: Sequence[tuple[PlannedRun, 
 
 
 class _Steps(TrainerCallback):
-    """Tells the number of each step that was made."""
+    """Tells the number of each step that was made, and the seconds since the one before it, with what came between."""
 
-    def __init__(self, tell: Callable[[int], object]) -> None:
+    def __init__(self, tell: Callable[[int, float], object]) -> None:
         self.tell = tell
+        self.last = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.tell(state.global_step)
+        before, self.last = self.last, time.monotonic()
+        self.tell(state.global_step, self.last - before)
 
 
 def _evaluation_path(study: Study, contender: Contender, run: PlannedRun) -> Path:

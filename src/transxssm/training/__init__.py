@@ -1,7 +1,7 @@
 """Layer 2: training, from a recipe to a run folder."""
 
 from transxssm.training.checkpoints import SaveError
-from transxssm.training.interrupt import BudgetSpentError
+from transxssm.training.interrupt import BudgetSpentError, stopped_at
 from transxssm.training.loop import train
 from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe, bundled_recipes, load_recipe, recipe_of
@@ -18,6 +18,7 @@ __all__ = [
     "bundled_recipes",
     "load_recipe",
     "recipe_of",
+    "stopped_at",
     "text_data",
     "train",
 ]

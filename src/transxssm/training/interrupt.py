@@ -18,27 +18,70 @@ class BudgetSpentError(Exception):
     """A run's time was up before its last step; a checkpoint was saved."""
 
 
+@contextmanager
+def stopped_at(deadline: float | None) -> Iterator[None]:
+    """Ends the block when a time is up, wherever it is: for work that leaves nothing half-done behind.
+
+    Outside the main thread, and where the system has no such timer, the block is only not begun too late.
+
+    Args:
+        deadline: in `time.monotonic`'s seconds; None: never.
+
+    Raises:
+        BudgetSpentError: the time was up, before the block or inside it.
+    """
+    if deadline is None:
+        yield
+        return
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise BudgetSpentError("nothing more was begun")
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    is_over = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal is_over
+        is_over = True
+        raise BudgetSpentError("the time was up in the middle")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    before = signal.setitimer(signal.ITIMER_REAL, left)
+    try:
+        yield
+    except Exception as error:  # libraries wrap what passes through them
+        if is_over and not isinstance(error, BudgetSpentError):
+            raise BudgetSpentError("the time was up in the middle") from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
+        signal.signal(signal.SIGALRM, previous)
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C ends the run after the step it falls into, with a checkpoint; a second one ends it at once.
 
     Args:
-        budget_seconds: so much wall time after the first step began the run ends in the same way; None: never.
+        deadline: in `time.monotonic`'s seconds. The run ends in the same way before a step that would end later, if it took as long as
+            the longest one so far, with what was evaluated and saved after it; one step is always made. None: never.
     """
 
-    def __init__(self, budget_seconds: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
         self.requested = False
         self.is_out_of_time = False
-        self.budget_seconds = budget_seconds
-        self._began = 0.0
+        self.deadline = deadline
+        self._last = self._longest = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._began = time.monotonic()
+        self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        spent = time.monotonic() - self._began
-        self.is_out_of_time = self.budget_seconds is not None and spent > self.budget_seconds
+        now = time.monotonic()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        self.is_out_of_time = self.deadline is not None and now + self._longest > self.deadline
         if self.requested or self.is_out_of_time:
             control.should_save = control.should_training_stop = True
 

@@ -36,7 +36,7 @@ from transxssm.training.checkpoints import (
     save_error,
     step_of,
 )
-from transxssm.training.interrupt import BudgetSpentError, Interrupt
+from transxssm.training.interrupt import BudgetSpentError, Interrupt, stopped_at
 from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe
 from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
@@ -66,7 +66,7 @@ def train(
             nothing happens if it has finished.
         source: makes the data; not called if the run has finished.
         display: shows the run's progress; None: `ProgressDisplay`.
-        budget_seconds: of wall time, after which the run stops with a checkpoint; None: no limit.
+        budget_seconds: of wall time, the preparation of data included, within which the run stops with a checkpoint; None: no limit.
 
     Returns:
         The summary, as in summary.json: parameters, steps, train_tokens, train_seconds (data preparation and evaluation left out),
@@ -76,7 +76,7 @@ def train(
         ValueError: bad settings, data that cannot be read, a folder that holds another run, or no run to resume.
         NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
         SaveError: a checkpoint could not be written; the one before is kept.
-        BudgetSpentError: the time was up, when the checkpoint has been saved.
+        BudgetSpentError: the time was up, when the checkpoint has been saved, or while the data was prepared.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint, or in the last step the finished run, has been saved.
     """
     with _process_group():
@@ -114,6 +114,7 @@ def _train(
     display: TrainerCallback | None,
     budget_seconds: float | None,
 ) -> dict[str, Any]:
+    deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     arguments = recipe.training_arguments()
     run_dir, is_main = recipe.output_dir, arguments.process_index == 0
     say = logger.warning if is_main else logger.debug
@@ -133,7 +134,7 @@ def _train(
         else:
             say("resuming from %s", checkpoint)
     started = time.perf_counter()
-    with arguments.main_process_first(local=False):
+    with arguments.main_process_first(local=False), stopped_at(deadline):
         data = source(recipe)
     prepare_seconds = time.perf_counter() - started
     trainer = _build_trainer(recipe, arguments, data, checkpoint, display or ProgressDisplay(data.description))
@@ -144,7 +145,7 @@ def _train(
             run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
             write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
         try:
-            was_asked_to_stop = _run(trainer, checkpoint, budget_seconds)
+            was_asked_to_stop = _run(trainer, checkpoint, deadline)
         except (NonFiniteError, BudgetSpentError):  # results of a kind
             raise
         except Exception:
@@ -229,9 +230,9 @@ def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Pr
     return config
 
 
-def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, budget_seconds: float | None) -> bool:
+def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, deadline: float | None) -> bool:
     """Trains to the last step. Returns whether Ctrl-C came in that one, too late to stop anything."""
-    interrupt = Interrupt(budget_seconds)
+    interrupt = Interrupt(deadline)
     trainer.add_callback(interrupt)
     if checkpoint is not None:
         last_row = rows_of(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)[-1]
