@@ -18,9 +18,9 @@ from transformers import (
 
 from transxssm.serving.text_stream import TextStream
 
-# Of the weights that a token reads, for each thread that computes it. On two cores one thread decoded 9 MB of weights as fast as two
-# when the machine was idle and faster when it was not, and two decoded 60 MB of them 1.6 times as fast (docs/guides/inference.md).
-BYTES_PER_THREAD = 16 * 2**20
+# Of the weights that a token reads, for each thread that computes it: on two cores a second thread made decoding of 9 MB, 60 MB and
+# 120 MB of weights no faster (docs/guides/inference.md has the figures).
+BYTES_PER_THREAD = 64 * 2**20
 
 
 @dataclass(frozen=True)
