@@ -118,7 +118,8 @@ def test_a_profile(contender, mode, layers, floors, tmp_path, capsys):
     assert embedding["calls"] == 1, "figures are of one step, in decoding of one token"
     listed = sum(row["milliseconds"] for row in result["kernels"])
     assert listed == pytest.approx(result["kernel_milliseconds"])
-    assert listed > sum(row["milliseconds"] for row in result["layers"]) / 2
+    milliseconds = [row["milliseconds"] for row in result["kernels"]]
+    assert milliseconds == sorted(milliseconds, reverse=True)
     assert result["kernels"][0]["kernel"] in capsys.readouterr().out
 
 
@@ -227,12 +228,12 @@ def test_ctrl_c_reaches_every_process(tmp_path):
     finally:
         signal.signal(signal.SIGINT, ignoring)
     with running:
-        deadline = time.monotonic() + 120
-        while len(list(folder.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        while len(list(folder.rglob("metrics.jsonl"))) < 2:
+            assert running.poll() is None
             time.sleep(0.2)
         running.send_signal(signal.SIGINT)
         try:
-            assert running.wait(timeout=60) == 130
+            assert running.wait() == 130
         finally:
             running.terminate()  # or it would be waited for
     assert len(list(folder.rglob("checkpoint-*"))) == 2

@@ -127,7 +127,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(reciting):
     assert process.stdout.read(4) == b"def("
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait() == 1
     assert errors == b""
 
 

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_it_with_a_line_on_how_to_go_on(recipe, tmp_path):
             if line.startswith("step 3/"):
                 break
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate()
     finally:
         process.kill()
     assert (process.returncode, stdout) == (130, "")
