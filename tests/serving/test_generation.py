@@ -215,8 +215,8 @@ class TestDecodingThreads:
             (
                 {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16},
                 torch.float32,
-                5,
-            ),  # 97M parameters
+                6,
+            ),
             ({"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}, torch.bfloat16, 3),
             ({"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32}, torch.float32, 8),
             # A head is read as a whole, and of embeddings beside it one row.
