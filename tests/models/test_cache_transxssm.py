@@ -1,12 +1,14 @@
 """A text fed in pieces is the text fed at once: every split, token by token, with pads, and in each kind of cache."""
 
 import copy
+import functools
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from tests.models.tiny import (
@@ -283,3 +285,182 @@ def test_a_copied_cache_goes_its_own_way():
         assert torch.equal(layer.keys[:, :, :5], keys)
         assert torch.equal(layer.values[:, :, :5], values)
         assert (layer.keys[:, :, 5] == last).all()
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "sliding", "mamba2", "all_ssd_mamba2", "grouped_queries"])
+@pytest.mark.parametrize("autocast", [[True, False, False], [False, True, False]], ids=["then without", "then with"])
+def test_a_cache_made_under_autocast_goes_on_without(variant, autocast):
+    """Nothing is rounded to the cache's first format: as in transformers' cache, the wider one stays."""
+    model, ids, logits = tiny_model(variant, dtype=torch.float32), tokens(2, LENGTH), []
+    cache = TransXSSMCache(config=model.config)
+    for piece, is_on in zip(ids.split([7, 2, 1], dim=1), autocast, strict=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+            logits.append(logits_of(model, piece, past_key_values=cache))
+    assert_close(torch.cat(logits, dim=1).float(), logits_of(model, ids), torch.bfloat16, num_ops=16)
+    for layer in cache.layers:
+        kept = (layer.keys, layer.values) if isinstance(layer, DynamicLayer) else (layer.conv_states[0],)
+        assert all(tensor is None or tensor.dtype == torch.float32 for tensor in kept)
+
+
+PACKED = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 2, 2]])
+
+
+@pytest.mark.parametrize("marks", [{}, {"seq_idx": PACKED}], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+    ],
+    ids=["repeat", "select", "reorder"],
+)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_rows_of_a_cache_go_on_as_they_were(variant, change, rows, marks):
+    """In keys, windows, states, convolutions and the starts of documents."""
+    model, ids, more = tiny_model(variant), tokens(3, 6), tokens(len(rows), 3, seed=1)
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, ids, past_key_values=cache, **marks)
+    change(cache)
+    got = in_pieces(model, more, [1, 2], cache)
+    marks = {name: mark[rows] for name, mark in marks.items()}
+    expected = TransXSSMCache(config=model.config)
+    logits_of(model, ids[rows], past_key_values=expected, **marks)
+    assert_close(got, in_pieces(model, more, [1, 2], expected), torch.float64)
+
+
+class TestCrop:
+    def test_takes_tokens_back_where_all_layers_attend(self):
+        model, ids = tiny_model("all_attention"), tokens(2, LENGTH)
+        cache = TransXSSMCache(config=model.config)
+        logits_of(model, torch.cat((ids[:, :6], tokens(2, 3, seed=1)), dim=1), past_key_values=cache)
+        cache.crop(-3)
+        assert_close(in_pieces(model, ids[:, 6:], [4], cache), logits_of(model, ids)[:, 6:], torch.float64)
+
+    @pytest.mark.parametrize("variant", ["hybrid", "all_ssd"])
+    def test_refuses_to_take_tokens_out_of_a_state(self, variant):
+        """And changes nothing: attention would otherwise have forgotten what the states remember."""
+        model, ids = tiny_model(variant), tokens(2, LENGTH)
+        cache = TransXSSMCache(config=model.config)
+        logits_of(model, ids[:, :6], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"crop\(-2\) would take back tokens that the states .*deepcopy"):
+            cache.crop(-2)
+        cache.crop(0)
+        assert not cache.is_croppable
+        assert_close(in_pieces(model, ids[:, 6:], [4], cache), logits_of(model, ids)[:, 6:], torch.float64)
+
+    def test_refuses_to_go_back_into_an_earlier_document(self):
+        model, cache = tiny_model("all_attention"), TransXSSMCache(config=tiny_config("all_attention"))
+        logits_of(model, tokens(3, 6), past_key_values=cache, seq_idx=PACKED)
+        with pytest.raises(ValueError, match=r"before a packed row's last document: got 6 .* from \[3, 0, 4\] on"):
+            cache.crop(-4)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "all_attention", "all_ssd"])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing_to_read_is_refused(variant, shape):
+    with pytest.raises(
+        ValueError, match=rf"expected one row and one token or more: got \(b, t\) = \({shape[0]}, {shape[1]}\)"
+    ):
+        tiny_model(variant)(torch.zeros(shape, dtype=torch.long))
+
+
+def compiled_graphs(model: nn.Module, cache: Cache) -> int:
+    """How many graphs a prompt and 24 tokens of two rows make, none of them broken."""
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for t in range(25):
+        logits_of(compiled, tokens(2, 9 if t == 0 else 1), past_key_values=cache)
+    return len(graphs)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "convolution", "all_ssd"])
+def test_decoding_makes_as_few_graphs_as_llama(variant):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).eval()
+    model = tiny_model(variant)
+    wanted = compiled_graphs(llama, DynamicCache(config=llama.config))
+    assert compiled_graphs(model, TransXSSMCache(config=model.config)) <= wanted
+
+
+@pytest.mark.parametrize("is_prompt_compiled", [True, False])
+def test_a_compiled_step_appends_what_an_uncompiled_one_does(is_prompt_compiled):
+    model, ids = tiny_model("everything"), tokens(2, LENGTH)
+    cache = TransXSSMCache(config=model.config)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    logits = logits_of(compiled if is_prompt_compiled else model, ids[:, :5], past_key_values=cache)
+    steps = [logits_of(compiled, ids[:, t : t + 1], past_key_values=cache) for t in (5, 6, 7)]
+    rest = in_pieces(model, ids[:, 8:], [1, 1], cache)
+    assert_close(torch.cat((logits, *steps, rest), dim=1), logits_of(model, ids), torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "convolution", "all_ssd"])
+def test_an_exported_step_has_no_room_among_its_outputs(variant):
+    """As transformers' exporter takes a cache to pieces: every tensor in it is filled, and the program is right for another text."""
+    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")
+    model, ids = tiny_model(variant, dtype=torch.float32), tokens(2, LENGTH)
+
+    def inputs(seed: int) -> dict[str, Any]:
+        cache = TransXSSMCache(config=model.config)
+        logits_of(model, tokens(2, 6, seed=seed), past_key_values=cache)
+        logits_of(model, tokens(2, 1, seed=seed), past_key_values=cache)  # in place, with room behind
+        return {"input_ids": ids[:, :1], "position_ids": torch.full((2, 1), 7), "past_key_values": cache}
+
+    program, _ = exporters.DynamoExporter().export_program(model, inputs(0), exporters.DynamoConfig())
+    leaves, _ = exporters._pytree_flatten(inputs(0)["past_key_values"])
+    num_tokens = {leaf.shape[-2] for leaf in leaves if leaf.dim() == 4 and leaf.dtype == torch.float32}
+    config = model.config
+    assert num_tokens <= {7, config.ssd_head_dim}
+    with torch.no_grad():
+        got, expected = program.module()(**copy.deepcopy(inputs(1))), model(**inputs(1))
+    assert_close(got.logits, expected.logits, torch.float32, num_ops=4)
+    for one, other in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        if isinstance(other, DynamicLayer):
+            assert_close(one.keys, other.keys, torch.float32, num_ops=4)
+
+
+class TestStatesAlone:
+    """Caches that hold no keys count their tokens on their states."""
+
+    @pytest.fixture(params=["all_ssd", "all_ssd_mamba2"])
+    def model(self, request) -> TransXSSMForCausalLM:
+        return tiny_model(request.param)
+
+    @pytest.fixture(params=[DynamicCache, functools.partial(StaticCache, max_cache_len=LENGTH)])
+    def cache(self, request, model) -> Cache:
+        return request.param(config=model.config)
+
+    def test_caches_of_transformers(self, model, cache):
+        ids = tokens(2, LENGTH)
+        whole = logits_of(model, ids)
+        for _ in range(2):
+            assert_close(in_pieces(model, ids, [6, 1, 3], cache), whole, torch.float64)
+            cache.reset()
+
+    def test_generate_takes_caches_of_transformers(self, model, cache):
+        ids, options = tokens(2, LENGTH), {"max_new_tokens": 4, "do_sample": False}
+        logits_of(model, ids[:, :6], past_key_values=cache)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+
+    def test_generate_compiles_a_static_step_once(self, model):
+        """The number of tokens is a tensor: no token makes a graph of its own."""
+        ids, graphs, options = tokens(2, 6), [], {"max_new_tokens": 8, "do_sample": False}
+        config = CompileConfig(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph, mode=None)
+        config._compile_all_devices = True
+        torch.compiler.reset()
+        output = model.generate(
+            ids, cache_implementation="static", compile_config=config, return_dict_in_generate=True, **options
+        )
+        assert torch.equal(output.sequences, model.generate(ids, **options))
+        assert len(graphs) == 1
+        assert isinstance(output.past_key_values, StaticCache)
+        assert output.past_key_values.get_seq_length() == 6 + 8 - 1
+
+    def test_a_static_cache_starts_again_after_reset(self, model):
+        ids, options = tokens(2, 6), {"max_new_tokens": 4, "do_sample": False}
+        output = model.generate(ids, cache_implementation="static", return_dict_in_generate=True, **options)
+        cache = output.past_key_values
+        cache.reset()
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), output.sequences)

@@ -172,3 +172,13 @@ def test_a_second_turn_padded_on_the_left_generates_as_without_pads():
     generated = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)[:, -6:]
     for row, real, got in zip(ids, mask.bool(), generated, strict=True):
         assert torch.equal(got, model.generate(row[None, real], **settings)[0, -6:])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("variant", ["hybrid", "all_ssd_mamba2"])
+def test_chunks_of_a_padded_prompt_in_a_static_cache(variant, chunk):
+    """A chunk of one token may be a pad, of which transformers tells no state."""
+    model, settings = tiny_model(variant), {"max_new_tokens": 4, "do_sample": False}
+    ids, mask = pad_rows(rows(), LEFT["left"], WIDTH)
+    got = model.generate(ids, attention_mask=mask, cache_implementation="static", prefill_chunk_size=chunk, **settings)
+    assert torch.equal(got, model.generate(ids, attention_mask=mask, **settings))

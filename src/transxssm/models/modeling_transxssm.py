@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -24,7 +24,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from transxssm.models.attention import TransXSSMAttention
-from transxssm.models.cache_transxssm import TransXSSMCache, ssd_state_of
+from transxssm.models.cache_transxssm import (
+    StaticStatesCache,
+    TransXSSMCache,
+    count_tokens,
+    has_keys,
+    num_cached_tokens,
+    ssd_state_of,
+)
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.linear import apply_linear, is_plain_linear
 from transxssm.models.masks import (
@@ -305,8 +312,10 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = TransXSSMCache(config=self.config)
+        if 0 in inputs_embeds.shape[:2]:
+            raise ValueError(f"expected one row and one token or more: got (b, t) = {tuple(inputs_embeds.shape[:2])}")
         length = inputs_embeds.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = num_cached_tokens(past_key_values)
         padding = padding_of(self.config, attention_mask, past_length, length)
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
             seq_idx = documents_of(self.config, position_ids, padding, past_key_values)
@@ -357,12 +366,10 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
                 past_key_values=ssd_state_of(past_key_values, index) if is_ssd else past_key_values,
                 **kwargs,
             )
-        if isinstance(past_key_values, TransXSSMCache):
-            past_key_values.num_seen_tokens += length
-            if seq_idx is not None:
-                past_key_values.document_start = last_document_start(
-                    seq_idx, past_length, past_key_values.document_start
-                )
+        if isinstance(past_key_values, TransXSSMCache) and seq_idx is not None:
+            past_key_values.document_start = last_document_start(seq_idx, past_length, past_key_values.document_start)
+        if past_key_values is not None:
+            count_tokens(past_key_values, past_length, length)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -532,9 +539,14 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         refusal = refusal_of_pads_between(config, past_key_values)
         if refusal is not None and attention_mask is not None and has_pads_between(attention_mask).any():
             raise ValueError(refusal)
-        return create_masks_for_generate(
+        masks = create_masks_for_generate(
             config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
         )
+        if (
+            attention_mask is not None and SSD_LAYER_TYPE in masks
+        ):  # transformers drops it where there is one token, which may be a pad
+            masks[SSD_LAYER_TYPE] = local_padding(attention_mask, inputs_embeds.shape[1])
+        return masks
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -549,18 +561,21 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
                 "an assistant takes back the tokens that are not accepted, and a state that has summed a token cannot be put back: got a "
                 f"{type(self).__name__} with SSD layers as assistant_model; expected a model of attention layers alone"
             )
-        wants_default = generation_config.cache_implementation in (None, "dynamic")
-        wants_static = generation_config.cache_implementation == "static"
-        if (
-            generation_config.use_cache is not False
-            and model_kwargs.get("past_key_values") is None
-            and (wants_default or (wants_static and not self.config.has_attention))
-        ):
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if generation_config.use_cache is not False and given is None and kind in (None, "dynamic"):
             model_kwargs["past_key_values"] = TransXSSMCache(config=self.config)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or has_keys(cache) or isinstance(cache, TransXSSMCache | StaticStatesCache):
+            return
+        # transformers' own caches of states alone cannot say how many tokens they hold, which `generate` asks: one that can takes them.
+        is_static = isinstance(cache, StaticCache)
+        counting = StaticStatesCache(self.config, max_cache_len=0) if is_static else TransXSSMCache(self.config)
+        counting.layers = cache.layers
+        model_kwargs["past_key_values"] = counting
 
 
 class TransXSSMForSequenceClassification(GenericForSequenceClassification, TransXSSMPreTrainedModel):
