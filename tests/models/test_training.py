@@ -96,6 +96,35 @@ def test_compiles_as_one_graph():
         assert_close(gradient, expected[name], torch.float64, name=name)
 
 
+@pytest.mark.parametrize(
+    ("variant", "marked", "dynamic"),
+    [
+        ("hybrid", "plain", None),
+        ("hybrid", "packed", None),
+        ("hybrid", "padded", True),
+        ("everything", "plain", True),
+        ("mamba2", "packed", True),
+        ("mamba2", "padded", None),
+    ],
+)
+def test_training_makes_as_few_graphs_as_llama(variant, marked, dynamic):
+    """Over lengths beside and between chunks, and over batch sizes: one graph for the first shape, one for all others."""
+    graphs, model = [], tiny_model(variant, dtype=torch.float32).train()
+    torch.compiler.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for batch, length in ((2, 5), (2, 16), (2, 17), (3, 33), (5, 12)):
+        marks = {
+            "plain": {},
+            "packed": {"position_ids": (torch.arange(length) % 7).expand(batch, -1)},
+            "padded": {"attention_mask": (torch.arange(length) > 1).long().expand(batch, -1)},
+        }[marked]
+        ids = tokens(batch, length)
+        compiled(ids, labels=ids, use_cache=False, **marks).loss.backward()
+    assert len(graphs) <= (3 if dynamic is None else 1), "the first, other lengths, other batches"
+
+
 def with_lora(model: TransXSSMForCausalLM) -> peft.PeftModel:
     """Adapters on every projection; a constant rank, and no dropout, so that a loss is a number."""
     return peft.get_peft_model(

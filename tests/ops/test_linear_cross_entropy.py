@@ -212,3 +212,20 @@ def test_wrong_shapes_are_named(shapes, message):
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match='"mean" or "sum": got \'none\''):
         linear_cross_entropy(*inputs(3), reduction="none")
+
+
+def test_compiles_once_for_lengths_that_are_alike(blocks_of):
+    """A graph for one block of tokens, for up to two and for up to four; not one for every length."""
+    blocks_of(1)  # 160 tokens, the least
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(
+        linear_cross_entropy, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for num_tokens, most in ((3, 1), (159, 1), (161, 2), (318, 2), (331, 3), (500, 3), (640, 3)):
+        hidden, weight, labels = inputs(num_tokens)
+        actual = loss_and_gradients(compiled, hidden, weight, labels)
+        expected = loss_and_gradients(full_logits, hidden, weight, labels)
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other, torch.float64)
+        assert len(graphs) <= most, f"{num_tokens} tokens"

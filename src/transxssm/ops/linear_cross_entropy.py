@@ -85,8 +85,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if kernels:
             labels = labels.long().contiguous()
             _check_labels(labels, weight.shape[0], ignore_index)
-        for start in range(0, hidden.shape[0], block):
-            rows = slice(start, start + block)
+        for rows in _blocks(hidden.shape[0], block):
             inputs = hidden[rows].to(operand)
             logits = inputs @ factor.T  # (block, v)
             if kernels:
@@ -117,7 +116,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 grad_hidden[rows] = logits @ factor
             if needs_weight:
                 product = logits.T @ inputs
-                if block >= hidden.shape[0]:
+                if rows.stop - rows.start == hidden.shape[0]:
                     grad_weight = product
                     continue
                 if grad_weight is None:
@@ -139,6 +138,16 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _blocks(num_rows: int, most: int) -> list[slice]:
+    """Slices of at most `most` rows. The compiler unrolls them, and would make a graph for every number of rows: it gets a power of two."""
+    if not torch.compiler.is_compiling():
+        return [slice(start, min(start + most, num_rows)) for start in range(0, num_rows, most)]
+    number = 1
+    while number * most < num_rows:
+        number *= 2
+    return [slice(index * num_rows // number, (index + 1) * num_rows // number) for index in range(number)]
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
