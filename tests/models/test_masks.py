@@ -165,3 +165,13 @@ def test_a_batch_of_prompts_padded_on_the_left_takes_the_kernels(new_cache, atte
     monkeypatch.setattr("transxssm.models.attention.has_attention_kernels", lambda *heads: False)
     assert_close(got, logits(), torch.bfloat16, num_ops=16)
     assert not attended
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "all_ssd"])
+def test_a_mask_of_all_pairs_cannot_say_what_a_state_forgets(variant):
+    """It is refused, and generic code is told that attention is not all that the model has."""
+    model = wide_headed(variant)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape .* got \(1, 1, 5, 5\); pass seq_idx"):
+        model(tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
+    assert not model.is_backend_compatible()
+    assert model._is_stateful

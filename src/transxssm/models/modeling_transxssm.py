@@ -200,7 +200,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False  # a backend hands masks of all pairs to attention, and states nothing
     _can_compile_fullgraph = True
     _is_stateful = True
     _can_record_outputs = {  # noqa: RUF012
