@@ -1,12 +1,13 @@
 """Documents packed into one row see nothing of each other: logits, losses and gradients are those of each document alone."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from tests.models.tiny import ALL_VARIANTS, FILLER, VARIANTS, gradients_of, logits_of, tiny_model, tokens
 from tests.tolerances import assert_close
@@ -304,3 +305,35 @@ def test_documents_with_pads_between_them(variant, counted):
     mask = torch.tensor([[1] * 6 + [0] * 2 + [1] * 8])
     got = logits_of(model, row, attention_mask=mask, position_ids=positions)[:, mask[0].bool()]
     assert_close(got, one_row(model, docs), torch.float64)
+
+
+def losses_of_trainer(folder: Path, *, return_seq_idx: bool, **arguments) -> list[float]:
+    """Logged losses of three steps on flattened documents, as transformers' own collator packs them."""
+    documents = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (5, 9, 4, 12, 7, 6)]
+    trainer = Trainer(
+        model=tiny_model("mamba2", dtype=torch.float32),
+        args=TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            max_steps=3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=documents,
+        data_collator=DataCollatorWithFlattening(return_seq_idx=return_seq_idx),
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_compiles_flattened_documents(tmp_path):
+    """Where positions alone say where documents begin, losses are those of documents with numbers, compiled or not."""
+    numbered = losses_of_trainer(tmp_path, return_seq_idx=True)
+    torch.compiler.reset()
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    assert losses_of_trainer(tmp_path, return_seq_idx=False, **options) == pytest.approx(numbered, rel=1e-4)
+    assert losses_of_trainer(tmp_path, return_seq_idx=False) == pytest.approx(numbered, rel=1e-4)
