@@ -13,8 +13,8 @@ FAST = Backend("fast", lambda tensor: "too odd" if tensor.odd else None, lambda:
 PLAIN = Backend("plain", accepts_all, lambda: None)
 
 
-def call(odd=False, device="cpu"):
-    return SimpleNamespace(odd=odd, device=torch.device(device))
+def call(odd=False, device="cpu", dtype=torch.float32):
+    return SimpleNamespace(odd=odd, device=torch.device(device), dtype=dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,17 @@ def test_what_is_asked_for_and_refuses_says_why():
 
 
 def test_a_slower_implementation_on_a_gpu_is_said_once():
-    with pytest.warns(UserWarning, match="op is slower here than it could be.*'fast'.*too odd"):
+    with pytest.warns(
+        UserWarning, match="op is slower here than it could be: the backend 'fast' does not take it. too odd"
+    ):
         choose("op", (FAST, PLAIN), None, call(odd=True, device="cuda"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choose("op", (FAST, PLAIN), None, call(odd=True, device="cuda"))
         choose("op", (FAST, PLAIN), None, call(odd=True))
+
+
+def test_nothing_is_said_of_float64_which_nobody_takes_for_speed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("op", (FAST, PLAIN), None, call(odd=True, device="cuda", dtype=torch.float64)) is PLAIN

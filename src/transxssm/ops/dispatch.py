@@ -56,10 +56,9 @@ def choose(op: str, backends: Sequence[Backend], requested: str | None, *call: A
         reason = backend.refusal(*call)
         if reason is None:
             return backend
-        if call[0].device.type == "cuda" and not torch.compiler.is_compiling():
-            _say_once(
-                f"{op} is slower here than it could be, since the backend {backend.name!r} does not take it: {reason}"
-            )
+        is_for_speed = call[0].device.type == "cuda" and call[0].dtype != torch.float64
+        if is_for_speed and not torch.compiler.is_compiling():
+            _say_once(f"{op} is slower here than it could be: the backend '{backend.name}' does not take it. {reason}")
     raise AssertionError(f"no backend of {op} takes this call")
 
 
