@@ -1,5 +1,6 @@
 """`transxssm study`: shows the plan, then the progress over its runs, then the tables."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ from transxssm.studies.tables import notes_of
 from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
 
-SHARE_OF_A_LINE = 0.005  # of the planned time
+SECONDS_BETWEEN_LINES = 15.0
 
 
 def list_studies() -> None:
@@ -119,20 +120,20 @@ def _print_plan(study: Study, only: Sequence[str], *, stderr: bool = False) -> N
 
 @contextmanager
 def _progress(study: Study) -> Iterator[Notify]:
-    """A bar over the planned time on a terminal; elsewhere a line as each run begins, and one for each half per cent of the whole.
+    """A bar over the planned time on a terminal; elsewhere a line as each run begins and every fifteen seconds.
 
     An interruption says how to go on.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (BarColumn(), TextColumn("{task.percentage:.1f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))
-    last, told = "", 0.0
+    last, told_at = "", 0.0
 
     def on_lines(what: str, done: float) -> None:
-        nonlocal last, told
+        nonlocal last, told_at
         run = what.partition(" · ")[0]
-        if run != last or done >= told + SHARE_OF_A_LINE:
+        if run != last or time.monotonic() >= told_at + SECONDS_BETWEEN_LINES:
             console.print(f"{done:6.1%}  {escape(what)}")
-            last, told = run, done
+            last, told_at = run, time.monotonic()
 
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

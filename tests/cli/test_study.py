@@ -41,7 +41,8 @@ def test_the_plan_alone_writes_nothing(run, study_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_progress_and_tables(run, study_file, tmp_path):
+def test_plan_progress_and_tables(run, study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SECONDS_BETWEEN_LINES", 0.0)
     result = run("study", study_file, "--only", "hybrid")
     assert result.exit_code == 0
     assert result.stderr.index("1 runs, 0 done") < result.stderr.index("hybrid, full, seed 0")
@@ -54,6 +55,24 @@ def test_plan_progress_and_tables(run, study_file, tmp_path):
     assert "0:00" not in result.stderr  # no bar where nobody watches
     result = run("study", study_file, "--only", "hybrid")
     assert "1 runs, 1 done, about < 1 min left" in result.stderr
+
+
+def test_where_no_bar_is_there_is_a_line_a_run_and_one_now_and_then(study_file, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with study._progress(study.load_study(study_file)) as notify:
+        for what, seconds in (
+            ("a", 0),
+            ("a · step 1", 5),
+            ("a · step 2", 9.9),
+            ("a · step 3", 0.1),
+            ("b", 1),
+            ("b · step 1", 1),
+        ):
+            now[0] += seconds
+            notify(what, now[0] / 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == ["a", "a · step 3", "b"]
 
 
 def test_a_budget_that_was_too_small_says_what_is_left_in_place_of_empty_tables(run, study_file, monkeypatch):
