@@ -3,6 +3,7 @@ import pytest
 from transxssm.models.baselines import count_baseline_parameters
 from transxssm.training import bundled_recipes, load_recipe
 from transxssm.training import recipe as recipe_module
+from transxssm.training.recipe_fields import _TRAINING_RANGES, known_fields
 
 
 @pytest.mark.parametrize(
@@ -161,3 +162,34 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
         ValueError, match=r"model\.architecture: got 'lama'.* expected one of transxssm, llama, mamba2, jamba"
     ):
         load_recipe("tiny", ["model.architecture=lama"])
+
+
+class TestRanges:
+    """Numbers that TrainingArguments takes and a run would stumble over, or silently do something else with."""
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            *("max_steps=-5", "max_steps=0", "num_train_epochs=0.0", "learning_rate=-1.0", "learning_rate=.nan", "learning_rate=.inf"),
+            *("logging_steps=0", "eval_steps=-0.1", "save_steps=2.5", "warmup_steps=-1", "warmup_steps=1.5", "save_total_limit=-1"),
+            *("weight_decay=-0.1", "adam_beta1=1.0", "adam_beta2=-0.1", "adam_epsilon=-1.0", "max_grad_norm=-1.0", "seed=-1"),
+            *("per_device_train_batch_size=0", "per_device_eval_batch_size=0", "gradient_accumulation_steps=0", "data_seed=-1"),
+            *("dataloader_num_workers=-1", "eval_accumulation_steps=0", "eval_delay=-1", "ddp_timeout=0"),
+        ],
+    )  # fmt: skip
+    def test_out_of_them(self, setting):
+        with pytest.raises(ValueError, match=rf"^training\.{setting.partition('=')[0]}: got .*, expected "):
+            load_recipe("tiny", [f"training.{setting}"])
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            *("max_steps=-1", "max_steps=1", "num_train_epochs=0.5", "learning_rate=0.0", "logging_steps=0.1", "logging_steps=7"),
+            *("save_steps=0.5", "warmup_steps=0", "warmup_steps=0.1", "warmup_steps=100", "max_grad_norm=0.0", "eval_steps=null"),
+        ],
+    )  # fmt: skip
+    def test_inside_them(self, setting):
+        load_recipe("tiny", [f"training.{setting}"])
+
+    def test_they_are_of_settings_that_exist(self):
+        assert _TRAINING_RANGES.keys() <= known_fields()["training"].keys()
