@@ -56,6 +56,7 @@ def copy_of(run_dir, recipe):
 def test_a_finished_run_leaves_everything_in_its_folder(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
+        "README.md",
         "checkpoint-15",
         "checkpoint-20",
         "config.json",
