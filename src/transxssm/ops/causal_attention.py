@@ -1,4 +1,4 @@
-"""Causal attention over ranges of keys, with kernels for bfloat16 on CPUs: see ops/cpu/attention.cpp and decision 58.
+"""Causal attention over ranges of keys, with kernels for bfloat16 on CPUs: see ops/cpu/attention.cpp.
 
 Letters: b batch, h heads, k key-value heads, t time, d head_dim.
 """
