@@ -18,7 +18,7 @@ DEV := $(VENV)/.installed-dev
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(RUNTIME)  ## Train a tiny model on Python's own source (about five minutes on two cores) and let it write
+demo: $(RUNTIME)  ## Train a tiny model on Python's own source (five minutes at most) and let it write
 	$(BIN)/transxssm demo
 
 test: $(DEV)  ## Run the tests

@@ -103,7 +103,7 @@ def train(
 ) -> None:
     """Train a model as a recipe says; everything about the run goes into one folder.
 
-    Examples: [cyan]transxssm train[/], [cyan]transxssm train small training.max_steps=2000[/],
+    Examples: [cyan]transxssm train[/], [cyan]transxssm train laptop data.corpus=my_texts/[/],
     [cyan]transxssm train my.yaml --resume[/]
     """
     name, overrides = split_arguments(arguments or [])
@@ -222,7 +222,7 @@ def demo(
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Override it.", show_default=False)
     ] = None,
 ) -> None:
-    """Train a small model on Python's own standard library (about five minutes), show how well it does and let it write.
+    """Train a small model on Python's own standard library (five minutes at most), show how well it does and let it write.
 
     Continues by itself where it was interrupted; shows the result again once it has finished.
     """

@@ -2,9 +2,11 @@
 
 import json
 import lzma
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,26 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging
 
-from transxssm.data import DataArguments, load_corpus
+from transxssm.data import EMBEDDED_CORPORA, DataArguments, load_corpus
 from transxssm.models import load_model, load_tokenizer
 from transxssm.serving import GenerationSettings, encode_prompt, generate_text
 from transxssm.training import Recipe, load_recipe, run_folder, train
 from transxssm.training.report import read_summary
 from transxssm_cli.chart import chart
-from transxssm_cli.training import quiet_progress_bars
+from transxssm_cli.training import opening_words, quiet_progress_bars
 
 XZ_PRESET = 9
-# Prompts and seeds, fixed so that a demonstration can be repeated.
+# Promised: on a slower machine the run is shortened to it.
+TRAINING_MINUTES = 5
+SHORTENED = ("training.max_steps", "training.eval_steps", "training.save_steps")
+# Prompts and seeds, fixed so that a demonstration can be repeated. For a text of one's own, its first words.
 COMPLETIONS = (("def fibonacci(", 0), ("import os\n\n\nclass ", 1))
 NEW_TOKENS = 120
 
 
 def run_demo(recipe_name: str, overrides: list[str]) -> None:
     """Trains a recipe, or goes on with it, or finds it finished; then shows what came of it."""
-    recipe = load_recipe(recipe_name, overrides)
+    recipe = _within_the_time(load_recipe(recipe_name, overrides), overrides)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     run_dir = recipe.output_dir
     finished = read_summary(run_dir) is not None
@@ -41,12 +46,32 @@ def run_demo(recipe_name: str, overrides: list[str]) -> None:
         summary = train(recipe, resume=run_folder.holds_run(run_dir))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
+    recipe = run_folder.stored_recipe(run_dir) or recipe  # with what was chosen for this machine
     _show_loss(console, run_dir)
     _show_bits_per_byte(console, recipe.data, summary)
-    _show_completions(console, run_dir)
+    _show_completions(console, run_dir, _prompts(recipe))
     _show_places(console, recipe)
     if finished:
         console.print(f"\nThis run had finished before. To train it again: rm -r {run_dir}, then the same command.")
+
+
+def _within_the_time(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """The recipe, to be shortened to `TRAINING_MINUTES` where the machine is slow, unless its length was asked for."""
+    asked_for = any(override.partition("=")[0].strip() in SHORTENED for override in overrides)
+    if asked_for or recipe.fit or recipe.training.get("max_steps", -1) < 1:
+        return recipe
+    fit = {"minutes": TRAINING_MINUTES}
+    begun = run_folder.stored_recipe(recipe.output_dir)
+    if begun is not None and begun.fit != fit:  # whose length was asked for
+        return recipe
+    return replace(recipe, fit=fit, open_settings=frozenset(SHORTENED))
+
+
+def _prompts(recipe: Recipe) -> list[tuple[str, int]]:
+    """Beginnings of documents like the corpus's, and seeds."""
+    if recipe.data.corpus in EMBEDDED_CORPORA:
+        return list(COMPLETIONS)
+    return [(opening_words(recipe.data), seed) for _, seed in COMPLETIONS]
 
 
 def xz_bits_per_byte(texts: Iterator[str]) -> tuple[float, int]:
@@ -81,11 +106,11 @@ def _show_bits_per_byte(console: Console, data: DataArguments, summary: dict[str
     console.print(f"  {xz:.3f}  xz -{XZ_PRESET}, on the same files concatenated")
 
 
-def _show_completions(console: Console, run_dir: Path) -> None:
+def _show_completions(console: Console, run_dir: Path, prompts: list[tuple[str, int]]) -> None:
     logging.disable_progress_bar()  # a bar over the loading of weights
     model = load_model(run_dir, dtype=None, device=torch.device("cpu"))
     tokenizer = load_tokenizer(run_dir, model.config)
-    for prompt, seed in COMPLETIONS:
+    for prompt, seed in prompts:
         pieces: list[str] = []
         input_ids = encode_prompt(tokenizer, prompt, model.config.vocab_size)
         settings = GenerationSettings(max_new_tokens=NEW_TOKENS, seed=seed)
@@ -110,7 +135,7 @@ In Python:
   tokenizer = AutoTokenizer.from_pretrained("{run_dir}")
 
 Next:
-  {command} generate {run_dir} --prompt "class Stack:"
+  {command} generate {run_dir} --prompt {shlex.quote(_prompts(recipe)[0][0])}
   {command} info {run_dir}
-  {command} train small"""
+  {command} train laptop data.corpus=my_texts/   # a text, JSONL, CSV or Parquet file of your own, or a folder of them: ten minutes"""
     )

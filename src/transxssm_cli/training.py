@@ -10,7 +10,7 @@ import datasets
 import typer
 
 from transxssm.data import DataArguments, load_corpus
-from transxssm.training import Recipe, load_recipe, train
+from transxssm.training import Recipe, load_recipe, run_folder, train
 
 LONGEST_PROMPT = 40  # characters
 
@@ -28,7 +28,7 @@ def train_recipe(name: str, overrides: Sequence[str], *, resume: bool) -> None:
             raise
         raise ValueError(f"the training section asks for what is not installed here: {error}") from error
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, one speaks
-        typer.echo(result_line(recipe, summary))
+        typer.echo(result_line(run_folder.stored_recipe(recipe.output_dir) or recipe, summary))
 
 
 def quiet_progress_bars() -> None:

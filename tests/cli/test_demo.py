@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from transxssm.training import load_recipe
 from transxssm_cli import demo
 from transxssm_cli.demo import loss_points, xz_bits_per_byte
+from transxssm_cli.training import opening_words
 
 
 @pytest.fixture
@@ -34,9 +36,11 @@ def test_it_trains_and_shows_what_came_of_it_and_shows_it_again(show, tmp_path, 
     assert int(num_bytes.replace(",", "")) == summary["held_out_bytes"]
     assert float(bits) == pytest.approx(summary["bits_per_byte"], abs=5e-4)
     assert re.search(r"[\d.]+  xz -9, on the same files", first.stdout)
-    for prompt, seed in demo.COMPLETIONS:
+    words = opening_words(load_recipe(folder / "recipe.yaml").data)
+    assert words.startswith("def ")
+    for prompt, seed in ((words, 0), (words, 1)):
         assert f"It continues {prompt!r} (seed {seed}):\n{prompt}" in first.stdout
-    for place in (f'from_pretrained("{folder}")', f"generate {folder}", "metrics.jsonl"):
+    for place in (f'from_pretrained("{folder}")', f"generate {folder}", "metrics.jsonl", "train laptop data.corpus="):
         assert place in first.stdout
 
     again = show()
@@ -55,6 +59,23 @@ def test_it_goes_on_with_an_unfinished_run(show, tmp_path):
     assert resumed.exit_code == 0
     assert "resuming from" in resumed.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+
+
+def test_on_a_slow_machine_it_shortens_itself_once_to_the_time_it_promises(show, tmp_path, monkeypatch):
+    monkeypatch.setattr("transxssm.training.fit.measured_step_seconds", lambda *_, **__: 100.0)
+    first = show()
+    assert "a step takes 100.00 s on this machine: 2 of the recipe's 4 steps fit into 5 minutes" in first.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    monkeypatch.setattr("transxssm.training.fit.measured_step_seconds", lambda *_, **__: 1.0)
+    again = show()
+    assert "had finished before" in again.stdout
+    assert "Training the recipe" not in again.stdout
+
+
+def test_a_length_that_was_asked_for_is_kept(show, tmp_path, monkeypatch):
+    monkeypatch.setattr("transxssm.training.fit.measured_step_seconds", lambda *_, **__: 1000.0)
+    assert show("training.max_steps=3").exit_code == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
 def test_an_interruption_says_that_the_same_command_goes_on(show, monkeypatch):

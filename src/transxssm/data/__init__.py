@@ -3,7 +3,7 @@
 from transxssm.data.arguments import DataArguments
 from transxssm.data.associative_recall import RecallBatch, RecallTask
 from transxssm.data.collator import PackedCollator
-from transxssm.data.corpus import Corpus, load_corpus
+from transxssm.data.corpus import Corpus, load_corpus, text_bytes
 from transxssm.data.embedded import EMBEDDED_CORPORA
 from transxssm.data.needle import Haystack, NeedleExample
 from transxssm.data.packing import PackedDatasets, build_datasets, tokenize_documents
@@ -23,5 +23,6 @@ __all__ = [
     "build_tokenizer",
     "document_bounds",
     "load_corpus",
+    "text_bytes",
     "tokenize_documents",
 ]

@@ -174,7 +174,7 @@ def _sampled(data: DataArguments, documents: Dataset, identity: str) -> tuple[Da
     """About `data.max_bytes` of the documents, drawn by a hash of their names, in their own order."""
     if data.max_bytes is None:
         return documents, identity
-    sizes = pc.binary_length(documents.data.column("text")).to_numpy()
+    sizes = pc.binary_length(_texts(documents)).to_numpy()
     names = list(documents["name"])
     order = np.array(sorted(range(len(names)), key=lambda index: hash_of(f"sample of {names[index]}")))
     count = int(np.searchsorted(np.cumsum(sizes[order]), data.max_bytes)) + 1
@@ -192,7 +192,7 @@ def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool)
     """
     fraction = data.held_out_fraction
     identity = fingerprint("split", identity, fraction)
-    names, sizes = list(documents["name"]), np.array(_lengths(documents))
+    names, sizes = list(documents["name"]), pc.utf8_length(_texts(documents)).to_numpy()
     held_out = np.array([is_held_out(name, fraction) for name in names])
     taken, total = int(sizes[held_out].sum()), int(sizes.sum())
     if 0 < held_out.sum() < len(names) and (not is_own or is_near(taken, total, fraction)):
@@ -209,7 +209,8 @@ def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool)
         documents = _stored(_runs_of, {"documents": documents, "runs": runs}, identity, data, data.corpus, len(runs))
         side = np.array([run.is_held_out for run in runs])
         taken = sum(run.end - run.begin for run in runs if run.is_held_out)
-        share = f"{taken / total:.1%} of the text in {int(side.sum()):,} pieces, cut at line or sentence ends where there are any"
+        count = int(side.sum())
+        share = f"{taken / total:.1%} of the text, {count:,} piece{'s' * (count != 1)} cut at line or sentence ends where there are any"
     train, held_out_documents = (
         documents.select(np.flatnonzero(side == held), new_fingerprint=fingerprint(name, identity))
         for name, held in (("train", False), ("held-out", True))
@@ -217,12 +218,15 @@ def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool)
     return Corpus(train, held_out_documents, identity, f"{total:,} characters; held out: {share}")
 
 
-def _lengths(documents: Dataset) -> list[int]:
-    """Characters of each document."""
-    texts = documents.data.column("text")
-    if documents._indices is not None:
-        texts = texts.take(documents._indices.column(0))
-    return pc.utf8_length(texts).to_pylist()
+def text_bytes(documents: Dataset) -> int:
+    """Bytes of the documents' texts in UTF-8, without reading them."""
+    return pc.sum(pc.binary_length(_texts(documents))).as_py() or 0
+
+
+def _texts(documents: Dataset) -> Any:
+    """The Arrow column of the texts."""
+    column = documents.data.column("text")
+    return column if documents._indices is None else column.take(documents._indices.column(0))
 
 
 def _runs_of(documents: Dataset, runs: list[Run], advance: Callable[[int], object]) -> Iterator[dict[str, str]]:

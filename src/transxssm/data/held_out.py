@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from transxssm.data.files import cut_end
 
-# A piece that is held out is at most so long: several, spread over a text, stand for more of it than its end.
-PIECE_CHARACTERS = 32 * 1024
+# Several pieces, spread over a text, stand for more of it than its end does; short ones leave a model no context to predict them from.
+PIECES = 4
+SHORTEST_PIECE, LONGEST_PIECE = 4 * 1024, 32 * 1024  # characters, where there are so many to hold out
 # How many times more or less than asked for the hash of names may take before documents are cut.
 FAR = 2
 
@@ -54,7 +55,8 @@ def cut_and_chosen(names: Sequence[str], texts: Iterable[str], num_characters: i
         ValueError: all the text is a single character.
     """
     wanted = fraction * num_characters
-    size = max(1, min(PIECE_CHARACTERS, round(wanted), round(num_characters - wanted)))
+    smaller = min(wanted, num_characters - wanted)
+    size = max(1, round(min(smaller, max(SHORTEST_PIECE, min(LONGEST_PIECE, smaller / PIECES)))))
     # Copies have the same name, and so have their pieces: what is known by a name goes to one side.
     lengths: dict[str, int] = {}
     pieces: list[tuple[str, int, int, int]] = []

@@ -1,13 +1,15 @@
 """What a run shows and writes as it goes: the progress on the terminal and metrics.jsonl."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from transxssm.training.estimate import LONG_RUN, StepClock, estimate_line
 from transxssm.whole_files import write_text_whole
 
 # What a row of metrics.jsonl takes over from Trainer's log.
@@ -81,39 +83,72 @@ class MetricsFile(TrainerCallback):
 class ProgressDisplay(TrainerCallback):
     """A bar with loss, tokens per second and time left on a terminal; elsewhere a line per logged step.
 
+    The time left is shown from when it is known: after the first steps, which take longer than the others.
+
     Args:
-        description: of the data, shown before the first step.
         console: where to; standard error by default.
     """
 
-    def __init__(self, description: str = "", console: Console | None = None) -> None:
-        self.description = description
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self.bar: Progress | None = None
+        self.clock = StepClock()
+        self._introduction: list[str] = []
+        self._quicker: Callable[[float], str] | None = None
+
+    def introduce(
+        self, lines: Sequence[str], *, evaluation_in_steps: float, quicker: Callable[[float], str], is_estimated: bool
+    ) -> None:
+        """What is known before the first step.
+
+        Args:
+            lines: shown before it.
+            evaluation_in_steps: see `StepClock`.
+            quicker: says what would take less time, of a run whose steps take so many seconds.
+            is_estimated: the lines say how long the run will take. Else a run that turns out to be long says so itself.
+        """
+        self._introduction = list(lines)
+        self.clock.evaluation_in_steps = evaluation_in_steps
+        self._quicker = None if is_estimated else quicker
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.clock.start()
         if not state.is_world_process_zero:
             return
-        if self.description:
-            self.console.print(self.description, markup=False)
+        for line in self._introduction:
+            self.console.print(line)
         if not self.console.is_terminal:
             return
         self.bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps · loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("steps · loss {task.fields[loss]} · {task.fields[speed]} tokens/s · {task.fields[left]} left"),
             console=self.console,
         )
-        self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss="–", speed="–")
+        self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss="–", speed="–", left="–")
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.clock.step_ended()
+        if not state.is_world_process_zero:
+            return
+        left, step = self.clock.left(args, state), self.clock.step_seconds()
+        if self._quicker is not None and left is not None and step is not None:
+            if left >= LONG_RUN:
+                num_steps = state.max_steps - state.global_step
+                self.console.print(estimate_line(left, num_steps, step, self._quicker(step)))
+            self._quicker = None
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+            shown = "–" if left is None else _clock_time(left)
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step, left=shown)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.clock.evaluated()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.clock.saved()
 
     def on_log(
         self,
@@ -134,8 +169,10 @@ class ProgressDisplay(TrainerCallback):
         elif "loss" in logs and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], loss=f"{logs['loss']:.4f}", speed=f"{logs['tokens_per_second']:,.0f}")
         elif "loss" in logs:
+            left = self.clock.left(args, state, evaluates_now=control.should_evaluate)
             self.console.print(
-                f"{where}  loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s  {_time_left(state, logs)} left"
+                f"{where}  loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
+                + ("" if left is None else f"  {_clock_time(left)} left")
             )
 
     def on_train_end(
@@ -162,7 +199,6 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _time_left(state: TrainerState, logs: dict[str, Any]) -> str:
-    tokens_left = state.num_input_tokens_seen / state.global_step * (state.max_steps - state.global_step)
-    seconds = int(tokens_left / max(logs["tokens_per_second"], 1e-9))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+def _clock_time(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -3,8 +3,10 @@
 import errno
 import inspect
 import logging
+import math
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,16 @@ from transxssm.training.checkpoints import (
     save_error,
     step_of,
 )
+from transxssm.training.estimate import (
+    FORWARD_SHARE,
+    LONG_RUN,
+    estimate_line,
+    evaluations_left,
+    measured_step_seconds,
+    number_of_steps,
+    rows_per_step,
+)
+from transxssm.training.fit import fitted
 from transxssm.training.interrupt import BudgetSpentError, Interrupt, stopped_at
 from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe
@@ -48,6 +60,9 @@ logger = logging.getLogger(__name__)
 
 # Widths that products of every kind of hardware like; the paper's 50304 is GPT-NeoX's vocabulary rounded up so.
 VOCABULARY_MULTIPLE = 64
+# Seconds; of a shorter run the time is known before it has been said.
+SHORTEST_ESTIMATED = 60.0
+SMALLEST_RECIPE = "laptop"
 
 
 def train(
@@ -115,6 +130,14 @@ def _train(
     budget_seconds: float | None,
 ) -> dict[str, Any]:
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
+    if resume:
+        recipe = run_folder.as_started(recipe)
+    if recipe.open_settings:
+        if not resume or run_folder.stored_recipe(recipe.output_dir) is None:
+            _check_folder(recipe.output_dir, recipe, resume)  # before the machine is measured for nothing
+        recipe, chosen = fitted(recipe)
+        if chosen:
+            logger.warning("%s", chosen)
     arguments = recipe.training_arguments()
     run_dir, is_main = recipe.output_dir, arguments.process_index == 0
     say = logger.warning if is_main else logger.debug
@@ -137,7 +160,10 @@ def _train(
     with arguments.main_process_first(local=False), stopped_at(deadline):
         data = source(recipe)
     prepare_seconds = time.perf_counter() - started
-    trainer = _build_trainer(recipe, arguments, data, checkpoint, display or ProgressDisplay(data.description))
+    shown = display or ProgressDisplay()
+    trainer = _build_trainer(recipe, arguments, data, checkpoint, shown)
+    if isinstance(shown, ProgressDisplay):
+        _introduce(shown, trainer, recipe, data, checkpoint)
     if _asks_to_shard(arguments) and not trainer.is_fsdp_enabled:
         say("accelerate shards over accelerators only: on the CPU every process holds the whole model")
     with _full_disk_in_one_line(run_dir):
@@ -160,6 +186,60 @@ def _train(
     if was_asked_to_stop:  # whatever comes after this run is not wanted
         raise KeyboardInterrupt("the run had finished; its results are kept")
     return summary
+
+
+def _introduce(
+    display: ProgressDisplay,
+    trainer: TransXSSMTrainer,
+    recipe: Recipe,
+    data: TrainingData,
+    checkpoint: Path | None,
+) -> None:
+    """Tells the display what is trained on and, where one batch can say it beforehand, how long the run will take."""
+    arguments = trainer.args
+    rows = rows_per_step(arguments)
+    evaluation = len(data.held_out) / rows * FORWARD_SHARE if isinstance(data.held_out, Sized) else 0.0
+    lines, step = [data.description] if data.description else [], None
+    steps = number_of_steps(arguments, data.train)
+    # Compiled or spread over processes, a model is another one when it trains.
+    if (
+        steps is not None
+        and arguments.world_size == 1
+        and not arguments.torch_compile
+        and isinstance(data.train, Sized)
+    ):
+        row = data.train[0]
+        step = measured_step_seconds(
+            trainer.model,
+            arguments,
+            batch_of=lambda count: trainer.data_collator([row] * count),
+            loss_of=partial(trainer.compute_loss, trainer.model),
+        )
+        left = steps - (0 if checkpoint is None else step_of(checkpoint))
+        state = TrainerState(global_step=steps - left, max_steps=steps, eval_steps=_whole(arguments.eval_steps, steps))
+        seconds = (left + evaluations_left(arguments, state) * evaluation) * step
+        if seconds >= SHORTEST_ESTIMATED:
+            lines.append(estimate_line(seconds, left, step, _what_is_quicker(recipe, arguments, step)))
+    display.introduce(
+        lines,
+        evaluation_in_steps=evaluation,
+        quicker=partial(_what_is_quicker, recipe, arguments),
+        is_estimated=step is not None,
+    )
+
+
+def _whole(steps: float, of: int) -> int:
+    """A number of steps that may be given as a share of all."""
+    return max(1, math.ceil(of * steps) if steps < 1 else int(steps))
+
+
+def _what_is_quicker(recipe: Recipe, arguments: TrainingArguments, step_seconds: float) -> str:
+    ways = [f"training.max_steps={max(1, int(LONG_RUN / step_seconds)):,} (an hour)".replace(",", "")]
+    if recipe.name != SMALLEST_RECIPE and not recipe.data.streaming:
+        ways.insert(0, f"transxssm train {SMALLEST_RECIPE} data.corpus={shlex.quote(recipe.data.corpus)} (minutes)")
+    if arguments.device.type == "cpu":
+        ways.append("a GPU")
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
 
 
 def _check_folder(run_dir: Path, recipe: Recipe, resume: bool) -> None:

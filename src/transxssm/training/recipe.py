@@ -1,4 +1,4 @@
-"""A recipe: the YAML that describes a run in three sections, `model`, `data` and `training`."""
+"""A recipe: the YAML that describes a run in the sections `model`, `data` and `training`, and `fit` for one that sizes itself."""
 
 import dataclasses
 import difflib
@@ -48,6 +48,15 @@ FIXED_TRAINING = {
     "save_only_model": (False, "a run resumes from the optimiser's state too"),
     "label_smoothing_factor": (0.0, "the loss is computed without the logits it needs"),
 }
+# What a recipe with a `fit` section has chosen for it where it is silent.
+FITTED = (
+    "model.preset",
+    "data.vocab_size",
+    "data.sequence_length",
+    "data.held_out_fraction",
+    "data.max_bytes",
+    "training.max_steps",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +69,16 @@ class Recipe:
             ("llama", "mamba2", "jamba"), which then gets the parameters of the TransXSSM that the other keys describe.
         data: where text comes from and how it is cut into rows.
         training: fields of `transformers.TrainingArguments`, verbatim.
+        fit: `minutes` that the run may take on this machine; empty: nothing is fitted.
+        open_settings: names (`section.key`) of what is chosen for the text and the machine when the run begins.
     """
 
     name: str
     model: dict[str, Any]
     data: DataArguments
     training: dict[str, Any]
+    fit: dict[str, Any] = dataclasses.field(default_factory=dict)
+    open_settings: frozenset[str] = frozenset()
 
     @property
     def output_dir(self) -> Path:
@@ -119,9 +132,27 @@ class Recipe:
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ValueError(f"training: {_one_line(error)}") from error
 
+    def with_choices(self, values: Mapping[str, Any]) -> "Recipe":
+        """The recipe with those of the values, by their names, that it leaves open."""
+        sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
+        for name in self.open_settings & values.keys():
+            section, key = name.split(".")
+            sections[section][key] = values[name]
+        return dataclasses.replace(
+            self,
+            model={**self.model, **sections["model"]},
+            data=dataclasses.replace(self.data, **sections["data"]),
+            training={**self.training, **sections["training"]},
+        )
+
+    def closed(self) -> "Recipe":
+        """The recipe with nothing left to choose."""
+        return dataclasses.replace(self, open_settings=frozenset())
+
     def to_dict(self) -> dict[str, Any]:
-        """The three sections as plain values; `load_recipe` reads them back from `to_yaml()`."""
-        return {"model": self.model, "data": dataclasses.asdict(self.data), "training": self.training}
+        """The sections as plain values; `load_recipe` reads them back from `to_yaml()`."""
+        sections = {"model": self.model, "data": dataclasses.asdict(self.data), "training": self.training}
+        return {"fit": self.fit, **sections} if self.fit else sections
 
     def to_yaml(self) -> str:
         """The text of a file that `load_recipe` reads as the same recipe."""
@@ -153,7 +184,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     sections = {} if sections is None else sections
     if not isinstance(sections, dict):
         raise ValueError(
-            f"{name_or_path}: got {type(sections).__name__}, expected the sections model, data and training"
+            f"{name_or_path}: got {type(sections).__name__}, expected the sections model, data, training and fit"
         )
     sections = {section: {} if values is None else values for section, values in sections.items()}
     check_sections(sections)
@@ -167,7 +198,7 @@ def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
 
     Args:
         name: of the recipe; its run folder is runs/<name> where the sections name none.
-        sections: `model`, `data` and `training`, each optional.
+        sections: `model`, `data`, `training` and `fit`, each optional.
 
     Raises:
         ValueError: as `load_recipe`.
@@ -178,9 +209,29 @@ def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
         model=sections.get("model", {}),
         data=DataArguments(**sections.get("data", {})),
         training=_with_defaults(sections.get("training", {}), name),
+        fit=_checked_fit(sections.get("fit", {})),
+        open_settings=_open_settings(sections) if sections.get("fit") else frozenset(),
     )
     recipe.model_config()
     return recipe
+
+
+def _checked_fit(fit: dict[str, Any]) -> dict[str, Any]:
+    if fit and not fit.get("minutes", 0) > 0:
+        raise ValueError(f"fit.minutes: got {fit.get('minutes')}, expected the minutes that the run may take")
+    return fit
+
+
+def _open_settings(sections: Mapping[str, Any]) -> frozenset[str]:
+    given = {f"{section}.{key}" for section, values in sections.items() for key in values}
+    # What decides the same in another way.
+    instead = {
+        "model.preset": "model.hidden_size",
+        "data.max_bytes": "data.max_documents",
+        "data.held_out_fraction": "data.validation",
+        "training.max_steps": "training.num_train_epochs",
+    }
+    return frozenset(name for name in FITTED if name not in given and instead.get(name) not in given)
 
 
 def _read(name_or_path: str) -> tuple[str, str]:

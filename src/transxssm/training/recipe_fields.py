@@ -104,6 +104,7 @@ def known_fields() -> dict[str, dict[str, Field]]:
         },
         "data": _dataclass_fields(DataArguments),
         "training": _dataclass_fields(TrainingArguments),
+        "fit": {"minutes": Field(float)},
     }
 
 
@@ -177,7 +178,7 @@ def _nearest_key(section: str, key: str, fields: Mapping[str, Mapping[str, Field
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     best = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"the nearest known one is {best}" if len(known) > 3 else f"expected one of {', '.join(known)}"
+    return f"the nearest known one is {best}" if len(known) > 4 else f"expected one of {', '.join(known)}"
 
 
 def _type_name(kind: Any) -> str:

@@ -17,6 +17,16 @@ LOSS_PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
 
 
+def as_started(recipe: Recipe) -> Recipe:
+    """The recipe with what was chosen for it when its run, which is to be resumed, began; as it is where nothing was."""
+    stored = stored_recipe(recipe.output_dir)
+    if stored is None or stored.fit != recipe.fit or not recipe.open_settings:
+        return recipe
+    before = stored.to_dict()
+    chosen = {f"{section}.{key}": value for section in before for key, value in before[section].items()}
+    return recipe.with_choices(chosen).closed()
+
+
 def check_empty(run_dir: Path) -> None:
     """Checks that a new run overwrites nothing.
 
@@ -58,7 +68,7 @@ def check_same_run(run_dir: Path, recipe: Recipe) -> None:
     Raises:
         ValueError: it has other ones, named by their keys; there is no run to be resumed, when the nearest that is there is named.
     """
-    stored = _stored_recipe(run_dir)
+    stored = stored_recipe(run_dir)
     if stored is None:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise ValueError(_something_else(run_dir))
@@ -79,11 +89,12 @@ def check_same_run(run_dir: Path, recipe: Recipe) -> None:
 
 def has_same_training(run_dir: Path, recipe: Recipe) -> bool:
     """Whether the folder's run was started with the same training settings, so that if finished it has nothing left to do."""
-    stored = _stored_recipe(run_dir)
+    stored = stored_recipe(run_dir)
     return stored is not None and stored.training == recipe.training
 
 
-def _stored_recipe(run_dir: Path) -> Recipe | None:
+def stored_recipe(run_dir: Path) -> Recipe | None:
+    """The recipe in a run folder, with everything that was chosen for it; None where there is none."""
     return load_recipe(run_dir / RECIPE) if holds_run(run_dir) else None
 
 

@@ -1,0 +1,176 @@
+"""How long a run takes: measured on one batch before it begins, and on its own steps while it runs. All times in seconds."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
+
+# The first steps load, compile and warm up; so many after them make an estimate.
+WARM_UP_STEPS = 2
+STEADY_STEPS = 3
+# Steps that the estimate looks back on: a machine may become busy, or idle.
+RECENT_STEPS = 50
+# A batch that would take longer than this is measured on one of its rows.
+LONGEST_MEASURED_BATCH = 2.0
+# Of a step's work, the forward pass: what evaluation does.
+FORWARD_SHARE = 1 / 3
+LONG_RUN = 3600.0
+
+
+class StepClock:
+    """What a step, an evaluation and a checkpoint take, each measured apart, without the first steps.
+
+    Args:
+        evaluation_in_steps: what an evaluation takes as long as, until the first has been measured.
+    """
+
+    def __init__(self, evaluation_in_steps: float = 0.0) -> None:
+        self.evaluation_in_steps = evaluation_in_steps
+        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._num_steps = 0
+        self._evaluation: float | None = None
+        self._checkpoint = 0.0
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        """Training begins."""
+        self._elapsed()
+
+    def step_ended(self) -> None:
+        """What has passed since the last call of any of these is a step's, loading its batch included."""
+        seconds = self._elapsed()
+        self._num_steps += 1
+        if self._num_steps > WARM_UP_STEPS:
+            self._steps.append(seconds)
+
+    def evaluated(self) -> None:
+        """… is an evaluation's."""
+        self._evaluation = self._elapsed()
+
+    def saved(self) -> None:
+        """… is a checkpoint's."""
+        self._checkpoint = self._elapsed()
+
+    def step_seconds(self) -> float | None:
+        """Of a step; None as long as too few are known."""
+        return statistics.median(self._steps) if len(self._steps) >= STEADY_STEPS else None
+
+    def left(self, arguments: TrainingArguments, state: TrainerState, *, evaluates_now: bool = False) -> float | None:
+        """Up to the end of the run; None as long as that is not known.
+
+        Args:
+            arguments, state: of the run.
+            evaluates_now: an evaluation is about to begin.
+        """
+        step = self.step_seconds()
+        if step is None:
+            return None
+        evaluation = self.evaluation_in_steps * step if self._evaluation is None else self._evaluation
+        times = evaluations_left(arguments, state) + evaluates_now
+        saves = _multiples(state.global_step, state.max_steps, state.save_steps)
+        return (state.max_steps - state.global_step) * step + times * evaluation + saves * self._checkpoint
+
+    def _elapsed(self) -> float:
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+def evaluations_left(arguments: TrainingArguments, state: TrainerState) -> int:
+    """How often the run will still evaluate: after the last step it always does."""
+    step, last = state.global_step, state.max_steps
+    if step >= last:
+        return 0
+    if arguments.eval_strategy == "steps":
+        return _multiples(step, last, state.eval_steps) + (last % state.eval_steps != 0)
+    return 1
+
+
+def _multiples(after: int, last: int, of: float) -> int:
+    """Multiples of a number in (after, last]."""
+    return int(last // of - after // of) if of else 0
+
+
+def measured_step_seconds(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    batch_of: Callable[[int], dict[str, Tensor]],
+    loss_of: Callable[[dict[str, Tensor]], Tensor],
+) -> float:
+    """What a step of a model takes on this process, the optimiser's own part left out.
+
+    The model keeps its weights and the random numbers their order.
+
+    Args:
+        model: what is trained.
+        arguments: of the run: rows in a batch, batches in a step, precision, device.
+        batch_of: makes a batch of so many rows.
+        loss_of: the model's loss of a batch.
+    """
+    rows = arguments.per_device_train_batch_size
+    device = arguments.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        was_training = model.training
+        model.train()
+        try:
+            _batch_seconds(loss_of, arguments, batch_of(1))
+            row = min(_batch_seconds(loss_of, arguments, batch_of(1)) for _ in range(2))
+            batch = row * rows
+            if rows > 1 and batch <= LONGEST_MEASURED_BATCH:
+                batch = min(_batch_seconds(loss_of, arguments, batch_of(rows)) for _ in range(2))
+        finally:
+            model.train(was_training)
+            model.zero_grad(set_to_none=True)
+    recomputed = 1 + FORWARD_SHARE if arguments.gradient_checkpointing else 1
+    return batch * recomputed * arguments.gradient_accumulation_steps
+
+
+def _batch_seconds(
+    loss_of: Callable[[dict[str, Tensor]], Tensor], arguments: TrainingArguments, batch: dict[str, Tensor]
+) -> float:
+    device = arguments.device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    dtype = torch.float16 if arguments.fp16 else torch.bfloat16
+    started = time.perf_counter()
+    with torch.autocast(device.type, dtype=dtype, enabled=arguments.fp16 or arguments.bf16):
+        loss = loss_of(inputs)
+    loss.backward()
+    loss.item()  # waits for the device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def rows_per_step(arguments: TrainingArguments) -> int:
+    """Rows of all processes in one step of the optimiser."""
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def number_of_steps(arguments: TrainingArguments, train: Any) -> int | None:
+    """Steps of the whole run; None where only the data will tell."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    if not hasattr(train, "__len__"):
+        return None
+    batches = -(-len(train) // (arguments.per_device_train_batch_size * arguments.world_size))
+    return round(max(1, batches // arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+
+
+def in_words(seconds: float) -> str:
+    """A time as one says it: "40 seconds", "9 minutes", "29 hours"."""
+    for unit, size in (("day", 48 * 3600), ("hour", 100 * 60), ("minute", 90)):
+        if seconds >= size:
+            whole = {"day": 86400, "hour": 3600, "minute": 60}[unit]
+            return f"{round(seconds / whole)} {unit}s"
+    return f"{max(1, round(seconds))} second{'s' * (round(seconds) > 1)}"
+
+
+def estimate_line(seconds: float, num_steps: int, step_seconds: float, quicker: str) -> str:
+    """What a run will take, and for a long one what would be quicker."""
+    line = f"about {in_words(seconds)} on this machine: {num_steps:,} steps of {step_seconds:.3g} s"
+    return f"{line}. Quicker: {quicker}" if seconds >= LONG_RUN and quicker else line
