@@ -43,7 +43,7 @@ def machine(monkeypatch):
     ("num_bytes", "vocab_size", "length", "most_steps", "sample"),
     [
         (20_000, 512, 256, 50, None),
-        (100_000, 512, 256, 186, None),
+        (100_000, 512, 256, 116, None),
         (5 * MB, 4096, 512, 1457, None),
         (500 * MB, 4096, 512, 1457, 25 * MB),
     ],
