@@ -51,7 +51,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None 
 def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `causal_attention` has kernels for these."""
     is_fit = q.device.type == "cpu" and q.shape[-1] % _HEAD_DIM_STEP == 0 and 0 < q.shape[-1] <= _WIDEST_HEAD
-    if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16):
+    if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16) or torch.compiler.is_exporting():
         return False
     # The compiler takes the operator as it is: it has no better one.
     return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and has_tiles()

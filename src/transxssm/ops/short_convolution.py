@@ -82,7 +82,8 @@ def short_convolution(
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     # The compiler would make a graph for either way.
     is_short = length == 1 if torch.compiler.is_compiling() else length < SHORTEST_FOR_OPERATOR
-    if x.device.type == "cpu" and not is_short:
+    # An exported graph has torch's own operations alone.
+    if x.device.type == "cpu" and not torch.compiler.is_exporting() and not is_short:
         y = _convolution(history, weight, bias, documents)
     else:
         y = _by_taps(history, weight, bias, documents)

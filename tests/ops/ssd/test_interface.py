@@ -23,6 +23,7 @@ SCANS = {
     "chunks of 1": chunks_of(1),
     "chunks of 8": chunks_of(8),
     "default chunks": chunks_of(None),
+    "portable": lambda case: case.scan(ssd_chunk_scan, backend="portable", chunk_size=8),
 }
 EVERY_SCAN = pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS.keys())
 
@@ -256,7 +257,7 @@ def test_a_chunk_holds_a_token(chunk_size):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"'magic'.*chunked, recurrence"):
+    with pytest.raises(ValueError, match=r"'magic'.*chunked, portable, recurrence"):
         make_case().scan(ssd_chunk_scan, backend="magic")
 
 

@@ -21,6 +21,8 @@ _logger = logging.getLogger(__name__)
 
 def gpu_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
     """Why these tensors cannot be given to a GPU's kernels. Defaults to None: they can."""
+    if torch.compiler.is_exporting():
+        return "an exported graph has torch's own operations alone"
     given = [each for each in (tensor, *others) if each is not None]
     if not all(each.device == tensor.device and each.device.type == _DEVICE_TYPE for each in given):
         return f"Triton's kernels need all tensors on one CUDA device: got {', '.join({str(each.device) for each in given})}"

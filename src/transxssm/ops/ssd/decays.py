@@ -36,7 +36,7 @@ def decays_of(log_decay: Tensor, seq_idx: Tensor | None, before: Tensor | None, 
         exponents = _differences(sums, dtype, exact=exact)
     else:
         from_start = cumulative_sum(log_decay).exp()
-        exponents = _sums_between(log_decay)
+        exponents = sums_between(log_decay)
         to_end = exponents[..., -1, :].exp()
     across = from_start[..., -1]
     if seq_idx is not None and before is not None:
@@ -66,13 +66,13 @@ def _differences(sums: Tensor, dtype: torch.dtype, *, exact: bool) -> Tensor:
     return exponents
 
 
-def _sums_between(log_decay: Tensor) -> Tensor:
-    """l_q − l_k without float64: each a sum of its own over what lies between k and q, so that nothing cancels ("segment sum", Mamba-2,
-    Listing 1): (a, g, r, q) → (a, g, r, q, k), for k ≤ q."""
+def sums_between(log_decay: Tensor) -> Tensor:
+    """l_q − l_k for k ≤ q, −∞ elsewhere: (…, q) → (…, q, k). Each is a sum of its own over what lies between, so that nothing cancels
+    and float64 is not needed ("segment sum", Mamba-2, Listing 1)."""
     length = log_decay.shape[-1]
-    is_behind = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).tril(-1)
-    terms = log_decay[..., :, None].expand(*log_decay.shape, length).masked_fill(~is_behind, 0.0)
-    return terms.cumsum(-2)
+    index = torch.arange(length, device=log_decay.device)
+    terms = log_decay[..., :, None].expand(*log_decay.shape, length).masked_fill(index[:, None] <= index, 0.0)
+    return terms.cumsum(-2).masked_fill(index[:, None] < index, -torch.inf)
 
 
 def _between(exponents: Tensor, seq_idx: Tensor | None) -> Tensor:

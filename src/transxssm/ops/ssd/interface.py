@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transxssm.ops.dispatch import Backend, accepts_all, choose
 from transxssm.ops.ssd.chunked import ssd_chunked
+from transxssm.ops.ssd.portable import ssd_portable
 from transxssm.ops.ssd.reference import ssd_recurrence
 from transxssm.ops.ssd.step import TokenInputs, step, step_in_place
 from transxssm.ops.ssd.triton.scan import refusal as triton_refusal
@@ -25,13 +26,26 @@ class SSDBackend(StrEnum):
 
     TRITON = "triton"  # kernels for GPUs, which read and write as few bytes as they can
     CHUNKED = "chunked"  # matrix products in chunks, PyTorch, any device; compiled kernels on a CPU that has them
+    PORTABLE = "portable"  # in chunks of torch's own operations, one graph for any length: what `torch.export` records
     RECURRENCE = "recurrence"  # token by token: the reference
 
 
+def _chunk_size_of(x: Tensor, chunk_size: int | None) -> int:
+    return DEFAULT_CHUNK_SIZE.get(x.device.type, DEFAULT_CHUNK_SIZE["cuda"]) if chunk_size is None else chunk_size
+
+
 def _chunked(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
-    if chunk_size is None:
-        chunk_size = DEFAULT_CHUNK_SIZE.get(inputs[0].device.type, DEFAULT_CHUNK_SIZE["cuda"])
-    return ssd_chunked(*inputs, chunk_size=chunk_size, **options)
+    return ssd_chunked(*inputs, chunk_size=_chunk_size_of(inputs[0], chunk_size), **options)
+
+
+def _chunked_refusal(*call: Any) -> str | None:
+    if torch.compiler.is_exporting():
+        return "an exported graph has torch's own operations alone, and this backend is an operator of this package"
+    return None
+
+
+def _portable(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return ssd_portable(*inputs, chunk_size=_chunk_size_of(inputs[0], chunk_size), **options)
 
 
 def _recurrence(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -40,7 +54,8 @@ def _recurrence(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tupl
 
 SCAN_BACKENDS = (
     Backend(SSDBackend.TRITON, triton_refusal, ssd_triton),
-    Backend(SSDBackend.CHUNKED, accepts_all, _chunked),
+    Backend(SSDBackend.CHUNKED, _chunked_refusal, _chunked),
+    Backend(SSDBackend.PORTABLE, accepts_all, _portable),
     Backend(SSDBackend.RECURRENCE, accepts_all, _recurrence),
 )
 
@@ -78,7 +93,8 @@ def ssd_chunk_scan(
         seq_idx: (b, t) integers, non-decreasing: the documents of a packed row; score and state stop at a boundary.
         chunk_size: tokens in a chunk ≥ 1; results do not depend on it but for rounding, and "triton" takes the next power of 2 from
             16 to 256. Defaults to what is fastest on the device.
-        backend: an `SSDBackend`. Defaults to the first that takes the inputs: "triton" on a CUDA device, else "chunked".
+        backend: an `SSDBackend`. Defaults to the first that takes the inputs: "triton" on a CUDA device, else "chunked",
+            and "portable" where the model is exported.
 
     Returns:
         y: (b, t, h, p) in x's dtype; final_state: (b, h, p, n), that of the last token's document.
