@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import random_text
-from transxssm.data import build_datasets, build_tokenizer, load_corpus
+from transxssm.data import build_datasets, build_tokenizer, held_out, load_corpus
 from transxssm.data.held_out import is_held_out
 
 
@@ -117,6 +117,17 @@ def test_of_ones_own_text_about_the_fraction_is_held_out_however_few_files_there
     wanted = fraction * total
     assert wanted / 2 - 1 <= len(held_out) <= wanted * 2 + 1
     assert f"{len(held_out) / total:.1%} of the text" in corpus.description
+
+
+def test_pieces_that_were_cut_otherwise_are_not_taken_from_the_cache(write, arguments, monkeypatch):
+    data = arguments(write({"a.txt": random_text(0, 40_000)}), held_out_fraction=0.05)
+    before = load_corpus(data)
+    monkeypatch.setattr(held_out, "LONGEST_PIECE", 5_000)
+    monkeypatch.setattr(held_out, "SHORTEST_PIECE", 1_000)
+    monkeypatch.setattr(held_out, "PIECES", 9)
+    after = load_corpus(data)
+    assert len(after.held_out) > len(before.held_out)
+    assert sorted("".join([*after.held_out["text"], *after.train["text"]])) == sorted(random_text(0, 40_000))
 
 
 @pytest.mark.parametrize("name", ["my.txt", None], ids=["the file", "its folder"])

@@ -205,7 +205,7 @@ def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool)
             raise ValueError(
                 f"corpus {data.corpus!r} cannot be split in two: {error}; add text, or name data.validation"
             ) from None
-        identity = fingerprint("cut", identity)
+        identity = fingerprint("cut", identity, runs)
         documents = _stored(_runs_of, {"documents": documents, "runs": runs}, identity, data, data.corpus, len(runs))
         side = np.array([run.is_held_out for run in runs])
         taken = sum(run.end - run.begin for run in runs if run.is_held_out)

@@ -17,6 +17,8 @@ STEADY_STEPS = 3
 RECENT_STEPS = 50
 # A batch that would take longer than this is measured on one of its rows.
 LONGEST_MEASURED_BATCH = 2.0
+# A batch is measured so often, or until this time is over, and the median is taken: a machine has other work, too.
+MEASUREMENTS, MEASURING_SECONDS = 5, 3.0
 # Of a step's work, the forward pass: what evaluation does.
 FORWARD_SHARE = 1 / 3
 LONG_RUN = 3600.0
@@ -119,15 +121,24 @@ def measured_step_seconds(
         model.train()
         try:
             _batch_seconds(loss_of, arguments, batch_of(1))
-            row = min(_batch_seconds(loss_of, arguments, batch_of(1)) for _ in range(2))
+            row = _median_seconds(loss_of, arguments, batch_of(1))
             batch = row * rows
             if rows > 1 and batch <= LONGEST_MEASURED_BATCH:
-                batch = min(_batch_seconds(loss_of, arguments, batch_of(rows)) for _ in range(2))
+                batch = _median_seconds(loss_of, arguments, batch_of(rows))
         finally:
             model.train(was_training)
             model.zero_grad(set_to_none=True)
     recomputed = 1 + FORWARD_SHARE if arguments.gradient_checkpointing else 1
     return batch * recomputed * arguments.gradient_accumulation_steps
+
+
+def _median_seconds(
+    loss_of: Callable[[dict[str, Tensor]], Tensor], arguments: TrainingArguments, batch: dict[str, Tensor]
+) -> float:
+    seconds: list[float] = []
+    while len(seconds) < MEASUREMENTS and sum(seconds) < MEASURING_SECONDS:
+        seconds.append(_batch_seconds(loss_of, arguments, batch))
+    return statistics.median(seconds)
 
 
 def _batch_seconds(
