@@ -56,5 +56,8 @@ def opening_words(data: DataArguments) -> str:
         text = load_corpus(data).held_out[0]["text"]
     except (ValueError, OSError):
         return ""
-    words = re.search(r"\w\S*(?:[ \t]+\S+){0,2}", text)
-    return words.group()[:LONGEST_PROMPT] if words else ""
+    found = re.search(r"\w\S*(?:[ \t]+\S+){0,2}", text)
+    words = found.group() if found else ""
+    while len(words) > LONGEST_PROMPT and len(words.split()) > 1:
+        words = words.rsplit(maxsplit=1)[0]
+    return words[:LONGEST_PROMPT]

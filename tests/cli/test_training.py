@@ -134,9 +134,10 @@ def test_a_full_disk_is_told_as_it_comes(error_of, recipe, monkeypatch):
     [
         ("  Es war einmal ein König, der hatte\n", "'Es war einmal'"),
         ("-- it's here\n\nand there", "'it'\"'\"'s here'"),
+        ("short " + "long" * 9 + " gone\n", "'short'"),
         ("一二三四五六七八九十" * 9, "'" + "一二三四五六七八九十" * 4 + "'"),
     ],
-    ids=["words", "quotes", "no spaces"],
+    ids=["words", "quotes", "long words", "no spaces"],
 )
 def test_a_finished_run_says_what_can_be_done_with_it(run, recipe, tmp_path, monkeypatch, overrides, text, prompt):
     summary = {"eval_loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.4, "train_tokens": 10}

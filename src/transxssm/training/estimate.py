@@ -17,7 +17,7 @@ STEADY_STEPS = 3
 RECENT_STEPS = 50
 # A batch that would take longer than this is measured on one of its rows.
 LONGEST_MEASURED_BATCH = 2.0
-# A batch is measured so often, or until this time is over, and the median is taken: a machine has other work, too.
+# A batch is measured so often, or until this time is over, and the shortest time counts: what else the machine does only adds to it.
 MEASUREMENTS, MEASURING_SECONDS = 5, 3.0
 # Of a step's work, the forward pass: what evaluation does.
 FORWARD_SHARE = 1 / 3
@@ -121,10 +121,11 @@ def measured_step_seconds(
         model.train()
         try:
             _batch_seconds(loss_of, arguments, batch_of(1))
-            row = _median_seconds(loss_of, arguments, batch_of(1))
+            row = _least_seconds(loss_of, arguments, batch_of(1))
             batch = row * rows
             if rows > 1 and batch <= LONGEST_MEASURED_BATCH:
-                batch = _median_seconds(loss_of, arguments, batch_of(rows))
+                # Rows of one batch never take longer than one after the other.
+                batch = min(batch, _least_seconds(loss_of, arguments, batch_of(rows)))
         finally:
             model.train(was_training)
             model.zero_grad(set_to_none=True)
@@ -132,13 +133,13 @@ def measured_step_seconds(
     return batch * recomputed * arguments.gradient_accumulation_steps
 
 
-def _median_seconds(
+def _least_seconds(
     loss_of: Callable[[dict[str, Tensor]], Tensor], arguments: TrainingArguments, batch: dict[str, Tensor]
 ) -> float:
     seconds: list[float] = []
     while len(seconds) < MEASUREMENTS and sum(seconds) < MEASURING_SECONDS:
         seconds.append(_batch_seconds(loss_of, arguments, batch))
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _batch_seconds(
