@@ -167,7 +167,7 @@ def _deciding_losses(study: Study, runs: Sequence[tuple[PlannedRun, Outcome]]) -
 
 
 def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcome]]) -> str:
-    if not (study.output_dir / (one.contender.weights_of or one.contender.name)).exists():
+    if not one.full and not (study.output_dir / (one.contender.weights_of or one.contender.name)).exists():
         return "not begun"
     if (
         one.tuning
