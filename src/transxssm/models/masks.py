@@ -90,7 +90,7 @@ def first_keys_by_kind(
 def documents_of(
     config: TransXSSMConfig, position_ids: Tensor, padding: Tensor | None, cache: Cache | None
 ) -> Tensor | None:
-    """(b or 1, t) document of each token, read off `position_ids` that restart; None: one document in each row.
+    """(b or 1, t) document of each token, read off `position_ids` that restart. None if each row is one document.
 
     While tracing, the numbers are formed whatever they are. Where they could not be honoured, the graph asserts that there is one document.
     """
@@ -105,7 +105,7 @@ def documents_of(
 
 
 def refusal_of_documents(config: TransXSSMConfig, cache: Cache | None) -> str | None:
-    """Why documents of packed rows would see each other in this cache or attention; None: they do not."""
+    """Why documents of packed rows would see each other in this cache or attention. None if they would not."""
     if cache is not None and not isinstance(cache, TransXSSMCache):
         return (
             "packed rows need a cache that remembers where the last document began: "
@@ -120,7 +120,7 @@ def refusal_of_documents(config: TransXSSMConfig, cache: Cache | None) -> str | 
 
 
 def refusal_of_pads_between(config: TransXSSMConfig, cache: Cache | None) -> str | None:
-    """Why a sliding window would count pads between tokens; None: it does not."""
+    """Why a sliding window would count pads between tokens. None if it would not."""
     if "sliding_attention" not in config.layer_types or cache is None or isinstance(cache, TransXSSMCache):
         return None
     return (

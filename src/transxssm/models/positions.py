@@ -100,7 +100,7 @@ class WindowedKeys(NamedTuple):
     numbers: Tensor  # of tokens before each query, itself included
     key_numbers: Tensor
     is_token: Tensor  # whether the key is one
-    documents: Tensor | None  # of each key and query; None: one document in a row
+    documents: Tensor | None  # of each key and query. None if a row is one document
 
 
 def windowed_keys(padding: Tensor, past_length: int, seq_idx: Tensor | None, start: Tensor | None) -> WindowedKeys:
@@ -132,7 +132,7 @@ def windowed_keys(padding: Tensor, past_length: int, seq_idx: Tensor | None, sta
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
-    """(b or 1, t) document numbers; None: one document in each row. A document begins where the position of a token does not follow the
+    """(b or 1, t) document numbers, or None if each row is one document. A document begins where a token's position does not follow the
     one before it; behind pads, which positions may count or leave out, where it falls back.
 
     While tracing, numbers can't be looked at, so that there are some for rows of one document, too.

@@ -35,7 +35,7 @@ def choose(op: str, backends: Sequence[Backend], requested: str | None, *call: A
     Args:
         op: the op's name, for messages.
         backends: in order of preference; the last accepts every call.
-        requested: a backend's name. Defaults to None: the first that does not refuse.
+        requested: a backend's name. Defaults to the first that does not refuse.
         call: what each `refusal` is given, a tensor first.
 
     Raises:

@@ -36,7 +36,7 @@ def short_convolution(
         bias: (e,); None: none.
         initial_state: (b, k−1, e), the inputs before the first token, of the first token's document; None: zeros.
         seq_idx: (b, t) integers, non-decreasing: documents of a packed row.
-        mask: (b, t), 0 or False at pads, wherever they stand; None: no pads.
+        mask: (b, t), 0 or False at pads, wherever they stand. Defaults to no pads.
 
     Returns:
         y: (b, t, e) in x's dtype; state: (b, k−1, e), the last k−1 inputs that are no pads, of the last token's document.

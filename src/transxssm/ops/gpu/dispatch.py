@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def gpu_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
-    """Why these tensors cannot be given to a GPU's kernels. Defaults to None: they can."""
+    """Why these tensors cannot be given to a GPU's kernels, or None if they can."""
     if torch.compiler.is_exporting():
         return "an exported graph has torch's own operations alone"
     given = [each for each in (tensor, *others) if each is not None]

@@ -21,7 +21,7 @@ _CODE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).paren
 
 
 def refusal(x: Tensor, state_size: int, *others: Tensor | None) -> str | None:
-    """Why the kernels cannot compute this scan. Defaults to None: they can."""
+    """Why the kernels cannot compute this scan, or None if they can."""
     head_dim = x.shape[-1]
     if head_dim > MAX_HEAD_DIM or (head_dim > _UNDIVIDED_HEAD_DIM and head_dim % 2):
         return f"its kernels take a head_dim of at most {_UNDIVIDED_HEAD_DIM}, or an even one up to {MAX_HEAD_DIM}: got {head_dim}"
@@ -145,7 +145,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     if given.cos is not None:
         given = given._replace(B=output[3], C=output[4])
     ctx.save_for_backward(*given, output[2])
-    ctx.set_materialize_grads(False)  # the states' gradient, which is none, is as large as the states
+    ctx.set_materialize_grads(False)  # a gradient of zeros for the states would be as large as they are
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
