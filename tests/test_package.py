@@ -48,7 +48,7 @@ def test_every_source_file_is_in_the_wheel(wheel):
     sources = {
         path.relative_to(ROOT / "src").as_posix()
         for path in (ROOT / "src").rglob("*")
-        if path.suffix in {".py", ".yaml", ".typed"}
+        if path.suffix in {".py", ".yaml", ".typed", ".cpp", ".h"}
     }
     assert sources <= set(wheel.namelist())
 

@@ -14,7 +14,7 @@ from tests.models.tiny import ALL_VARIANTS, tiny_config, tiny_model, tokens
 from transxssm.inspection import activation_bytes, all_attention_bytes, available_bytes, cache_bytes, memory
 from transxssm.models import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.models.baselines import BASELINES, new_language_model
-from transxssm.ops.cpu import kernels_for
+from transxssm.ops.csrc import kernels_for
 from transxssm.ops.ssd import fused, ssd_chunk_scan
 
 DTYPES = [torch.float32, torch.bfloat16]

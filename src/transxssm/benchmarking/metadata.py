@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from transxssm._version import __version__
-from transxssm.ops.cpu import compiled_library
+from transxssm.ops.csrc import compiled_library
 from transxssm.ops.gpu import gpu_kernels_of
 
 CPU_INFO = Path("/proc/cpuinfo")

@@ -12,7 +12,7 @@ from transformers import Mamba2Config, PreTrainedConfig
 
 from transxssm.inspection.layers import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
-from transxssm.ops.cpu import has_tiles, kernels_for
+from transxssm.ops.csrc import has_tiles, kernels_for
 from transxssm.ops.linear import BLOCK_TOKENS
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK

@@ -1,4 +1,4 @@
-"""Causal attention over ranges of keys, with kernels for bfloat16 on CPUs: see ops/cpu/attention.cpp.
+"""Causal attention over ranges of keys, with kernels for bfloat16 on CPUs: see ops/csrc/attention.cpp.
 
 Letters: b batch, h heads, k key-value heads, t time, d head_dim.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.cpu import Kernels, has_tiles, kernels_for, kernels_inside_operator
+from transxssm.ops.csrc import Kernels, has_tiles, kernels_for, kernels_inside_operator
 
 # What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
 _HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
@@ -193,7 +193,7 @@ _STRIDED = ("q", "k", "v", "output", "grad")
 
 
 class _Attention(ctypes.Structure):
-    """`struct Attention` of ops/cpu/attention.cpp."""
+    """`struct Attention` of ops/csrc/attention.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.cpu import kernels_for
+from transxssm.ops.csrc import kernels_for
 from transxssm.ops.precision import has_fast_products
 
 _FEW_TOKENS = (

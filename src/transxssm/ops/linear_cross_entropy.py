@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transxssm.ops.cpu import kernels_for
+from transxssm.ops.csrc import kernels_for
 from transxssm.ops.gpu import has_gpu_kernels
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import row_blocks

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.cpu import kernels_for
+from transxssm.ops.csrc import kernels_for
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK, row_blocks
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.ops.ssd.cases import assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
-from transxssm.ops.cpu import compiled_library, has_tiles
+from transxssm.ops.csrc import compiled_library, has_tiles
 from transxssm.ops.ssd import chunked, fused, ssd_chunk_scan
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")

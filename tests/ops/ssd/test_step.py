@@ -6,7 +6,7 @@ import torch
 from tests.ops.ssd.cases import make_case
 from tests.ops.ssd.ways import chunks_of
 from tests.tolerances import assert_close
-from transxssm.ops.cpu import compiled_library
+from transxssm.ops.csrc import compiled_library
 from transxssm.ops.ssd import ssd_step, ssd_step_, step
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -1,5 +1,5 @@
-"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see ops/cpu/scan.cpp. Where the processor
-has tiles, the products are in the passes too: see ops/cpu/scan_in_tiles.cpp.
+"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see ops/csrc/scan.cpp. Where the processor
+has tiles, the products are in the passes too: see ops/csrc/scan_in_tiles.cpp.
 
 The same blocks and products as in chunked.py, whose docstring has the letters; the joint axis a has the chunks outermost here, (m, b),
 as do the states that are kept for the backward pass: (chunks, b, g, n, r p).
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transxssm.ops.cpu import Kernels, has_tiles, kernels_inside_operator
+from transxssm.ops.csrc import Kernels, has_tiles, kernels_inside_operator
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
 
@@ -30,7 +30,7 @@ _POINTERS = (
 
 
 class _Block(ctypes.Structure):
-    """`struct Block` of ops/cpu/scan.h."""
+    """`struct Block` of ops/csrc/scan.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _INT64S),

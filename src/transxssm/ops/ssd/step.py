@@ -1,4 +1,4 @@
-"""One token of the recurrence: in torch's operations, and over the old state in one pass (ops/cpu/step.cpp, ops/gpu/step.py).
+"""One token of the recurrence: in torch's operations, and over the old state in one pass (ops/csrc/step.cpp, ops/gpu/step.py).
 
 Letters: b batch, h heads, g groups, r = h/g heads of a group, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step`.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transxssm.ops.cpu import Kernels, kernels_for
+from transxssm.ops.csrc import Kernels, kernels_for
 from transxssm.ops.gpu import has_gpu_kernels
 from transxssm.ops.rotary import apply_rotary
 
@@ -93,7 +93,7 @@ def _finished(y: Tensor, token: TokenInputs) -> Tensor:
 
 
 class _Step(ctypes.Structure):
-    """`struct Step` of ops/cpu/step.cpp."""
+    """`struct Step` of ops/csrc/step.cpp."""
 
     SIZES = ("batch", "heads", "groups", "head_dim", "state_size", "rotary_rows", "threads")
     POINTERS = ("x", "dt", "A", "B", "C", "cos", "sin", "D", "state", "y")

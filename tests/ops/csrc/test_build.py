@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transxssm.ops.cpu import library as module
-from transxssm.ops.cpu.library import compiled_library
+from transxssm.ops.csrc import build as module
+from transxssm.ops.csrc.build import compiled_library
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_threads_are_torchs_own():
     program = """
 import torch
 from pathlib import Path
-from transxssm.ops.cpu.library import _openmp_of_torch, compiled_library
+from transxssm.ops.csrc.build import _openmp_of_torch, compiled_library
 
 def openmp():
     lines = Path("/proc/self/maps").read_text().splitlines()

@@ -8,8 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from transxssm.ops import linear_cross_entropy, rms_norm, swiglu
-from transxssm.ops.cpu import kernels_for
-from transxssm.ops.cpu.library import compiled_library
+from transxssm.ops.csrc import kernels_for
+from transxssm.ops.csrc.build import compiled_library
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")
 LARGE = 600, 700  # beyond what is left to torch for being small

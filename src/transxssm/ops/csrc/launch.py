@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transxssm.ops.cpu.library import compiled_library
+from transxssm.ops.csrc.build import compiled_library
 from transxssm.ops.watched import is_plain, is_watched
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
