@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transxssm.ops.csrc import Kernels, has_tiles, kernels_for, kernels_inside_operator
+from transxssm.ops.watched import is_exporting
 
 # What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
 _HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
@@ -51,7 +52,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None 
 def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `causal_attention` has kernels for these."""
     is_fit = q.device.type == "cpu" and q.shape[-1] % _HEAD_DIM_STEP == 0 and 0 < q.shape[-1] <= _WIDEST_HEAD
-    if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16) or torch.compiler.is_exporting():
+    if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16) or is_exporting():
         return False
     # The compiler takes the operator as it is: it has no better one.
     return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and has_tiles()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import row_blocks
-from transxssm.ops.watched import is_watched
+from transxssm.ops.watched import is_exporting, is_watched
 
 SHORTEST_FOR_OPERATOR = 16  # tokens; a decoded one is a handful of numbers
 
@@ -83,7 +83,7 @@ def short_convolution(
     # The compiler would make a graph for either way.
     is_short = length == 1 if torch.compiler.is_compiling() else length < SHORTEST_FOR_OPERATOR
     # An exported graph has torch's own operations alone.
-    if x.device.type == "cpu" and not torch.compiler.is_exporting() and not is_short:
+    if x.device.type == "cpu" and not is_exporting() and not is_short:
         y = _convolution(history, weight, bias, documents)
     else:
         y = _by_taps(history, weight, bias, documents)

@@ -14,6 +14,12 @@ def is_watched() -> bool:
     return is_traced or has_modes or is_transformed
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether `torch.export` traces. While `torch.compile` traces, torch 2.11's own function says so too; here it is called, not traced."""
+    return torch.compiler.is_exporting()
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is no subclass, which may hold its numbers elsewhere."""
     return type(tensor) in (Tensor, nn.Parameter)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from transxssm.ops.watched import is_plain, is_watched
+from transxssm.ops.watched import is_exporting, is_plain, is_watched
 
 _SWITCH = "TRANSXSSM_GPU_KERNELS"
 _DEVICE_TYPE = "cuda"  # of AMD's GPUs too, on which nobody has run these
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 def gpu_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
     """Why these tensors cannot be given to a GPU's kernels, or None if they can."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "an exported graph has torch's own operations alone"
     given = [each for each in (tensor, *others) if each is not None]
     if not all(each.device == tensor.device and each.device.type == _DEVICE_TYPE for each in given):

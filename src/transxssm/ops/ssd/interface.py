@@ -16,6 +16,7 @@ from transxssm.ops.ssd.reference import ssd_recurrence
 from transxssm.ops.ssd.step import TokenInputs, step, step_in_place
 from transxssm.ops.ssd.triton.scan import refusal as triton_refusal
 from transxssm.ops.ssd.triton.scan import ssd_triton
+from transxssm.ops.watched import is_exporting
 
 # By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
 DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
@@ -39,7 +40,7 @@ def _chunked(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[T
 
 
 def _chunked_refusal(*call: Any) -> str | None:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "an exported graph has torch's own operations alone, and this backend is an operator of this package"
     return None
 
