@@ -1,4 +1,4 @@
-"""Runs a check of tests/models/test_sharding.py in each of two processes: launch.py NAME FOLDER."""
+"""Runs a check of tests/models/test_sharding.py in each of several processes: launch.py NAME FOLDER."""
 
 import sys
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from tests.models.tiny import tiny_config, tokens
-from transxssm import TransXSSMForCausalLM
+from tests.models.tiny import gradients_of, tiny_config, tiny_model, tokens
+from transxssm import TransXSSMCache, TransXSSMForCausalLM
 
 VOCAB_SIZE = 96  # a process has half of the head's rows
 
@@ -121,7 +121,97 @@ def loss_after_step(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, labels=ids).loss.detach()
 
 
-CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {"tensor_parallel": tensor_parallel, "fsdp": fsdp}
+def context_parallel(folder: Path) -> dict[str, Any]:
+    """Rows of several documents, and of one, in 1, 2 and 4 parts: logits of whole rows, loss and gradients by the number of parts."""
+    groups = {
+        4: dist.new_group([0, 1, 2, 3]),
+        2: [dist.new_group(pair) for pair in ([0, 1], [2, 3])][dist.get_rank() // 2],
+    }
+    ids = tokens(2, 24)
+    labels = ids.masked_fill(tokens(2, 24, seed=1) % 3 == 0, -100)
+    documents = torch.tensor(
+        [[5, 12, 5, 2], [1, 5, 17, 1]]
+    )  # cuts lie inside them, between them, and behind a document of one token
+    inputs = {
+        "one document": {},
+        "packed": {"seq_idx": torch.stack([torch.arange(4).repeat_interleave(row) for row in documents])},
+        "restarts": {"position_ids": torch.cat([torch.arange(length) for length in (7, 12, 5)])[None]},
+        "parts of 5 or 10 tokens": {"num_items_in_batch": torch.tensor(11)},
+    }
+    found: dict[str, Any] = {}
+    for variant in ("hybrid", "mamba2", "sliding", "everything"):
+        model = tiny_model(variant).train()
+        for name, options in inputs.items():
+            found[f"{variant}, {name}"] = outcomes = {}
+            for size, group in ((1, None), *groups.items()):
+                model.enable_context_parallel(group)
+                length = 20 if name.startswith("parts") else 24
+                output = model(ids[:, :length], labels=labels[:, :length], **options)
+                output.loss.backward()
+                gradients, logits = gradients_of(model), output.logits.detach()
+                if group is not None:
+                    for gradient in gradients.values():
+                        dist.all_reduce(gradient, group=group)
+                        gradient /= size
+                    parts = [torch.empty_like(logits) for _ in range(size)]
+                    dist.all_gather(parts, logits.contiguous(), group=group)
+                    logits = torch.cat(parts, dim=1)
+                outcomes[size] = {"loss": output.loss.detach(), "logits": logits, "gradients": gradients}
+    found["options"] = context_parallel_with_options(groups[4], ids)
+    found["refusals"] = context_parallel_refusals(groups[4])
+    return found
+
+
+def context_parallel_with_options(group: dist.ProcessGroup, ids: Tensor) -> dict[str, Any]:
+    """The loss and a gradient of one process and of four that checkpoint gradients, form no logits, are given embeddings, or compile."""
+    model = tiny_model("mamba2").train()
+    found = {}
+
+    def outcome_of(name: str, **arguments: Any) -> None:
+        loss = model(labels=ids, **arguments).loss
+        loss.backward()
+        gradient = gradients_of(model)["model.layers.0.ssd.x_proj.weight"]
+        dist.all_reduce(gradient)
+        found[name] = (loss.detach(), gradient / 4)
+
+    outcome_of("alone", input_ids=ids)
+    model.enable_context_parallel(group)
+    outcome_of("skip_logits", input_ids=ids, skip_logits=True)
+    model.gradient_checkpointing_enable()
+    outcome_of("gradient checkpointing", input_ids=ids)
+    model.gradient_checkpointing_disable()
+    embeddings = model.get_input_embeddings()(ids)
+    outcome_of("embeddings", inputs_embeds=embeddings)
+    return found
+
+
+def context_parallel_refusals(group: dist.ProcessGroup) -> dict[str, str]:
+    """What a model in parts says of what it cannot compute."""
+    found = {}
+
+    def refusal_of(name: str, length: int = 24, variant: str = "mamba2", **arguments: Any) -> None:
+        implementation = arguments.pop("implementation", "sdpa")
+        model = tiny_model(variant, attn_implementation=implementation)
+        model.enable_context_parallel(group)
+        ids = tokens(1, length)
+        try:
+            model(ids, **({"cache": {"past_key_values": TransXSSMCache(model.config)}}.get(name, {})), **arguments)
+        except ValueError as error:
+            found[name] = str(error)
+
+    refusal_of("length", length=22)
+    refusal_of("short parts", length=8)
+    refusal_of("pads", attention_mask=(tokens(1, 24) != 7).long().index_fill(1, torch.tensor([0]), 0))
+    refusal_of("cache")
+    refusal_of("eager", implementation="eager")
+    return found
+
+
+CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "tensor_parallel": tensor_parallel,
+    "fsdp": fsdp,
+    "context_parallel": context_parallel,
+}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A model that two processes share (gloo, on the CPU) computes what one process does."""
+"""A model that several processes share (gloo, on the CPU) computes what one process does."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ from tests.tolerances import assert_close, relative_error
 ROOT = Path(__file__).parents[2]
 
 
-def found_by(check: str, folder: Path) -> dict[str, Any]:
-    """What launch.py's check of this name gives in two processes."""
+def found_by(check: str, folder: Path, *, processes: int = 2) -> dict[str, Any]:
+    """What launch.py's check of this name gives in so many processes."""
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     finished = subprocess.run(
         [*command, "-m", "tests.models.launch", check, str(folder)],
         capture_output=True,
@@ -67,3 +67,35 @@ def test_fsdp_of_a_bfloat16_model_whose_decays_are_float32(tmp_path):
         after, expected = models["FSDP1, after a step"].item(), models["alone, after a step"].item()
         assert after == pytest.approx(expected, rel=0.01), name
         assert after < 0.99 * alone["loss"].item(), name
+
+
+@pytest.mark.slow
+def test_context_parallel(tmp_path):
+    found = found_by("context_parallel", tmp_path, processes=4)
+    options, refusals = found.pop("options"), found.pop("refusals")
+    for name, outcomes in found.items():
+        alone = outcomes.pop(1)
+        assert outcomes.keys() == {2, 4}
+        for size, outcome in outcomes.items():
+            where = f"{name}, {size} parts"
+            assert_close(outcome["loss"], alone["loss"], torch.float64, where)
+            assert_close(outcome["logits"], alone["logits"], torch.float64, where)
+            assert outcome["gradients"].keys() == alone["gradients"].keys()
+            for weight, gradient in outcome["gradients"].items():
+                assert_close(gradient, alone["gradients"][weight], torch.float64, f"{where}: {weight}", num_ops=4)
+
+    loss, gradient = options.pop("alone")
+    for name, (actual_loss, actual_gradient) in options.items():
+        assert_close(actual_loss, loss, torch.float64, name)
+        assert_close(actual_gradient, gradient, torch.float64, name, num_ops=4)
+
+    expected = {
+        "length": "expected a multiple of 4, 12 or more",
+        "short parts": "expected a multiple of 4, 12 or more",
+        "pads": "rows without pads",
+        "cache": "expected none",
+        "eager": "expected 'sdpa'",
+    }
+    assert refusals.keys() == expected.keys()
+    for name, message in refusals.items():
+        assert expected[name] in message

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
+from transxssm.models.context_parallel import attention_in_parts
 from transxssm.models.linear import apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
@@ -77,7 +78,13 @@ class TransXSSMAttention(nn.Module):
             pads = {} if self.sliding_window is None else {"padding_mask": positions.padding_mask}
             k, v = past_key_values.update(k, v, self.layer_idx, **pads)
         weights = None
-        if self._is_for_single_query(q, k, v, attention_mask):
+        dropout = self.attention_dropout if self.training else 0.0
+        if positions.context is not None:
+            parts = attention_in_parts(
+                positions.context, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout
+            )
+            output = parts.transpose(1, 2)
+        elif self._is_for_single_query(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
         elif positions.first_keys is not None or self._is_causal_for_kernels(q, k, v, attention_mask, kwargs):
             kind = self.config.layer_types[self.layer_idx]
@@ -95,7 +102,7 @@ class TransXSSMAttention(nn.Module):
                     k,
                     v,
                     attention_mask,
-                    dropout=self.attention_dropout if self.training else 0.0,
+                    dropout=dropout,
                     scaling=self.scaling,
                     sliding_window=self.sliding_window,
                     **kwargs,

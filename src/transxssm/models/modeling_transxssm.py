@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -33,6 +34,14 @@ from transxssm.models.cache_transxssm import (
     ssd_state_of,
 )
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
+from transxssm.models.context_parallel import (
+    ContextPart,
+    SequencePart,
+    context_part,
+    mask_of_part,
+    part_of_group,
+    refusal_of_parts,
+)
 from transxssm.models.linear import apply_linear, is_plain_linear
 from transxssm.models.masks import (
     attention_masks,
@@ -271,7 +280,20 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         self.norm = TransXSSMRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = TransXSSMRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.sequence_part: SequencePart | None = None
         self.post_init()
+
+    def enable_context_parallel(self, group: dist.ProcessGroup | None) -> None:
+        """From now on processes share the tokens of each row: all call the model with the same whole rows, and each computes its part.
+
+        What `forward` returns is of that part alone, process i of r having tokens i t/r … (i + 1) t/r − 1, but for the loss, which is that
+        of whole rows on every process. Call backward on all of them, and average gradients over the group, as DDP and FSDP do: they are
+        then those of one process.
+
+        Args:
+            group: those who share rows. None: each process computes its rows alone, as before.
+        """
+        self.sequence_part = None if group is None or dist.get_world_size(group) == 1 else part_of_group(group)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -308,13 +330,13 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
                 f"gradient checkpointing runs each layer twice, which writes a cache twice: got a {type(past_key_values).__name__}; "
                 "pass no past_key_values, call the model under torch.no_grad(), or call gradient_checkpointing_disable()"
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+        part = self.sequence_part
+        if use_cache and past_key_values is None and part is None:
             past_key_values = TransXSSMCache(config=self.config)
-        if 0 in inputs_embeds.shape[:2]:
-            raise ValueError(f"expected one row and one token or more: got (b, t) = {tuple(inputs_embeds.shape[:2])}")
-        length = inputs_embeds.shape[1]
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if 0 in tokens.shape[:2]:
+            raise ValueError(f"expected one row and one token or more: got (b, t) = {tuple(tokens.shape[:2])}")
+        batch, length = tokens.shape[:2]
         past_length = num_cached_tokens(past_key_values)
         padding = padding_of(self.config, attention_mask, past_length, length)
         if seq_idx is None and position_ids is not None and not isinstance(attention_mask, dict):
@@ -324,20 +346,34 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
                 raise ValueError(
                     f"seq_idx must number each of the {length} tokens' documents: got shape {tuple(seq_idx.shape)}"
                 )
-            seq_idx = seq_idx.expand(inputs_embeds.shape[0], -1)
+            seq_idx = seq_idx.expand(batch, -1)
         if position_ids is None:
             start = past_key_values.document_start if isinstance(past_key_values, TransXSSMCache) else None
-            position_ids = default_positions(inputs_embeds, past_length, padding, seq_idx, start)
+            position_ids = default_positions(tokens, past_length, padding, seq_idx, start)
+
+        context: ContextPart | None = None
+        masks: dict[str, Tensor | None] = {}
+        if part is not None:
+            self._check_parts(part, length, attention_mask, past_key_values)
+            context = context_part(part, seq_idx, tokens.device)
+            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+            masks = {
+                kind: mask_of_part(context, length, seq_idx, window, tokens.device)
+                for kind, window in windows.items()
+                if kind in self.config.layer_types
+            }
+            position_ids, tokens = part.of(position_ids), part.of(tokens)
+            seq_idx = None if seq_idx is None else part.of(seq_idx)
+        inputs_embeds = self.embed_tokens(tokens) if inputs_embeds is None else tokens
 
         # A static cache answers with all its places (and keeps its length in a tensor), and what is packed needs more of a cache than keys.
         is_whole = past_key_values is None or (
             isinstance(past_key_values, DynamicCache) and seq_idx is None and past_length == 0
         )
         first_keys: dict[str, Tensor | None] | None = None
-        masks: dict[str, Tensor | None] = {}
         if isinstance(attention_mask, dict):
             masks = attention_mask
-        else:
+        elif context is None:
             if is_whole and (attention_mask is None or padding is not None):
                 first_keys = first_keys_by_kind(self.config, self.training, kwargs, inputs_embeds, seq_idx, padding)
             if first_keys is None:
@@ -352,9 +388,12 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             length_scale=length_scale(position_ids, self.config.length_scaling_base, dtype),
             padding_mask=masks.get(SSD_LAYER_TYPE)
             if isinstance(attention_mask, dict)
-            else local_padding(padding, length),
+            else local_padding(padding, length)
+            if context is None
+            else None,
             seq_idx=seq_idx,
             first_keys=first_keys,
+            context=context,
         )
         hidden_states = inputs_embeds
         for index, (layer, layer_type) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
@@ -372,6 +411,15 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             count_tokens(past_key_values, past_length, length)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _check_parts(self, part: SequencePart, length: int, attention_mask: Any, cache: Cache | None) -> None:
+        is_plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
+        has_pads = not is_plain or local_padding(attention_mask, length) is not None
+        implementation = self.config._attn_implementation if self.config.has_attention else None
+        smallest = max(1, (self.config.ssd_conv_kernel_size or 0) - 1)
+        refusal = refusal_of_parts(part, length, smallest, has_pads, cache is not None, implementation)
+        if refusal is not None:
+            raise ValueError(refusal)
+
 
 class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     """The language model: the decoder and a linear head, tied to the embeddings by default."""
@@ -388,6 +436,10 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def enable_context_parallel(self, group: dist.ProcessGroup | None) -> None:
+        """See `TransXSSMModel.enable_context_parallel`."""
+        self.model.enable_context_parallel(group)
 
     @can_return_tuple
     def forward(
@@ -435,7 +487,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
                 self.lm_head
             ):  # adapted, quantised, sharded or watched: its weight is not all that it computes with
                 all_logits = apply_linear(self.lm_head, hidden_states)
-            loss = self._loss(hidden_states, all_logits, shift_labels, num_items_in_batch)
+            loss = self._loss(hidden_states, all_logits, shift_labels, num_items_in_batch, self.model.sequence_part)
         if loss is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = apply_linear(self.lm_head, hidden_states[:, kept]) if all_logits is None else all_logits[:, kept]
@@ -448,15 +500,25 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         )
 
     def _loss(
-        self, hidden_states: Tensor, logits: Tensor | None, shift_labels: Tensor, num_items: Tensor | int | None
+        self,
+        hidden_states: Tensor,
+        logits: Tensor | None,
+        shift_labels: Tensor,
+        num_items: Tensor | int | None,
+        part: SequencePart | None,
     ) -> Tensor:
-        """Without the logits where there are none yet."""
+        """Of whole rows. Without the logits where there are none yet."""
+        if part is not None:
+            num_items = (shift_labels != -100).sum() if num_items is None else num_items
+            shift_labels = part.of(shift_labels)
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
         reduction: Literal["mean", "sum"] = "mean" if num_items is None else "sum"
         if logits is None:
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
         else:
             loss = F.cross_entropy(at_least_float32(logits.flatten(0, 1)), shift_labels, reduction=reduction)
+        if part is not None:
+            loss = part.sum(loss)
         if num_items is None:
             return loss
         return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
+from transxssm.models.context_parallel import ContextPart
+
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -25,6 +27,7 @@ class Positions(NamedTuple):
     seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
     # By kind of attention layer, (b, t) first key that each token sees (None: the first of all); None: masks say what is seen.
     first_keys: dict[str, Tensor | None] | None = None
+    context: ContextPart | None = None  # other parts of the rows, where processes share them
 
 
 def default_positions(

@@ -16,10 +16,12 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
+from transxssm.models.context_parallel import inputs_before, state_before
 from transxssm.models.linear import HALF_PRECISION, apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
 from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
+from transxssm.ops.ssd.parts import add_state_before
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +125,11 @@ class TransXSSMSSDMixer(nn.Module):
         )
         new_conv_state = None
         if self.conv_weight is not None:
+            inputs = torch.cat((x, B, C), dim=-1)
+            if positions.context is not None:
+                conv_state = inputs_before(positions.context, inputs, self.conv_weight.shape[1] - 1)
             mixed, new_conv_state = short_convolution(
-                torch.cat((x, B, C), dim=-1),
+                inputs,
                 self.conv_weight,
                 initial_state=conv_state,
                 seq_idx=positions.seq_idx,
@@ -166,6 +171,9 @@ class TransXSSMSSDMixer(nn.Module):
                 seq_idx=positions.seq_idx,
                 chunk_size=self.chunk_size,
             )
+            if positions.context is not None:
+                before = state_before(positions.context, state, dt, A)
+                y = add_state_before(y, before, dt, A, C, rotary=rotary, seq_idx=positions.seq_idx)
         if cached is not None:
             write_ssd_state(cached, state, new_conv_state)
         y = y.reshape(batch, length, -1).to(dtype)
