@@ -186,7 +186,7 @@ def test_the_operator_does_without_kernels_too(monkeypatch):
     """A program that was exported where there are kernels may run where there are none."""
     q, k, v, grad = inputs(1, 4, 2, 70, 64)
     first_keys = window(1, 70).contiguous()
-    monkeypatch.setattr(import_module("transxssm.ops.causal_attention"), "has_tiles", lambda: False)
+    monkeypatch.setattr(import_module("transxssm.ops.causal_attention"), "has_bf16_gemm", lambda: False)
 
     def by_operator(q, k, v):
         return torch.ops.transxssm.causal_attention(q, k, v, first_keys, SCALING)[0]

@@ -12,12 +12,12 @@ from transformers import Mamba2Config, PreTrainedConfig
 
 from transxssm.inspection.layers import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
-from transxssm.ops.csrc import has_tiles, kernels_for
+from transxssm.ops.csrc import arena_bytes, has_bf16_gemm, kernels_for
 from transxssm.ops.linear import BLOCK_TOKENS
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
 from transxssm.ops.ssd.blocks import BLOCK_SCORES
-from transxssm.ops.ssd.fused import TILE_WIDTH, arena_bytes
+from transxssm.ops.ssd.fused import GEMM_COLUMNS
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 FLOAT32 = 4  # bytes
@@ -120,7 +120,7 @@ def _scan_workspace(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype
     states = 2 * h * p * n // q  # a token
     if kernels_for(torch.empty(0, dtype=dtype)):
         item = dtype.itemsize if has_fast_products("cpu", dtype) else FLOAT32
-        if has_tiles() and dtype == torch.bfloat16 and item < FLOAT32 and p % TILE_WIDTH == n % TILE_WIDTH == 0:
+        if has_bf16_gemm() and dtype == torch.bfloat16 and item < FLOAT32 and p % GEMM_COLUMNS == n % GEMM_COLUMNS == 0:
             arenas = torch.get_num_threads() * arena_bytes(q, n, h // g, p)
             return tokens * (item * (g * n + states) + FLOAT32 * 5 * h) + arenas
         return tokens * (item * (4 * h * p + 2 * g * n + (h + g) * q + states) + FLOAT32 * 5 * h)

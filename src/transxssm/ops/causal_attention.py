@@ -3,14 +3,13 @@
 Letters: b batch, h heads, k key-value heads, t time, d head_dim.
 """
 
-import ctypes
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.csrc import Kernels, has_tiles, kernels_for, kernels_inside_operator
+from transxssm.ops.csrc import Kernels, Structure, has_bf16_gemm, kernels_for, kernels_inside_operator
 from transxssm.ops.watched import is_exporting
 
 # What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
@@ -55,7 +54,7 @@ def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16) or is_exporting():
         return False
     # The compiler takes the operator as it is: it has no better one.
-    return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and has_tiles()
+    return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and has_bf16_gemm()
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> Tensor:
@@ -97,8 +96,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scali
     kernels = _kernels(q, k, v, first_keys)
     if kernels is None:
         return output.copy_(_by_torch(q, k, v, first_keys, scaling)), log_sums.zero_()
-    call = _Call(q, k, v, first_keys, scaling, output, log_sums)
-    kernels.run("attend", call.description, _workspace(k), _workspace(k))
+    call = _description(kernels, q, k, v, first_keys, scaling, output, log_sums)
+    kernels.run("attend", call, _workspace(k), _workspace(k))
     return output, log_sums
 
 
@@ -125,18 +124,17 @@ def _attention_backward(
         for gradient, value in zip(gradients, _by_formula(grad, q, k, v, first_keys, scaling), strict=True):
             gradient.copy_(value)
         return gradients
-    call = _Call(q, k, v, first_keys, scaling, output, log_sums, grad)
     rows = (q.shape[0], q.shape[1], _padded(q.shape[2]))
-    workspaces = (
-        *(_workspace(q) for _ in range(4)),
-        _workspace(k),
-        _workspace(q, torch.float32),
-        *(q.new_empty(rows, dtype=torch.float32) for _ in range(2)),
+    description = kernels.structure(
+        "AttentionGradients",
+        **dict(zip(("grad_q", "grad_k", "grad_v"), gradients, strict=True)),
+        **{name: _workspace(q) for name in ("q_T_packed", "q_packed", "grad_T_packed", "grad_packed")},
+        k_T=_workspace(k),
+        sums_q=_workspace(q, torch.float32),
+        **{name: q.new_empty(rows, dtype=torch.float32) for name in ("dots", "log2_sums")},
     )
-    pointers = zip(_Gradients.NAMES, (*gradients, *workspaces), strict=True)
-    kernels.run(
-        "attend_backward", call.description, _Gradients(**{name: tensor.data_ptr() for name, tensor in pointers})
-    )
+    call = _description(kernels, q, k, v, first_keys, scaling, output, log_sums, grad)
+    kernels.run("attend_backward", call, description)
     return gradients
 
 
@@ -174,7 +172,7 @@ def _empty_heads(like: Tensor) -> Tensor:
 
 
 def _kernels(q: Tensor, *others: Tensor | None) -> Kernels | None:
-    return kernels_inside_operator(q, *others) if q.dtype == torch.bfloat16 and has_tiles() else None
+    return kernels_inside_operator(q, *others) if q.dtype == torch.bfloat16 and has_bf16_gemm() else None
 
 
 def _padded(length: int) -> int:
@@ -187,54 +185,36 @@ def _workspace(heads: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return heads.new_empty(batch, num_heads, _padded(length), head_dim, dtype=dtype)
 
 
-# fmt: off
-_SIZES = ("batch", "heads", "key_heads", "length", "head_dim", "threads")
-_STRIDED = ("q", "k", "v", "output", "grad")
-# fmt: on
-
-
-class _Attention(ctypes.Structure):
+def _description(
+    kernels: Kernels,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_keys: Tensor | None,
+    scaling: float,
+    output: Tensor,
+    log_sums: Tensor,
+    grad: Tensor | None = None,
+) -> Structure:
     """`struct Attention` of ops/csrc/attention.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((f"{name}_{axis}", ctypes.c_int64) for name in _STRIDED for axis in ("row", "head", "token")),
-        *((name, ctypes.c_void_p) for name in (*_STRIDED, "first_keys", "log_sums")),
-        ("scaling", ctypes.c_float),
+    given = {"q": q, "k": k, "v": v, "output": output, "grad": output if grad is None else grad}
+    strided = {name: tensor if tensor.stride(-1) == 1 else tensor.contiguous() for name, tensor in given.items()}
+    strides = {
+        f"{name}_{axis}": tensor.stride(d)
+        for name, tensor in strided.items()
+        for d, axis in enumerate(("row", "head", "token"))
+    }
+    return kernels.structure(
+        "Attention",
+        batch=q.shape[0],
+        heads=q.shape[1],
+        key_heads=k.shape[1],
+        length=q.shape[2],
+        head_dim=q.shape[3],
+        threads=torch.get_num_threads(),
+        first_keys=None if first_keys is None else first_keys.clamp(min=0).to(torch.int32).contiguous(),
+        log_sums=log_sums.contiguous(),
+        scaling=scaling,
+        **strided,
+        **strides,
     )
-
-
-class _Gradients(ctypes.Structure):
-    """`struct AttentionGradients` there."""
-
-    NAMES = (
-        *("grad_q", "grad_k", "grad_v", "q_columns", "q_pairs", "grad_columns", "grad_pairs", "transposed_k", "to_q"),
-        *("dots", "log2_sums"),
-    )
-    _fields_ = tuple((name, ctypes.c_void_p) for name in NAMES)
-
-
-class _Call:
-    """The tensors of a call, which it keeps, and their description."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first_keys: Tensor | None,
-        scaling: float,
-        output: Tensor,
-        log_sums: Tensor,
-        grad: Tensor | None = None,
-    ) -> None:
-        given = (q, k, v, output, output if grad is None else grad)
-        self._strided = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in given]
-        self._others = (
-            None if first_keys is None else first_keys.clamp(min=0).to(torch.int32).contiguous(),
-            log_sums.contiguous(),
-        )
-        sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], torch.get_num_threads())
-        strides = [stride for tensor in self._strided for stride in tensor.stride()[:3]]
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*self._strided, *self._others)]
-        self.description = _Attention(*sizes, *strides, *pointers, scaling)

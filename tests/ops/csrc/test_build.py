@@ -4,21 +4,21 @@ import shutil
 import stat
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from transxssm.ops.csrc import build as module
-from transxssm.ops.csrc.build import compiled_library
+from transxssm.ops.csrc.build import _library_or_reason, compiled_library
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache of its own, and a process that has not looked for the library yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "compiled_library", compiled_library.__wrapped__)
+    monkeypatch.setenv("TRANSXSSM_CPU_FLAGS", "-O0")  # which compiles in a third of the time
+    monkeypatch.setattr(module, "_library_or_reason", _library_or_reason.__wrapped__)
     return tmp_path / "transxssm"
 
 
@@ -54,11 +54,41 @@ def test_it_can_be_switched_off(cache, monkeypatch):
     assert not cache.exists()
 
 
-def test_without_a_compiler_there_is_none_and_no_fuss(cache, monkeypatch):
+def test_without_a_compiler_there_is_none_and_one_line_says_so(cache, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    if module._openmp_of_torch() is None:
+        pytest.skip("torch without OpenMP")
+    with pytest.warns(
+        UserWarning, match="which are slower: there is no C\\+\\+ compiler: install g\\+\\+ or set CXX. TRANSX"
+    ) as caught:
+        assert module.compiled_library() is None
+    assert len(caught) == 1
+
+
+def test_where_there_is_no_linux_the_line_says_so(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MAPS", tmp_path / "maps")
+    monkeypatch.setattr(module.platform, "system", lambda: "Darwin")
+    with pytest.warns(UserWarning, match="they need Linux, .* and this is Darwin"):
+        assert module.compiled_library() is None
+
+
+def test_the_reason_can_be_asked_for(cache, monkeypatch):
+    monkeypatch.setenv("TRANSXSSM_CPU_KERNELS", "0")
+    assert module.reason_without_library() == "TRANSXSSM_CPU_KERNELS=0 switches them off"
+    monkeypatch.setenv("TRANSXSSM_CPU_KERNELS", "1")
+    if module._compilers() and module._openmp_of_torch() is not None:
+        assert module.reason_without_library() is None
+
+
+@pytest.mark.skipif(not module._compilers(), reason="no C++ compiler here")
+def test_flags_of_the_user_make_another_library(cache, monkeypatch):
+    module.compiled_library()
+    monkeypatch.setenv("TRANSXSSM_CPU_FLAGS", "-O1 -DTRANSXSSM_UNUSED='a b'")
+    assert module.compiled_library() is not None
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setenv("TRANSXSSM_CPU_FLAGS", "--no-such-flag")
+    with pytest.warns(UserWarning, match="no-such-flag"):
         assert module.compiled_library() is None
 
 
@@ -67,7 +97,7 @@ def test_a_compiler_that_fails_is_quoted_in_one_line_and_leaves_nothing(cache, t
         tmp_path, '[ "$1" = --version ] && exit 0; echo "first" >&2; echo "no such flag" >&2; exit 1'
     )
     monkeypatch.setattr(module, "_compilers", lambda: [failing])
-    with pytest.warns(UserWarning, match=r"which are slower; .*c\+\+: no such flag$") as caught:
+    with pytest.warns(UserWarning, match=r"which are slower: .*c\+\+ failed: no such flag\. TRANSXSSM") as caught:
         assert module.compiled_library() is None
     assert len(caught) == 1
     assert list(cache.iterdir()) == []
@@ -97,7 +127,7 @@ def test_without_a_home_there_are_no_kernels(monkeypatch):
     if not module._compilers() or module._openmp_of_torch() is None:
         pytest.skip("no C++ compiler here")
     with pytest.warns(UserWarning, match="Could not determine home"):
-        assert compiled_library.__wrapped__() is None
+        assert _library_or_reason.__wrapped__()[0] is None
 
 
 def test_a_cache_that_cannot_be_written_costs_the_kernels_only(tmp_path, monkeypatch):
@@ -106,7 +136,7 @@ def test_a_cache_that_cannot_be_written_costs_the_kernels_only(tmp_path, monkeyp
     if not module._compilers() or module._openmp_of_torch() is None:
         pytest.skip("no C++ compiler here")
     with pytest.warns(UserWarning, match="kernels could not be made"):
-        assert compiled_library.__wrapped__() is None
+        assert _library_or_reason.__wrapped__()[0] is None
 
 
 @pytest.mark.skipif(torch.__config__.parallel_info().find("OpenMP") < 0, reason="torch without OpenMP")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.ops.ssd.cases import assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
-from transxssm.ops.csrc import compiled_library, has_tiles
+from transxssm.ops.csrc import compiled_library, has_bf16_gemm
 from transxssm.ops.ssd import chunked, fused, ssd_chunk_scan
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")
@@ -125,7 +125,7 @@ def test_decays_have_the_digits_of_float32():
     assert ((y.flatten().double() - expected).abs() / expected).max() < 3e-7
 
 
-IN_TILES = pytest.mark.skipif(not has_tiles(), reason="this processor has no products that tiles are made of")
+FUSED_PRODUCTS = pytest.mark.skipif(not has_bf16_gemm(), reason="this processor has no AVX-512 BF16")
 
 
 def names_of_passes(case, monkeypatch):
@@ -138,22 +138,25 @@ def names_of_passes(case, monkeypatch):
     return set(names)
 
 
-@IN_TILES
+@FUSED_PRODUCTS
 @pytest.mark.parametrize(("head_dim", "state_size", "fits"), [(32, 96, True), (64, 48, False), (40, 64, False)])
-def test_widths_that_tiles_are_taken_for(head_dim, state_size, fits, monkeypatch):
+def test_widths_that_products_are_fused_for(head_dim, state_size, fits, monkeypatch):
     case = make_case(head_dim=head_dim, state_size=state_size, dtype=torch.bfloat16)
     names = names_of_passes(case, monkeypatch)
-    assert ("differentiate_in_tiles" in names) == fits
+    assert ("chunk_gradients" in names) == fits
     assert ("load_block" in names) != fits
     monkeypatch.undo()
     in_float32 = make_case(head_dim=head_dim, state_size=state_size, dtype=torch.float32)
     assert "load_block" in names_of_passes(in_float32, monkeypatch)
 
 
-@IN_TILES
+@FUSED_PRODUCTS
 @given(data=st.data())
-def test_any_shape_in_tiles(data):
-    documents = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
+def test_any_shape_with_fused_products(data):
+    # With fewer than some 16 tokens the gradient of dt, a sum over products of either sign, can be smaller than its rounding in bfloat16.
+    documents = data.draw(
+        st.lists(st.integers(1, 70), min_size=1, max_size=4).filter(lambda lengths: sum(lengths) >= 16)
+    )
     case = make_case(
         batch=data.draw(st.sampled_from([1, 3])),
         groups=data.draw(st.integers(1, 2)),
@@ -171,8 +174,8 @@ def test_any_shape_in_tiles(data):
     )
 
 
-@IN_TILES
-def test_threads_do_not_change_the_result_in_tiles():
+@FUSED_PRODUCTS
+def test_threads_do_not_change_the_result_with_fused_products():
     case = make_case(batch=2, length=150, head_dim=32, state_size=64, dtype=torch.bfloat16)
 
     def outcome():

@@ -1,15 +1,20 @@
-"""The C++ sources beside this file, compiled for the processor they run on: once a machine, in a few seconds, when first wanted.
+"""Compiles the C++ sources of this folder for the processor at hand: once a machine, in some seconds, when the library is first asked for.
 
-Without a C++ compiler, or with `TRANSXSSM_CPU_KERNELS=0`, there is no library. They do without torch's headers, which would take
-most of a minute.
+The environment decides:
+- `TRANSXSSM_CPU_KERNELS=0` switches the kernels off.
+- `TRANSXSSM_CPU_FLAGS` has further flags for the compiler and the linker, which win over those here: `-march=haswell` compiles for AVX2
+  alone, `-fsanitize=address,undefined` looks for wrong accesses to memory (`make sanitize`).
+- `CXX` names the compiler that is tried first.
+
+The sources do without torch's headers, which would take most of a minute to compile.
 """
 
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,52 +24,63 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 _SWITCH = "TRANSXSSM_CPU_KERNELS"
+_MORE_FLAGS = "TRANSXSSM_CPU_FLAGS"
 _CPU_INFO = Path("/proc/cpuinfo")
 _MAPS = Path("/proc/self/maps")
-_logger = logging.getLogger(__name__)
+
+
+def compiled_library() -> ctypes.CDLL | None:
+    """The library, or None where it is switched off or cannot be made, which is said once."""
+    return _library_or_reason()[0]
+
+
+def reason_without_library() -> str | None:
+    """Why there is no library, in one line, or None if there is one."""
+    return _library_or_reason()[1]
 
 
 @functools.cache
-def compiled_library() -> ctypes.CDLL | None:
-    """The library; None where it is switched off or there is no compiler that makes it."""
+def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(_SWITCH, "1") == "0":
-        return None
+        return None, f"{_SWITCH}=0 switches them off"
+    library, reason = _make()
+    if reason is not None:
+        warnings.warn(
+            f"the CPU's kernels could not be made, so that torch's operations compute, which are slower: {reason}. "
+            f"{_SWITCH}=0 says that this is wanted",
+            stacklevel=3,
+        )
+    return library, reason
+
+
+def _make() -> tuple[ctypes.CDLL | None, str | None]:
     compilers, openmp = _compilers(), _openmp_of_torch()
-    if not compilers or openmp is None:
-        _logger.info("no C++ compiler, or none of torch's threads: CPUs take torch's operations")
-        return None
-    problem = ""
+    if not _MAPS.exists():
+        return None, f"they need Linux, where they run on torch's OpenMP threads, and this is {platform.system()}"
+    if openmp is None:
+        return None, "this build of torch has no OpenMP library, whose threads they would run on"
+    if not compilers:
+        return None, "there is no C++ compiler: install g++ or set CXX"
+    reason = ""
     for compiler in compilers:
         try:
-            return _loaded(compiler, openmp)
+            return _loaded(compiler, openmp), None
         except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip()
-            problem = f"{compiler}: {said.splitlines()[-1] if said else error}"
-    warnings.warn(
-        "the CPU's kernels could not be made, so that the ops take torch's operations, which are slower; "
-        f"{_SWITCH}=0 says that this is wanted. {problem}",
-        stacklevel=2,
-    )
-    return None
-
-
-@torch.compiler.assume_constant_result
-def has_tiles() -> bool:
-    """Whether there are the kernels that multiply in tiles of AVX-512 registers (not AMX's tiles: see tiles.h)."""
-    library = compiled_library()
-    return library is not None and bool(library.tiles_are_here())
+            reason = f"{compiler} failed: {said.splitlines()[-1] if said else error}"
+    return None, reason
 
 
 def _compilers() -> list[str]:
-    """Those that are here, each once, the user's own first. clang knows no libgomp, so that it may take another one to succeed."""
+    """The compilers that are installed, the user's own first. clang may lack an OpenMP library, so that the next one is tried."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return list(dict.fromkeys(path for name in names if name and (path := shutil.which(name))))
 
 
 def _loaded(compiler: str, openmp: Path) -> ctypes.CDLL:
-    """The library; one that was made before and does not load, for a crash cut it short, is made again."""
+    """The library. A file of an earlier process that does not load, because a crash cut it short, is made again."""
     library, is_new = _built(compiler, openmp)
     try:
         return ctypes.CDLL(str(library))
@@ -76,7 +92,7 @@ def _loaded(compiler: str, openmp: Path) -> ctypes.CDLL:
 
 
 def _openmp_of_torch() -> Path | None:
-    """The OpenMP library that torch has loaded: a second one would keep threads of its own, in the way of torch's."""
+    """The OpenMP library that torch has loaded. A second one would have threads of its own, which compete with torch's for the cores."""
     torch.get_num_threads()
     if not _MAPS.exists():
         return None
@@ -87,25 +103,29 @@ def _openmp_of_torch() -> Path | None:
 
 
 def _built(compiler: str, openmp: Path) -> tuple[Path, bool]:
-    """The library's file, made if no earlier process has made it for this source, compiler, processor and OpenMP; whether it was."""
+    """The library's file, and whether it is new: that of the same sources, flags, compiler and processor is taken."""
     version = _run(compiler, "--version")
     sources = sorted(_FOLDER.glob("*.cpp"))
     texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
-    made_of = "\0".join((*texts, *_FLAGS, version, _processor(), str(openmp)))
+    flags = (*_FLAGS, *_target(), *shlex.split(os.environ.get(_MORE_FLAGS, "")))
+    made_of = "\0".join((*texts, *flags, version, _processor(), str(openmp)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transxssm"
     library = cache / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library, False
     cache.mkdir(parents=True, exist_ok=True)
-    tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         objects = [Path(folder, f"{path.stem}.o") for path in sources]
         for source, made in zip(sources, objects, strict=True):
-            _run(compiler, *_FLAGS, tune, "-fopenmp", "-c", source, "-o", made)
+            _run(compiler, *flags, "-fopenmp", "-c", source, "-o", made)
         linked = Path(folder, library.name)
-        _run(compiler, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-o", linked)
+        _run(compiler, *flags, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-o", linked)
         linked.replace(library)  # whole or not at all, whoever else is making it
     return library, True
+
+
+def _target() -> tuple[str, ...]:
+    return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
 
 
 def _run(*command: str | Path) -> str:
@@ -114,7 +134,7 @@ def _run(*command: str | Path) -> str:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """What the compiler reads of the processor for `-march=native`."""
     if _CPU_INFO.exists():
         wanted = ("model name", "flags", "Features", "CPU part")
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -29,7 +29,8 @@ inline void store(bfloat16& target, float value) {  // to the nearest, ties to e
     target.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// exp(x) for x ≤ 0 to two units in the last place; 0 below the normal numbers. No branches, so that loops over it are vectorised.
+// exp(x) for x ≤ 0 to two units in the last place; 0 below the normal numbers. No branches, so that loops over it are
+// vectorised.
 inline float exp_of_nonpositive(float x) {
     const float clamped = x < -87.0f ? -87.0f : x;
     const float shifted = clamped * 1.44269504088896341f + 12582912.0f;  // the nearest integer, in the last bits

@@ -1,15 +1,18 @@
-// Work on rows in one pass: the gate of a feed-forward network, the norm, the loss, the product of a few rows.
+// Kernels over the rows of a matrix, each of which reads its inputs once: SwiGLU, RMSNorm, cross-entropy, and the
+// linear layer of a few rows.
 //
-// Letters: n rows, d columns. Rows lie one after the other.
+// Letters: n rows, d columns. The matrices are contiguous.
 
 #include <algorithm>
 #include <cmath>
 
+#include "library.h"
 #include "numbers.h"
 
 namespace {
 
-constexpr int64_t ROWS_PER_TASK = 32;  // a task's sums do not depend on the number of threads
+constexpr int64_t ROWS_PER_TASK =
+    32;  // of a task that sums over rows, so that sums do not depend on the number of threads
 
 inline int64_t num_tasks(int64_t rows) { return (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK; }
 
@@ -30,7 +33,9 @@ void swiglu(int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, T
 }
 
 template <class T>
-void swiglu_backward(int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up) {
+void swiglu_backward(
+    int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up
+) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < n; ++row)
 #pragma omp simd
@@ -41,7 +46,7 @@ void swiglu_backward(int64_t n, int64_t d, int64_t threads, const T* gate, const
         }
 }
 
-// y = x · scale ∘ weight with scale = 1 / sqrt(mean(x²) + eps), which is kept.
+// y = x · scale ∘ weight with scale = 1 / sqrt(mean(x²) + eps), which goes to `scales` (n) for the backward pass.
 template <class T>
 void rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const T* x, const float* weight, T* y, float* scales) {
 #pragma omp parallel for num_threads(threads)
@@ -58,11 +63,11 @@ void rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const T* x, cons
     }
 }
 
-// The weight's gradient is left as a sum for each task, (tasks, d).
+// The gradient of the weight is left as one partial sum for each task of rows, (tasks, d).
 template <class T>
 void rms_norm_backward(
-    int64_t n, int64_t d, int64_t threads, const T* x, const float* weight, const float* scales, const T* grad, T* grad_x,
-    float* grad_weights
+    int64_t n, int64_t d, int64_t threads, const T* x, const float* weight, const float* scales, const T* grad,
+    T* grad_x, float* grad_weights
 ) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t task = 0; task < num_tasks(n); ++task) {
@@ -72,7 +77,7 @@ void rms_norm_backward(
             const T *from = x + row * d, *incoming = grad + row * d;
             T* to = grad_x + row * d;
             const float scale = scales[row];
-            float along = 0.0f;  // the part along x that the norm takes out
+            float along = 0.0f;  // the part of the gradient along x, which the norm removes
 #pragma omp simd reduction(+ : along)
             for (int64_t i = 0; i < d; ++i) {
                 const float product = to_float(incoming[i]) * to_float(from[i]) * scale;
@@ -87,10 +92,13 @@ void rms_norm_backward(
     }
 }
 
-// −log softmax at the label goes to `losses` (n); where `differentiate`, logits become softmax − one-hot in place. Both are 0 where
-// the label is ignored.
+// Writes −log softmax at the label to `losses` (n). If `differentiate` is not 0, the logits are replaced by their
+// gradient, softmax − one-hot. Both are 0 where the label is `ignored`.
 template <class T>
-void cross_entropy(int64_t n, int64_t d, int64_t threads, int64_t ignored, int64_t differentiate, T* logits, const int64_t* labels, float* losses) {
+void cross_entropy(
+    int64_t n, int64_t d, int64_t threads, int64_t ignored, int64_t differentiate, T* logits, const int64_t* labels,
+    float* losses
+) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < n; ++row) {
         T* values = logits + row * d;
@@ -117,7 +125,8 @@ void cross_entropy(int64_t n, int64_t d, int64_t threads, int64_t ignored, int64
     }
 }
 
-// out = x · weightᵀ, (n, width), for so few rows that reading the weight (width, d) is all the work.
+// out = x · weightᵀ, (n, width): a matrix-vector product for each of so few rows that reading the weight (width, d)
+// takes all the time.
 template <class T>
 void multiply_few(int64_t n, int64_t d, int64_t threads, int64_t width, const T* x, const T* weight, T* out) {
 #pragma omp parallel for num_threads(threads)
@@ -133,41 +142,20 @@ void multiply_few(int64_t n, int64_t d, int64_t threads, int64_t width, const T*
     }
 }
 
+template <class T>
+void describe_rows_in(std::string& to, const std::string& format) {
+    describe_function(to, "swiglu", format, swiglu<T>);
+    describe_function(to, "swiglu_backward", format, swiglu_backward<T>);
+    describe_function(to, "rms_norm", format, rms_norm<T>);
+    describe_function(to, "rms_norm_backward", format, rms_norm_backward<T>);
+    describe_function(to, "cross_entropy", format, cross_entropy<T>);
+    describe_function(to, "multiply_few", format, multiply_few<T>);
+}
+
 }  // namespace
 
-#define TRANSXSSM_ROWS(SUFFIX, T)                                                                                          \
-    extern "C" void swiglu_##SUFFIX(int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, T* out) {           \
-        swiglu(n, d, threads, gate, up, out);                                                                              \
-    }                                                                                                                      \
-    extern "C" void swiglu_backward_##SUFFIX(                                                                              \
-        int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, const T* grad, T* grad_gate, T* grad_up         \
-    ) {                                                                                                                    \
-        swiglu_backward(n, d, threads, gate, up, grad, grad_gate, grad_up);                                                \
-    }                                                                                                                      \
-    extern "C" void rms_norm_##SUFFIX(                                                                                     \
-        int64_t n, int64_t d, int64_t threads, float eps, const T* x, const float* weight, T* y, float* scales             \
-    ) {                                                                                                                    \
-        rms_norm(n, d, threads, eps, x, weight, y, scales);                                                                \
-    }                                                                                                                      \
-    extern "C" void rms_norm_backward_##SUFFIX(                                                                            \
-        int64_t n, int64_t d, int64_t threads, const T* x, const float* weight, const float* scales, const T* grad,        \
-        T* grad_x, float* grad_weights                                                                                     \
-    ) {                                                                                                                    \
-        rms_norm_backward(n, d, threads, x, weight, scales, grad, grad_x, grad_weights);                                   \
-    }                                                                                                                      \
-    extern "C" void cross_entropy_##SUFFIX(                                                                                \
-        int64_t n, int64_t d, int64_t threads, int64_t ignored, int64_t differentiate, T* logits, const int64_t* labels,   \
-        float* losses                                                                                                      \
-    ) {                                                                                                                    \
-        cross_entropy(n, d, threads, ignored, differentiate, logits, labels, losses);                                      \
-    }                                                                                                                      \
-    extern "C" void multiply_few_##SUFFIX(                                                                                 \
-        int64_t n, int64_t d, int64_t threads, int64_t width, const T* x, const T* weight, T* out                          \
-    ) {                                                                                                                    \
-        multiply_few(n, d, threads, width, x, weight, out);                                                                \
-    }
-
-TRANSXSSM_ROWS(float32, float)
-TRANSXSSM_ROWS(bfloat16, bfloat16)
-
-extern "C" int64_t tasks_of_rows(int64_t n) { return num_tasks(n); }
+void describe_rows(std::string& to) {
+    describe_rows_in<float>(to, "float32");
+    describe_rows_in<bfloat16>(to, "bfloat16");
+    describe_function(to, "num_row_tasks", "any", num_tasks);
+}

@@ -1,42 +1,45 @@
-// A scan's inputs and what all that works on its blocks needs: where a task lies, the rotation, the decays.
+// What all kernels of the chunked scan share: the description of a block of chunks, where the data of a task lies, the
+// rotation, the decays.
 //
-// Letters as in ops/ssd/chunked.py: b batch, m chunks of a block, a = (m, b) their joint axis (chunks outermost, unlike there), q and k
-// positions in a chunk, g groups, r heads of a group, p head_dim, n state size. l is the cumulative log decay of a chunk.
+// Letters: b batch, m chunks of a block, a = (m, b) their joint axis with the chunks outermost, q and k positions of
+// queries and keys in a chunk, g groups, r heads of a group, p head_dim, n state size. l is the cumulative log decay
+// within a chunk.
 
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "library.h"
 #include "numbers.h"
 
-extern "C" {
-
-// What all passes of a scan share, then where a block lies. Mirrored by `_Block` in ops/ssd/fused.py.
+// A block of chunks of a scan, which is computed before the next block is read. Pointers to void have the number
+// formats of the function's name: x, B, C and grad_y that of the inputs, the workspaces that of the operands of matrix
+// products.
 struct Block {
+    static constexpr const char* NAME = "Block";
+
     int64_t batch, heads, groups, head_dim, state_size;
     int64_t first_token, num_chunks, chunk_length, threads;
-    int64_t x_row, x_token, B_row, B_token, C_row, C_token, grad_y_row, grad_y_token;  // strides in elements
+    int64_t x_row, x_token, B_row, B_token, C_row, C_token, grad_y_row, grad_y_token;  // strides, in elements
     int64_t length, rotary_rows;
     const void *x, *B, *C, *grad_y;  // (b, t, h, p), (b, t, g, n) twice, (b, t, h, p)
-    const float *dt, *A, *D;  // (b, t, h), (h,), (h,) or null
-    const float *cos, *sin;  // (b or 1, t, n/2) or null
-    const int64_t* seq_idx;  // (b, t) or null
-    // Workspaces of a block.
+    const float *dt, *A, *D;         // (b, t, h), (h,), (h,) or null
+    const float *cos, *sin;          // (b or 1, t, n/2) or null
+    const int64_t* seq_idx;          // (b, t) or null
+    // Workspaces.
     void *rotated_B, *rotated_C;  // (a, g, q, n)
-    void *dt_x, *weighted_x;  // (a, g, r, q, p), (a, g, q, r, p)
-    void *dy, *weighted_dy;  // the same two layouts
-    float *sums, *remainders;  // (a, g, r, q): l, and what rounding it left out
-    float *from_start, *to_end;  // (a, g, r, q)
-    float* across;  // (a, g, r)
-    float* to_log_decay;  // (a, g, r, q)
-    float* kept;  // (a, g, r)
-    // For products in tiles: a thread's memory, one thread's after the other.
+    void *dt_x, *weighted_x;      // (a, g, r, q, p), (a, g, q, r, p)
+    void *dy, *weighted_dy;       // the same two layouts
+    float *sums, *remainders;     // (a, g, r, q): l in float32, and what the rounding of l left out
+    float *from_start, *to_end;   // (a, g, r, q): decay from the start of the chunk to q, and from q to its end
+    float* across;                // (a, g, r): decay across the whole chunk
+    float* grad_log_decay;        // (a, g, r, q): gradient of l
+    float* grad_log_across;       // (a, g, r): gradient of the logarithm of `across`
+    // Memory of scan_bf16.cpp: `arena_bytes` for each thread, contiguous.
     char* arenas;
     int64_t arena_bytes;
 };
-
-}  // extern "C"
 
 namespace {
 
@@ -59,7 +62,7 @@ inline Place place_of(const Block& block, int64_t task) {
 
 inline int64_t num_tasks(const Block& block) { return block.num_chunks * block.batch * block.groups; }
 
-// A token's B or C, or a gradient of one, turned by the angles of its position (+1) or back (−1), into the target's format.
+// Rotates B, C or a gradient of one of them at a token by the angles of its position (direction +1) or back (−1).
 template <class From, class To>
 inline void rotate(const Block& block, const Place& at, int64_t token, float direction, const From* from, To* to) {
     const int64_t size = block.state_size, half = size / 2;
@@ -72,12 +75,14 @@ inline void rotate(const Block& block, const Place& at, int64_t token, float dir
     const float *cos = block.cos + angle, *sin = block.sin + angle;
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
-        const float first = to_float(from[i]), second = to_float(from[half + i]), turn = direction * sin[i];
-        store(to[i], first * cos[i] - second * turn);
-        store(to[half + i], second * cos[i] + first * turn);
+        const float first = to_float(from[i]), second = to_float(from[half + i]), signed_sin = direction * sin[i];
+        store(to[i], first * cos[i] - second * signed_sin);
+        store(to[half + i], second * cos[i] + first * signed_sin);
     }
 }
 
+// Fills the decays of a chunk and group. Sums are float64 and are split into two float32 numbers, since their
+// differences are what counts.
 inline void load_decays(const Block& block, const Place& at) {
     const int64_t Q = block.chunk_length;
     const int64_t* documents = block.seq_idx ? block.seq_idx + at.row * block.length + at.first_token : nullptr;
@@ -106,8 +111,11 @@ inline void load_decays(const Block& block, const Place& at) {
     }
 }
 
-// exp(l_q − l_k) for k ≤ q of one document, 0 for other k < end: a row of L, of which end ≥ q + 1 entries are written.
-inline void decays_to(const float* sums, const float* remainders, const int64_t* documents, int64_t q, int64_t end, float* row) {
+// A row of the decay matrix L, of which `end` ≥ q + 1 entries are written: exp(l_q − l_k) where k ≤ q is in the
+// document of q, else 0.
+inline void decays_to(
+    const float* sums, const float* remainders, const int64_t* documents, int64_t q, int64_t end, float* row
+) {
     const float sum = sums[q], remainder = remainders[q];
 #pragma omp simd
     for (int64_t k = 0; k < end; ++k) {
@@ -119,6 +127,6 @@ inline void decays_to(const float* sums, const float* remainders, const int64_t*
         for (int64_t k = 0; k <= q; ++k) row[k] = documents[k] == documents[q] ? row[k] : 0.0f;
 }
 
-constexpr int64_t LANES = 16;  // rows are worked on in whole vectors
+constexpr int64_t LANES = 16;  // float32 numbers in the widest vector; rows are computed in multiples of it
 
 }  // namespace

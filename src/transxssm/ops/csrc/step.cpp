@@ -1,28 +1,32 @@
-// One token of the recurrence, S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x: the state is read and written once.
+// The selective state update of one token, S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x. The state is read and
+// written once.
 //
-// A task is a row of the batch and a group; its result does not depend on the number of threads.
+// A task is a row of the batch and a group. Its result does not depend on the number of threads.
 
 #include <vector>
 
+#include "library.h"
 #include "numbers.h"
 
-// What ops/ssd/step.py fills in. All arrays lie in memory one after the other; x, B, C and y are of the format in the function's name.
+// All arrays are contiguous. x, B, C and y have the number format of the function's name.
 struct Step {
+    static constexpr const char* NAME = "Step";
+
     int64_t batch, heads, groups, head_dim, state_size, rotary_rows, threads;
-    const void* x;     // (batch, heads, head_dim)
-    const float* dt;   // (batch, heads)
-    const float* A;    // (heads)
-    const void *B, *C; // (batch, groups, state_size)
+    const void* x;           // (batch, heads, head_dim)
+    const float* dt;         // (batch, heads)
+    const float* A;          // (heads)
+    const void *B, *C;       // (batch, groups, state_size)
     const float *cos, *sin;  // (rotary_rows, state_size / 2), or null
-    const float* D;    // (heads), or null
-    float* state;      // (batch, heads, head_dim, state_size), in place
-    void* y;           // (batch, heads, head_dim)
+    const float* D;          // (heads), or null
+    float* state;            // (batch, heads, head_dim, state_size), updated in place
+    void* y;                 // (batch, heads, head_dim)
 };
 
 namespace {
 
 template <class T>
-void load_turned(const Step& step, int64_t row, const T* from, float* to) {
+void load_rotated(const Step& step, int64_t row, const T* from, float* to) {
     const int64_t size = step.state_size, half = size / 2;
     if (!step.cos) {
 #pragma omp simd
@@ -40,7 +44,8 @@ void load_turned(const Step& step, int64_t row, const T* from, float* to) {
 }
 
 template <class T>
-void run(const Step& step) {
+void update(const Step& step) {
+    TRANSXSSM_REQUIRE(step.heads % step.groups == 0, "the heads must divide into groups");
     const int64_t N = step.state_size, P = step.head_dim, R = step.heads / step.groups;
 #pragma omp parallel num_threads(step.threads)
     {
@@ -49,8 +54,8 @@ void run(const Step& step) {
 #pragma omp for
         for (int64_t task = 0; task < step.batch * step.groups; ++task) {
             const int64_t row = task / step.groups, first_head = task % step.groups * R;
-            load_turned(step, row, static_cast<const T*>(step.B) + task * N, B);
-            load_turned(step, row, static_cast<const T*>(step.C) + task * N, C);
+            load_rotated(step, row, static_cast<const T*>(step.B) + task * N, B);
+            load_rotated(step, row, static_cast<const T*>(step.C) + task * N, C);
             for (int64_t head = first_head; head < first_head + R; ++head) {
                 const int64_t place = row * step.heads + head;
                 const float dt = step.dt[place], decay = exp_of_nonpositive(dt * step.A[head]);
@@ -75,5 +80,25 @@ void run(const Step& step) {
 
 }  // namespace
 
-extern "C" void step_float32(const Step* step) { run<float>(*step); }
-extern "C" void step_bfloat16(const Step* step) { run<bfloat16>(*step); }
+void describe_step(std::string& to) {
+    describe_structure<Step>(to);
+    TRANSXSSM_FIELD(Step, batch);
+    TRANSXSSM_FIELD(Step, heads);
+    TRANSXSSM_FIELD(Step, groups);
+    TRANSXSSM_FIELD(Step, head_dim);
+    TRANSXSSM_FIELD(Step, state_size);
+    TRANSXSSM_FIELD(Step, rotary_rows);
+    TRANSXSSM_FIELD(Step, threads);
+    TRANSXSSM_FIELD(Step, x);
+    TRANSXSSM_FIELD(Step, dt);
+    TRANSXSSM_FIELD(Step, A);
+    TRANSXSSM_FIELD(Step, B);
+    TRANSXSSM_FIELD(Step, C);
+    TRANSXSSM_FIELD(Step, cos);
+    TRANSXSSM_FIELD(Step, sin);
+    TRANSXSSM_FIELD(Step, D);
+    TRANSXSSM_FIELD(Step, state);
+    TRANSXSSM_FIELD(Step, y);
+    describe_function(to, "step", "float32", update<float>);
+    describe_function(to, "step", "bfloat16", update<bfloat16>);
+}

@@ -1,42 +1,36 @@
-"""The chunked scan on a CPU with everything between its matrix products in compiled passes: see ops/csrc/scan.cpp. Where the processor
-has tiles, the products are in the passes too: see ops/csrc/scan_in_tiles.cpp.
+"""The chunked scan on a CPU, with everything between its matrix products in compiled kernels (ops/csrc/scan.cpp). Where the library has a
+bfloat16 GEMM of its own, the products are fused into the kernels as well (ops/csrc/scan_bf16.cpp).
 
 The same blocks and products as in chunked.py, whose docstring has the letters; the joint axis a has the chunks outermost here, (m, b),
 as do the states that are kept for the backward pass: (chunks, b, g, n, r p).
 """
 
-import ctypes
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from transxssm.ops.csrc import Kernels, has_tiles, kernels_inside_operator
+from transxssm.ops.csrc import Kernels, arena_bytes, has_bf16_gemm, kernels_inside_operator
 from transxssm.ops.precision import has_fast_products
 from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
 
-TILE_WIDTH = 32  # heads and states of so many columns or a multiple can be multiplied in tiles
-# fmt: off
-_INT64S = (
-    "batch", "heads", "groups", "head_dim", "state_size", "first_token", "num_chunks", "chunk_length", "threads",
-    "x_row", "x_token", "B_row", "B_token", "C_row", "C_token", "grad_y_row", "grad_y_token", "length", "rotary_rows",
+GEMM_COLUMNS = 32  # the GEMM takes head_dim and state sizes that are multiples of this
+# Workspaces of `struct Block`, in scan.h.
+_WORKSPACES = (
+    *(
+        "rotated_B",
+        "rotated_C",
+        "dt_x",
+        "weighted_x",
+        "dy",
+        "weighted_dy",
+        "sums",
+        "remainders",
+        "from_start",
+        "to_end",
+    ),
+    *("across", "grad_log_decay", "grad_log_across", "arenas"),
 )
-_POINTERS = (
-    "x", "B", "C", "grad_y", "dt", "A", "D", "cos", "sin", "seq_idx",
-    "rotated_B", "rotated_C", "dt_x", "weighted_x", "dy", "weighted_dy",
-    "sums", "remainders", "from_start", "to_end", "across", "to_log_decay", "kept", "arenas",
-)
-# fmt: on
-
-
-class _Block(ctypes.Structure):
-    """`struct Block` of ops/csrc/scan.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _INT64S),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("arena_bytes", ctypes.c_int64),
-    )
 
 
 def passes_for(inputs: ScanInputs) -> Kernels | None:
@@ -57,8 +51,8 @@ def forward_fused(
     for block in scan.blocks():
         work = scan.work
         updates = work["updates"]
-        if scan.is_in_tiles:
-            scan.run("update_states_in_tiles", updates)
+        if scan.has_fused_products:
+            scan.run("chunk_states", updates)
         else:
             scan.run("load_block")
             torch.bmm(work["rotated_B"].mT, work["weighted_x"], out=updates)
@@ -67,8 +61,8 @@ def forward_fused(
         scan.run("carry_states", state, updates, entering)
         if keep is not None and keep is not entering:
             keep.copy_(entering)
-        if scan.is_in_tiles:
-            scan.run("finish_outputs_in_tiles", entering, y)
+        if scan.has_fused_products:
+            scan.run("chunk_outputs", entering, y)
             continue
         from_states = torch.bmm(work["rotated_C"], entering, out=work["rows"])
         scores = torch.bmm(work["rotated_C"], work["rotated_B"].mT, out=work["scores"])
@@ -96,12 +90,10 @@ def backward_fused(
         work = scan.work
         updates, leaving = work["updates"], work["entering"]
         entering = kept[block.chunks].view_as(updates).to(updates.dtype)
-        if scan.is_in_tiles:
-            scan.run("update_state_gradients_in_tiles", updates)
+        if scan.has_fused_products:
+            scan.run("chunk_state_gradients", updates)
             scan.run("carry_gradients", grad_state, updates, entering, leaving)
-            scan.run(
-                "differentiate_in_tiles", entering, leaving, *(grad_x, grad_dt, grad_B, grad_C, partial[0], partial[1])
-            )
+            scan.run("chunk_gradients", entering, leaving, *(grad_x, grad_dt, grad_B, grad_C, partial[0], partial[1]))
             continue
         B, C, dy, dt_x, weighted_x = (work[name] for name in ("rotated_B", "rotated_C", "dy", "dt_x", "weighted_x"))
         weighted_dy = work["weighted_dy"]
@@ -109,16 +101,16 @@ def backward_fused(
         torch.bmm(C.mT, weighted_dy, out=updates)
         scan.run("carry_gradients", grad_state, updates, entering, leaving)
         scores = torch.bmm(C, B.mT, out=work["scores"])
-        to_weights = torch.bmm(dy, dt_x.mT, out=work["to_weights"])
-        to_scores = work["to_scores"]
-        scan.run("differentiate_weights", scores, to_weights, work["weights"], to_scores)
+        grad_weights = torch.bmm(dy, dt_x.mT, out=work["grad_weights"])
+        grad_scores = work["grad_scores"]
+        scan.run("differentiate_weights", scores, grad_weights, work["weights"], grad_scores)
         inside = torch.bmm(work["weights"].mT, dy, out=work["by_head"])
         through_state = torch.bmm(B, leaving, out=work["rows"])
         from_state = torch.bmm(C, entering, out=work["more_rows"])
         dB = torch.bmm(weighted_x, leaving.mT, out=work["dB"])
-        dB = torch.baddbmm(dB, to_scores.mT, C, out=dB)
+        dB = torch.baddbmm(dB, grad_scores.mT, C, out=dB)
         dC = torch.bmm(weighted_dy, entering.mT, out=work["dC"])
-        dC = torch.baddbmm(dC, to_scores, B, out=dC)
+        dC = torch.baddbmm(dC, grad_scores, B, out=dC)
         scan.run(
             "finish_gradients",
             *(through_state, inside, from_state, dB, dC),
@@ -143,10 +135,11 @@ class _Scan:
         groups, state_size = B.shape[2:]
         self._shape = (batch, heads, groups, head_dim, state_size)
         fits = (
-            head_dim % TILE_WIDTH == 0 and state_size % TILE_WIDTH == 0 and x.dtype == self._operand == torch.bfloat16
+            head_dim % GEMM_COLUMNS == 0
+            and state_size % GEMM_COLUMNS == 0
+            and x.dtype == self._operand == torch.bfloat16
         )
-        self.is_in_tiles = fits and has_tiles()
-        # Held here, so that the addresses below stay good.
+        self.has_fused_products = fits and has_bf16_gemm()
         rows = {"x": _rows(x), "B": _rows(B), "C": _rows(inputs.C)}
         if grad_y is not None:
             rows["grad_y"] = _rows(grad_y.to(x.dtype))
@@ -154,18 +147,19 @@ class _Scan:
         if cos is not None and sin is not None:  # one of them may be the same for all rows
             cos, sin = torch.broadcast_tensors(cos, sin)
         whole = {"cos": cos, "sin": sin} | {name: getattr(inputs, name) for name in ("dt", "A", "D", "seq_idx")}
-        self._tensors = rows | {name: tensor.contiguous() for name, tensor in whole.items() if tensor is not None}
+        tensors = rows | {name: tensor.contiguous() for name, tensor in whole.items() if tensor is not None}
         for name in ("cos", "sin"):
-            if name in self._tensors:
-                self._tensors[name] = self._tensors[name].float()
-        if "seq_idx" in self._tensors:
-            self._tensors["seq_idx"] = self._tensors["seq_idx"].long()
+            if name in tensors:
+                tensors[name] = tensors[name].float()
+        if "seq_idx" in tensors:
+            tensors["seq_idx"] = tensors["seq_idx"].long()
         strides = {
             f"{name}_{axis}": tensor.stride(d)
             for name, tensor in rows.items()
             for d, axis in enumerate(("row", "token"))
         }
-        self._block = _Block(
+        self._block = passes.structure(
+            "Block",
             batch=batch,
             heads=heads,
             groups=groups,
@@ -175,7 +169,7 @@ class _Scan:
             rotary_rows=1 if cos is None else cos.shape[0],
             threads=torch.get_num_threads(),
             **strides,
-            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
+            **tensors,
         )
         self.work: dict[str, Tensor] = {}
         self.max_tasks = max((block.chunks.stop - block.chunks.start) * batch * groups for block in self._blocks)
@@ -187,8 +181,7 @@ class _Scan:
             size = (block.chunks.stop - block.chunks.start, block.chunk_length)
             if size != known:
                 self.work, known = self._workspace(*size), size
-            self._block.first_token = block.tokens.start
-            self._block.num_chunks, self._block.chunk_length = size
+            self._block.fill(first_token=block.tokens.start, num_chunks=size[0], chunk_length=size[1])
             yield block
 
     def run(self, name: str, *tensors: Tensor) -> None:
@@ -219,32 +212,22 @@ class _Scan:
                 "dy": by_head,
                 "weighted_dy": rows,
                 "more_rows": rows,
-                "to_weights": square,
-                "to_scores": scores,
+                "grad_weights": square,
+                "grad_scores": scores,
             }
             products |= {"dB": maps, "dC": maps}
-            numbers |= {"to_log_decay": by_head[:2], "kept": by_head[:1]}
-        if not self.is_in_tiles:
+            numbers |= {"grad_log_decay": by_head[:2], "grad_log_across": by_head[:1]}
+        if not self.has_fused_products:
             operands |= products
         # Named in full: a default dtype or device that somebody has set is not what the passes expect.
         work = {name: torch.empty(shape, dtype=self._operand, device="cpu") for name, shape in operands.items()}
         work |= {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in numbers.items()}
-        if self.is_in_tiles:
-            self._block.arena_bytes = arena_bytes(chunk_length, state_size, per_group, head_dim)
-            work["arenas"] = torch.empty(self._block.threads * self._block.arena_bytes, dtype=torch.uint8, device="cpu")
-        for name in _POINTERS:
-            if name in work:
-                setattr(self._block, name, work[name].data_ptr())
+        if self.has_fused_products:
+            size, threads = arena_bytes(chunk_length, state_size, per_group, head_dim), self._block.threads
+            work["arenas"] = torch.empty(threads * size, dtype=torch.uint8, device="cpu")
+            self._block.fill(arena_bytes=size)
+        self._block.fill(**{name: work[name] for name in _WORKSPACES if name in work})
         return work
-
-
-def arena_bytes(chunk_length: int, state_size: int, heads_per_group: int, head_dim: int) -> int:
-    """What suffices a thread for the matrices of one chunk and group in scan_in_tiles.cpp, of which `differentiate` has most."""
-    q, n, r = -(-chunk_length // TILE_WIDTH) * TILE_WIDTH, state_size, heads_per_group
-    width = r * head_dim
-    matrices = 2 * q * n + 4 * q * width + 2 * q * q + 2 * n * width  # as if of float32; most are bfloat16
-    numbers = (16 + 8 * r) * q + 16 * (n + r)
-    return 4 * (matrices + numbers) + 64 * 64  # each begins on a line of its own
 
 
 def _rows(tensor: Tensor) -> Tensor:

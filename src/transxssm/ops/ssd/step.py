@@ -3,7 +3,6 @@
 Letters: b batch, h heads, g groups, r = h/g heads of a group, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step`.
 """
 
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -92,14 +91,6 @@ def _finished(y: Tensor, token: TokenInputs) -> Tensor:
     return y.to(token.x.dtype)
 
 
-class _Step(ctypes.Structure):
-    """`struct Step` of ops/csrc/step.cpp."""
-
-    SIZES = ("batch", "heads", "groups", "head_dim", "state_size", "rotary_rows", "threads")
-    POINTERS = ("x", "dt", "A", "B", "C", "cos", "sin", "D", "state", "y")
-    _fields_ = (*((name, ctypes.c_int64) for name in SIZES), *((name, ctypes.c_void_p) for name in POINTERS))
-
-
 def _passes_for(state: Tensor, token: TokenInputs) -> Kernels | None:
     same_format = token.x.dtype == token.B.dtype == token.C.dtype
     if not (same_format and state.dtype == torch.float32 and state.is_contiguous()):
@@ -116,7 +107,8 @@ def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
     tensors |= {name: tensor.float() for name, tensor in numbers.items() if tensor is not None}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     batch, heads, head_dim, state_size = state.shape
-    call = _Step(
+    call = passes.structure(
+        "Step",
         batch=batch,
         heads=heads,
         groups=token.B.shape[1],
@@ -124,9 +116,9 @@ def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
         state_size=state_size,
         rotary_rows=1 if cos is None else cos.shape[0],
         threads=torch.get_num_threads(),
-        state=state.data_ptr(),
-        y=y.data_ptr(),
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        state=state,
+        y=y,
+        **tensors,
     )
     passes.run("step", call)
     torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
