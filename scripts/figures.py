@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from scripts.results import RESULTS, ROOT, read_entries, relative_to
-from transxssm.benchmarking.report import draw_rates
 from transxssm.plotting import (
     BLUE,
     GREY,
@@ -19,7 +18,8 @@ from transxssm.plotting import (
     set_ticks,
     short_ticks,
 )
-from transxssm.studies.plots import contender_looks, draw_curve, draw_lengths
+from transxssm_lab.benchmarking.report import draw_rates
+from transxssm_lab.studies.plots import contender_looks, draw_curve, draw_lengths
 
 FIGURES = ROOT / "docs" / "figures"
 LENGTHS = (1024, 4096, 16384, 65536)

@@ -21,11 +21,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transxssm.benchmarking.lengths import format_length
 from transxssm.evaluation import ResultTable
-from transxssm.studies.archive import pack_study, rewrite_report
-from transxssm.studies.tables import notes_of, tables_of
 from transxssm.whole_files import write_text_whole
+from transxssm_lab.benchmarking.lengths import format_length
+from transxssm_lab.studies.archive import pack_study, rewrite_report
+from transxssm_lab.studies.tables import notes_of, tables_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

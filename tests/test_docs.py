@@ -27,9 +27,9 @@ from typer.testing import CliRunner
 from scripts.results import ROOT
 from tests.cli.conftest import _own_settings  # noqa: F401 (a fixture)
 from tests.serving.checkpoints import write_random_checkpoint
-from transxssm.studies import load_study
 from transxssm.training import load_recipe
 from transxssm_cli import app, places
+from transxssm_lab.studies import load_study
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -210,7 +210,7 @@ def check_transxssm(arguments: list[str]) -> None:
         name, overrides = values.get("recipe"), values.get("overrides") or []
         if command.name == "train":
             name, overrides = places.split_arguments(values["arguments"] or [])
-        places.require_recipe("recipe", name, overrides, places.RECIPES)
+        places.require_recipe("recipe", name, overrides)
         load_recipe(name, overrides)
     elif command.name == "study" and values["arguments"]:
         study = load_study(values["arguments"][0], values["arguments"][1:])

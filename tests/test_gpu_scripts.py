@@ -15,14 +15,14 @@ import torch
 import typer
 
 from transxssm import TransXSSMConfig
-from transxssm.benchmarking import parse_length
-from transxssm.benchmarking.decode import DecodeSettings
-from transxssm.benchmarking.throughput import ThroughputSettings
 from transxssm.inspection import cache_bytes
 from transxssm.models.baselines import count_baseline_parameters
 from transxssm.models.modeling_transxssm import TransXSSMDecoderLayer
-from transxssm.studies import contenders_of, load_study
 from transxssm_cli.app import app
+from transxssm_lab.benchmarking import parse_length
+from transxssm_lab.benchmarking.decode import DecodeSettings
+from transxssm_lab.benchmarking.throughput import ThroughputSettings
+from transxssm_lab.studies import contenders_of, load_study
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts" / "gpu"

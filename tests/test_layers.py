@@ -1,4 +1,4 @@
-"""The layers of the package, read off its imports: they point down only, and `__init__` files only re-export."""
+"""The layers of the packages, read off their imports: they point down only, and `__init__` files only re-export."""
 
 import ast
 import sys
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "transxssm"
+OTHERS = [PACKAGE.with_name(name) for name in ("transxssm_cli", "transxssm_lab")]
 
-# A part may import parts with a smaller number. The command line opens every folder, studies included, so it stands on top;
-# it is a package of its own, since importing anything inside this one loads torch.
-COMMAND_LINE = "transxssm_cli"
+# A part may import parts with a smaller number. The command line and the experiments are packages beside this one: importing anything
+# inside it loads torch, which --help must not wait for. What the commands of both share is in the command line's modules; its `app`
+# opens every folder, the experiments too, so it stands on top.
 LAYERS = {
     "_version": 0,
     "whole_files": 0,
@@ -22,10 +23,17 @@ LAYERS = {
     "evaluation": 3,
     "inspection": 3,
     "serving": 3,
-    "benchmarking": 4,
-    "studies": 5,
-    COMMAND_LINE: 6,
-    "__main__": 7,
+    "transxssm_cli": 4,
+    "transxssm_lab.benchmarking": 4,
+    "transxssm_lab.studies": 5,
+    "transxssm_lab.benchmark_command": 6,
+    "transxssm_lab.study_command": 6,
+    "transxssm_lab.commands": 7,
+    "transxssm_cli.app": 8,
+    "__main__": 9,
+    # Names of the version before.
+    "benchmarking": 9,
+    "studies": 9,
 }
 # The package's own __init__ gives names to users: of what it may hold, and no more, so that its import stays cheap.
 PUBLIC = {"_version", "ops", "models"}
@@ -49,24 +57,31 @@ def modules_imported(path: Path, root: Path) -> set[str]:
     return names
 
 
-def part_of(path: Path, root: Path) -> str:
-    """The folder or module directly under `root` that `path` belongs to; "" for the package's own __init__."""
-    first = path.relative_to(root).parts[0].removesuffix(".py")
-    return "" if first == "__init__" else first
+def part_of(module: str) -> str | None:
+    """The part in LAYERS that a dotted name belongs to; "" for a package's own __init__, None for what is not ours."""
+    library, _, inner = module.partition(".")
+    part = inner.split(".")[0]
+    if library not in (package.name for package in (PACKAGE, *OTHERS)):
+        return None
+    if library == PACKAGE.name or not part:
+        return part
+    whole = f"{library}.{part}"
+    return whole if whole in LAYERS or library not in LAYERS else library
 
 
 def violations_of_layers(root: Path) -> list[str]:
     """One line per import that points up, sideways, or, from `ops`, outside torch and the standard library."""
     lines = []
     for path in sorted(root.rglob("*.py")):
-        name, part = path.relative_to(root).as_posix(), part_of(path, root)
+        name = path.relative_to(root).as_posix()
+        part = part_of(".".join([root.name, *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__"))
         if part and part not in LAYERS:
             lines.append(f"{name}: no layer for {part!r}; give it one in LAYERS")
             continue
         for module in sorted(modules_imported(path, root)):
-            library, _, inner = module.partition(".")
-            target = COMMAND_LINE if library == COMMAND_LINE else inner.split(".")[0]
-            if library not in (root.name, COMMAND_LINE):
+            target = part_of(module)
+            if target is None:
+                library = module.split(".")[0]
                 allowed = OPS_LIBRARIES | (GPU_LIBRARIES if name.startswith(GPU_FOLDERS) else set())
                 if part == "ops" and library not in allowed | sys.stdlib_module_names:
                     lines.append(f"{name}: ops imports {library}, expected only torch and the standard library")
@@ -104,11 +119,12 @@ def violations_of_reexport(root: Path) -> list[str]:
     ]
 
 
-def test_imports_point_down():
-    assert violations_of_layers(PACKAGE) == []
+@pytest.mark.parametrize("package", [PACKAGE, *OTHERS], ids=lambda path: path.name)
+def test_imports_point_down(package):
+    assert violations_of_layers(package) == []
 
 
-@pytest.mark.parametrize("package", [PACKAGE, PACKAGE.with_name(COMMAND_LINE)], ids=lambda path: path.name)
+@pytest.mark.parametrize("package", [PACKAGE, *OTHERS], ids=lambda path: path.name)
 def test_init_files_only_reexport(package):
     assert violations_of_reexport(package) == []
 
@@ -137,8 +153,13 @@ def tree(tmp_path):
         ("models/modeling.py", "def f():\n    from transxssm.data import load_corpus", "models (layer 2) imports data"),
         ("data/packing.py", "import transxssm.models.modeling", "data (layer 2) imports models"),
         ("training/loop.py", "from transxssm import evaluation", "training (layer 3) imports evaluation"),
-        ("studies/table2.py", "from transxssm_cli import main", "studies (layer 5) imports transxssm_cli (layer 6)"),
-        ("__init__.py", "from transxssm_cli import main", "the package's __init__ imports transxssm_cli"),
+        (
+            "training/loop.py",
+            "from transxssm_lab.studies import plan",
+            "(layer 3) imports transxssm_lab.studies (layer 5)",
+        ),
+        ("training/loop.py", "from transxssm_cli.app import main", "training (layer 3) imports transxssm_cli.app"),
+        ("__init__.py", "from transxssm_cli.app import main", "the package's __init__ imports transxssm_cli"),
         ("training/loop.py", "from transxssm import TransXSSMConfig", "expected the module that defines it"),
         ("__init__.py", "from .training import train", "the package's __init__ imports transxssm.training"),
         ("helpers.py", "", "no layer for 'helpers'"),
@@ -155,8 +176,8 @@ def test_imports_that_point_down_pass(tree):
         "__init__.py": "from ._version import __version__\nfrom .models import TransXSSMConfig",
         "ops/ssd/chunked.py": "import math\nimport torch\nfrom ..rotary import apply_rotary\nfrom . import reference",
         "models/modeling.py": "from transformers import AutoModel\nfrom transxssm.ops import ssd_step",
-        "studies/table2.py": "from transxssm import training",
-        "__main__.py": "from transxssm_cli import main",
+        "evaluation/scoring.py": "from transxssm import models",
+        "__main__.py": "from transxssm_cli.app import main",
     }
     assert violations_of_layers(tree(files)) == []
 

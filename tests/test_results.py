@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from scripts.results import RESULTS, ROOT, filled, main, pack, pages
-from transxssm.studies.archive import rewrite_report
+from transxssm_lab.studies.archive import rewrite_report
 
 STUDY_TABLE = "<!-- table: studies/table2-cpu, Two ways -->\n{}<!-- end of table -->"
 MOST_FILES, MOST_BYTES = 150, 6_000_000

@@ -24,19 +24,19 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedConfig
 
-from transxssm.benchmarking import CONTENDERS, MODES, ThroughputSettings, parse_length
-from transxssm.benchmarking.contenders import build_prompt, build_step
-from transxssm.benchmarking.decoding import DECODE_TOKENS
-from transxssm.benchmarking.flops import step_flops
-from transxssm.benchmarking.metadata import run_metadata
-from transxssm.benchmarking.peak import SQUARE, measure_peak
-from transxssm.benchmarking.steps import Step, seconds_of, synchronize
-from transxssm.benchmarking.workers import Setup
 from transxssm.evaluation import ResultTable
 from transxssm.inspection import cache_bytes
 from transxssm.models import read_device
 from transxssm.models.baselines import count_baseline_parameters, language_model_on_meta
 from transxssm_cli.one_line_errors import is_users, line_of
+from transxssm_lab.benchmarking import CONTENDERS, MODES, ThroughputSettings, parse_length
+from transxssm_lab.benchmarking.contenders import build_prompt, build_step
+from transxssm_lab.benchmarking.decoding import DECODE_TOKENS
+from transxssm_lab.benchmarking.flops import step_flops
+from transxssm_lab.benchmarking.metadata import run_metadata
+from transxssm_lab.benchmarking.peak import SQUARE, measure_peak
+from transxssm_lab.benchmarking.steps import Step, seconds_of, synchronize
+from transxssm_lab.benchmarking.workers import Setup
 
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # what a copy of which says how fast memory is
 NUM_TURNS, NUM_LISTED = 5, 25

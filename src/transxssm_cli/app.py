@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,12 +12,9 @@ import typer
 from rich.console import Console
 
 from transxssm_cli import evaluate
-from transxssm_cli.benchmark import benchmark
 from transxssm_cli.one_line_errors import OneLineErrors
 from transxssm_cli.places import (
     DEFAULT_RECIPE,
-    RECIPES,
-    STUDIES,
     checkpoint_folder,
     require_model,
     require_path,
@@ -26,9 +22,11 @@ from transxssm_cli.places import (
     require_run,
     split_arguments,
 )
+from transxssm_lab.commands import benchmark, study
 
 # transformers and datasets read these when they are imported.
 LIBRARY_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
+PACKAGES = ("transxssm", "transxssm_lab")  # whose messages are shown as they are
 # Loggers that speak while transformers is imported where the package is installed, before anything has gone wrong.
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 # OpenMP's threads wait for one another at the end of every operator, and libgomp, which torch's wheels for Linux bring, lets them spin
@@ -74,10 +72,11 @@ def configure(
         os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("transxssm")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
-    logger.propagate = False
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO if verbose else logging.WARNING)
+        logger.propagate = False
     if verbose:
         return
     for variable in LIBRARY_VERBOSITY:
@@ -107,7 +106,7 @@ def train(
     [cyan]transxssm train my.yaml --resume[/]
     """
     name, overrides = split_arguments(arguments or [])
-    require_recipe("recipe", name, overrides, RECIPES)
+    require_recipe("recipe", name, overrides)
     if resume:
         require_run(name, overrides)
     from transxssm_cli.training import train_recipe
@@ -226,58 +225,10 @@ def demo(
 
     Continues by itself where it was interrupted; shows the result again once it has finished.
     """
-    require_recipe("recipe", recipe, overrides or [], RECIPES)
+    require_recipe("recipe", recipe, overrides or [])
     from transxssm_cli.demo import run_demo
 
     run_demo(recipe, overrides or [])
 
 
-@app.command()
-def study(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [section.key=value]...",
-            help="A bundled study or a YAML file, then settings that override it. None: lists the bundled ones.",
-            show_default=False,
-        ),
-    ] = None,
-    budget_minutes: Annotated[
-        float | None,
-        typer.Option(
-            help="Wall time for everything; a run that is cut off goes on the next time. Default: no limit.",
-            show_default=False,
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CELL", help="Run this cell; may be given several times.", show_default=False),
-    ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="Show the plan, run nothing.")] = False,
-    report_only: Annotated[
-        bool, typer.Option("--report", help="Write the tables of what has been run, run nothing.")
-    ] = False,
-) -> None:
-    """Train and evaluate a grid of models alike: same data in the same order, tuned learning rates, one table.
-
-    Ctrl-C keeps what was run; the same command goes on from there.
-
-    Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/]
-    """
-    started = time.monotonic()
-    if arguments:
-        require_recipe("study", arguments[0], arguments[1:], STUDIES)
-    from transxssm_cli.study import list_studies, report_command, run_study_command, show_plan
-
-    if list_only and report_only:
-        raise ValueError("--list shows the plan and --report the tables: leave one out")
-    if not arguments:
-        list_studies()
-    elif list_only:
-        show_plan(arguments[0], arguments[1:], only or [])
-    elif report_only:
-        if only or budget_minutes is not None:
-            raise ValueError("--report writes the tables of all that is there: leave out --only and --budget-minutes")
-        report_command(arguments[0], arguments[1:])
-    else:
-        run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes, started=started)
+app.command()(study)

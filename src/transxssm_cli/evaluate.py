@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transxssm_cli.places import RECIPES, checkpoint_folder, require_path, require_recipe
+from transxssm_cli.places import checkpoint_folder, require_path, require_recipe
 
 if TYPE_CHECKING:
     from transxssm_cli.evaluation import Place
@@ -242,4 +242,4 @@ def _place(checkpoint: str, dtype: str, device: str, output_dir: Path | None) ->
 def _require_text(recipe: str | None, text_file: Path | None) -> None:
     require_path("--text-file", text_file)
     if recipe is not None:
-        require_recipe("recipe", recipe, [], RECIPES)
+        require_recipe("recipe", recipe, [])

@@ -12,9 +12,8 @@ from typing import Any
 
 DEFAULT_RECIPE = "tiny"
 PRESETS = ("tiny", "small", "320m", "1.3b", "tiny-conv", "small-conv", "320m-conv", "1.3b-conv")
+BUNDLED_IN = {"recipe": "transxssm", "study": "transxssm_lab"}
 CORPORA = ("python-stdlib", "python-environment")
-STUDIES = Path("studies", "recipes")
-RECIPES = Path("recipes")
 # What a checkpoint needs of a repository on the hub: never pickled weights, of which loading may run code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -89,19 +88,18 @@ def require_path(option: str, path: Path | None) -> None:
         raise ValueError(f"{option}: {path}: No such file or directory{nearest(path)}")
 
 
-def require_recipe(kind: str, name: str, overrides: Sequence[str], folder: Path) -> None:
+def require_recipe(kind: str, name: str, overrides: Sequence[str]) -> None:
     """Checks that a recipe is there, and the local text that it or an override names.
 
     Args:
         kind: "recipe" or "study", for the message.
         name: a bundled one's, or the path of a YAML file.
         overrides: `section.key=value` each.
-        folder: of the bundled ones in the package, `RECIPES` or `STUDIES`.
 
     Raises:
         ValueError: neither is there; names the nearest.
     """
-    bundled = _bundled(folder)
+    bundled = _bundled(kind)
     path = Path(name).expanduser()
     if name not in bundled and not path.exists():
         close = difflib.get_close_matches(name, bundled, n=1)
@@ -191,12 +189,12 @@ def _yaml(text: str) -> Any:
         return None
 
 
-def _bundled(folder: Path) -> list[str]:
-    """Names of the recipes in a folder of the package, which is found without being imported."""
-    package = importlib.util.find_spec("transxssm")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    return sorted(path.stem for path in Path(package.submodule_search_locations[0], folder).glob("*.yaml"))
+def _bundled(kind: str) -> list[str]:
+    """Names of the recipes or studies of our packages, which are found without being imported."""
+    spec = importlib.util.find_spec(BUNDLED_IN[kind])
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return sorted(path.stem for path in Path(spec.submodule_search_locations[0], "recipes").glob("*.yaml"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,11 +22,12 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for variable in (*app.LIBRARY_VERBOSITY, "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         monkeypatch.setenv(variable, "error")
     monkeypatch.setenv(app.SPIN_VARIABLE, app.SPIN_COUNT)
-    logger = logging.getLogger("transxssm")
-    before = logger.handlers, logger.level, logger.propagate
+    loggers = [logging.getLogger(name) for name in app.PACKAGES]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     yield
-    logger.handlers, logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture

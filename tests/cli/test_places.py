@@ -11,9 +11,9 @@ import pytest
 
 from transxssm.data.embedded import EMBEDDED_CORPORA
 from transxssm.models import PRESETS
-from transxssm.studies import bundled_studies
 from transxssm.training import bundled_recipes
 from transxssm_cli import places
+from transxssm_lab.studies import bundled_studies
 
 # Runs each command line in one process, and says what each answered and whether torch had been imported by then.
 ANSWERS = """
@@ -80,8 +80,8 @@ def test_a_mistyped_path_is_answered_without_torch(tmp_path):
 def test_names_that_are_repeated_here_are_the_librarys():
     assert list(places.PRESETS) == list(PRESETS)
     assert places.CORPORA == EMBEDDED_CORPORA
-    assert places._bundled(places.RECIPES) == bundled_recipes()
-    assert places._bundled(places.STUDIES) == sorted(bundled_studies())
+    assert places._bundled("recipe") == bundled_recipes()
+    assert places._bundled("study") == sorted(bundled_studies())
 
 
 def test_the_last_override_goes_before_the_recipe(tmp_path):
@@ -98,7 +98,7 @@ def test_the_last_override_goes_before_the_recipe(tmp_path):
 def test_what_may_be_a_corpus_is_left_to_the_library(tmp_path, monkeypatch, corpus):
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
-    places.require_recipe("recipe", "tiny", [f"data.corpus={corpus}"], places.RECIPES)
+    places.require_recipe("recipe", "tiny", [f"data.corpus={corpus}"])
 
 
 class TestHub:

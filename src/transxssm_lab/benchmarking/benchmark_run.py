@@ -1,0 +1,190 @@
+"""What the benchmarks share: limits, the results file that grows as groups are done, and going on from it."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from transxssm.inspection import available_bytes
+from transxssm_lab.benchmarking.comparison import SETTLED, Cell, Comparison, Group, Limits, Notify
+from transxssm_lab.benchmarking.metadata import run_metadata
+from transxssm_lab.benchmarking.peak import measure_peak, product_shapes
+from transxssm_lab.benchmarking.processes import ChildFailed, OutOfMemory, OutOfTime, run_in_child
+from transxssm_lab.benchmarking.report import OVER_LENGTH, Report, write_json, write_report
+from transxssm_lab.benchmarking.workers import Setup
+
+logger = logging.getLogger(__name__)
+
+# What must not have changed for results to be continued.
+_SAME_RUN = ("version", "commit", "dirty", "device", "gpu", "cpu", "threads", "torch", "transformers")
+MEMORY_MARGIN = (
+    0.1  # of what is available stays free, for the parent, for the system, and for what grows between two looks
+)
+PEAK_TOKENS = 4096  # rows of the products whose rate is the peak
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a whole benchmark may take.
+
+    Args:
+        repeats: timed runs of each contender in each group; at least 3 are made, or none.
+        minutes: of wall time.
+        memory_bytes: of a child's resident memory; None: nine tenths of what the machine has left.
+
+    Raises:
+        ValueError: less than one repeat, no time, no memory.
+    """
+
+    repeats: int = 5
+    minutes: float = 20.0
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1: got {self.repeats}")
+        if self.minutes <= 0:
+            raise ValueError(f"budget-minutes must be more than 0: got {self.minutes:g}")
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise ValueError(f"the memory limit must be more than 0 bytes: got {self.memory_bytes}")
+
+    def limits(self) -> Limits:
+        """From now on."""
+        host = available_bytes(torch.device("cpu"))
+        memory = int((1 - MEMORY_MARGIN) * host) if self.memory_bytes is None else self.memory_bytes
+        return Limits(self.repeats, time.monotonic() + 60 * self.minutes, memory)
+
+
+class BenchmarkRun:
+    """One benchmark into one folder.
+
+    Args:
+        name: of the benchmark and its files.
+        folder: for `name`.json, which grows after every group, `name`.md and `name`.png.
+        settings: plain values that say what is measured; results with other settings are not continued.
+        setup: of the children.
+        budget: see there.
+        notify: told of the progress.
+        report: how the results are shown.
+
+    Raises:
+        ValueError: the folder holds results of another command, machine or version of the code.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        setup: Setup,
+        budget: Budget,
+        notify: Notify,
+        report: Report = OVER_LENGTH,
+    ) -> None:
+        self.name, self.folder, self.setup, self.report = name, folder, setup, report
+        metadata = run_metadata(setup.device, setup.num_threads)
+        self.results: dict[str, Any] = {
+            "benchmark": name,
+            "status": "interrupted",
+            "metadata": metadata,
+            "settings": {**settings, "repeats": budget.repeats},
+            "peak": None,
+            "cells": [],
+        }
+        self._continue_from(folder / f"{name}.json")
+        self.limits = budget.limits()
+        self.comparison = Comparison(setup, self.limits, notify)
+
+    def measure_peak(self, config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> None:
+        """Finds the fastest matrix product among a model's, unless an earlier run has; without one there are no floors."""
+        self.comparison.notify("peak of a matrix product", self.comparison.num_done)
+        if self.results["peak"] is None:
+            shapes = product_shapes(config, min(num_tokens, PEAK_TOKENS), self.setup.device)
+            self.results["peak"] = self.in_child(measure_peak, shapes, dtype)
+        self.comparison.num_done += 1
+
+    def measure(self, groups: Sequence[Group], after: Callable[[Group, list[Cell]], None] | None = None) -> None:
+        """Measures the groups that are not done yet; `after` is called for each with its cells."""
+        for group in groups:
+            if self._is_settled(group):
+                self.comparison.num_done += group.num_parts
+                continue
+            self._forget(group)
+            measured: list[Cell] = []
+            try:
+                self.comparison.measure(group, measured.extend)
+            finally:
+                self.results["cells"] += [cell.to_dict(self._peak) for cell in measured]
+                self.save()
+            if after is not None:
+                after(group, measured)
+
+    def in_child(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of another piece of work in a child process; None where memory or time did not suffice."""
+        try:
+            return run_in_child(
+                function,
+                self.setup,
+                *arguments,
+                memory_limit=self.limits.memory_bytes,
+                deadline=self.limits.deadline,
+            )
+        except (OutOfMemory, OutOfTime):
+            return None
+        except ChildFailed as error:
+            raise RuntimeError(f"{function.__name__}: {error}") from error
+
+    def save(self) -> None:
+        """Writes what there is."""
+        write_json(self.folder / f"{self.name}.json", self.results)
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Writes all three files and returns the results."""
+        unfinished = any(cell["status"] == "out of time" for cell in self.results["cells"])
+        self.results["status"] = "out of time" if status == "complete" and unfinished else status
+        write_report(self.folder, self.name, self.results, self.report)
+        return self.results
+
+    @property
+    def _peak(self) -> float | None:
+        return self.results["peak"] and self.results["peak"]["flops_per_second"]
+
+    def _cells(self, group: Group) -> list[dict[str, Any]]:
+        return [c for c in self.results["cells"] if (c["mode"], c["length"]) == (group.mode, group.length)]
+
+    def _is_settled(self, group: Group) -> bool:
+        status_of = {cell["contender"]: cell["status"] for cell in self._cells(group)}
+        return all(status_of.get(entry.name) in SETTLED for entry in group.entries)
+
+    def _forget(self, group: Group) -> None:
+        """Contenders count only against each other in one run, so that a group is measured as a whole."""
+        old = self._cells(group)
+        self.results["cells"] = [cell for cell in self.results["cells"] if cell not in old]
+
+    def _continue_from(self, path: Path) -> None:
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except ValueError:
+            raise ValueError(f"{path} is damaged, not JSON: delete it, or choose another folder") from None
+        for part, names in (("settings", self.results["settings"]), ("metadata", _SAME_RUN)):
+            for name in names:
+                got, expected = earlier.get(part, {}).get(name), json.loads(json.dumps(self.results[part][name]))
+                if got != expected:
+                    raise ValueError(
+                        f"{path} holds results of another run, {name} was {got} and is {expected} now: "
+                        "choose another folder, or delete it"
+                    )
+        self.results = {**earlier, "status": "interrupted"}
+        if earlier["status"] == "complete":
+            logger.warning("%s is complete: nothing is measured again; to do so, delete %s first", path, self.folder)
+        else:
+            logger.warning("going on with %s", path)

@@ -1,0 +1,264 @@
+"""The models that a benchmark compares, and the steps it times them at. A new contender is a new entry in `CONTENDERS`."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache
+
+from transxssm.models import TransXSSMConfig
+from transxssm.models.baselines import (
+    count_baseline_parameters,
+    jamba_config,
+    llama_config,
+    mamba2_config,
+    new_language_model,
+)
+from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
+from transxssm_lab.benchmarking.decoding import Prompt, read_prompt
+from transxssm_lab.benchmarking.steps import Step
+
+MODES = ("train", "prefill", "decode", "train-autocast", "train-checkpointed", "optimizer")
+TRAINING_MODES = ("train", "train-autocast", "train-checkpointed")
+DEFAULT_MODES = ("train", "prefill", "decode")
+REFERENCE = "transxssm"  # whose time others are divided by
+STATIC_CACHE_ROOM = 1024  # tokens that a static cache holds beyond the prompt
+SEED = 0
+
+
+def _all_ssd(config: TransXSSMConfig) -> TransXSSMConfig:
+    changed = copy.deepcopy(config)
+    changed.layer_types = [SSD_LAYER_TYPE] * config.num_hidden_layers
+    return changed
+
+
+def _static_cache(config: PreTrainedConfig, num_tokens: int) -> Cache:
+    return StaticCache(config=config, max_cache_len=num_tokens)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model in a benchmark.
+
+    Args:
+        label: what it is, for tables.
+        config: its configuration, given the one that all are matched to.
+        attention: transformers' name of the attention implementation.
+        compiled: "layers": one by one (`compile_layers`); "step": a decoded token as a whole, on a GPU as a CUDA graph
+            (`compile_step`); None: nothing.
+        new_cache: makes the cache for decoding from the configuration and the most tokens it will hold; None: the one that the model makes.
+        modes: that it can be measured in.
+    """
+
+    label: str
+    config: Callable[[TransXSSMConfig], PreTrainedConfig]
+    attention: str = "sdpa"
+    compiled: Literal["layers", "step"] | None = None
+    new_cache: Callable[[PreTrainedConfig, int], Cache] | None = None
+    modes: tuple[str, ...] = MODES
+
+
+def compile_layers(model: nn.Module, mode: str) -> None:
+    """Compiles the decoder layers one by one: layers of a kind share their code, so that it takes seconds and not minutes.
+
+    decode: those of fixed state alone, since keys and values that grow would be compiled again and again.
+    """
+    layers = list(model.get_submodule("model.layers").children())
+    # Attention layers read their own number where there is a cache, and each is compiled for it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(layers) + 1)
+    for layer in layers:
+        if mode != "decode" or layer.is_ssd:
+            layer.compile()
+
+
+def compile_step(model: nn.Module) -> None:
+    """Compiles the model as one graph, as `generate` does on a GPU with a static cache: launched at once, not kernel by kernel."""
+    is_on_gpu = next(model.parameters()).device.type == "cuda"
+    model.compile(fullgraph=True, mode="reduce-overhead" if is_on_gpu else None)
+
+
+CONTENDERS = {
+    "transxssm": Contender("TransXSSM", lambda config: config),
+    "transxssm-compiled": Contender(
+        "TransXSSM, torch.compile",
+        lambda config: config,
+        compiled="layers",
+        modes=(*TRAINING_MODES, "prefill", "decode"),
+    ),
+    "transxssm-graph": Contender(
+        "TransXSSM, static cache, one graph",
+        lambda config: config,
+        compiled="step",
+        new_cache=_static_cache,
+        modes=("decode",),
+    ),
+    "transxssm-ssd": Contender("TransXSSM, SSD layers only", _all_ssd),
+    "llama": Contender("Llama, SDPA", llama_config),
+    "llama-compiled": Contender(
+        "Llama, torch.compile", llama_config, compiled="layers", modes=(*TRAINING_MODES, "prefill")
+    ),
+    "llama-eager": Contender("Llama, eager attention", llama_config, attention="eager"),
+    "llama-static": Contender("Llama, SDPA, static cache", llama_config, new_cache=_static_cache, modes=("decode",)),
+    "llama-graph": Contender(
+        "Llama, SDPA, static cache, one graph",
+        llama_config,
+        compiled="step",
+        new_cache=_static_cache,
+        modes=("decode",),
+    ),
+    "mamba2": Contender("Mamba-2", mamba2_config),
+    "jamba": Contender("Jamba (Bamba)", jamba_config),
+}
+DEFAULT_CONTENDERS = ("transxssm", "llama", "mamba2", "jamba")
+
+
+def build_step(
+    name: str, config: PreTrainedConfig, mode: str, length: int, batch: int, dtype: torch.dtype, *, device: torch.device
+) -> Step:
+    """A contender with new weights on a device, ready to be timed.
+
+    train: forward with labels and backward, weights in `dtype`. train-autocast: as train, float32 weights under autocast to
+    `dtype`. train-checkpointed: as train, with gradient checkpointing of every layer. prefill: the prompt through an empty
+    cache, logits of its last token. decode: `DECODE_TOKENS` tokens, one at a time, after the prompt. optimizer: a step of AdamW.
+    """
+    if mode == "decode":
+        return build_prompt(name, config, length, batch, dtype, STATIC_CACHE_ROOM, device=device).step()
+    model = _new_model(name, config, mode, torch.float32 if mode == "train-autocast" else dtype, device)
+    input_ids = _new_tokens(config, batch, length, device)
+    if mode == "optimizer":
+        return _optimizer_step(model)
+    if mode in TRAINING_MODES:
+        if mode == "train-checkpointed":
+            model.gradient_checkpointing_enable()
+        autocast_dtype = dtype if mode == "train-autocast" else None
+        return _training_step(model.train(), input_ids, autocast_dtype)
+    assert mode == "prefill"
+    return _prefill_step(model.eval(), input_ids)
+
+
+def build_prompt(
+    name: str,
+    config: PreTrainedConfig,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    num_new_tokens: int,
+    *,
+    device: torch.device,
+) -> Prompt:
+    """A contender with new weights on a device that has read `batch` rows of `length` tokens.
+
+    A static cache is made with room for `num_new_tokens` more.
+    """
+    new_cache = CONTENDERS[name].new_cache
+    cache = None if new_cache is None else new_cache(config, length + num_new_tokens)
+    model = _new_model(name, config, "decode", dtype, device).eval()
+    prompt = read_prompt(model, _new_tokens(config, batch, length, device), cache)
+    if CONTENDERS[name].compiled == "step":
+        compile_step(model)
+    return prompt
+
+
+def check_contenders(names: Sequence[str], modes: Sequence[str]) -> None:
+    """Whether each of the names is a contender that can be measured in one of the modes.
+
+    Raises:
+        ValueError: none, one that is unknown, named twice, or for other modes only.
+    """
+    check_names("contender", names, CONTENDERS)
+    for name in names:
+        if not set(modes) & set(CONTENDERS[name].modes):
+            raise ValueError(
+                f"{name} can be measured in {', '.join(CONTENDERS[name].modes)} only: got modes {', '.join(modes)}"
+            )
+
+
+def check_names(kind: str, got: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
+    """Whether names are known ones, each once.
+
+    Raises:
+        ValueError: none, one that is unknown or named twice.
+    """
+    if not got:
+        raise ValueError(f"expected at least one {kind} of {', '.join(known)}: got none")
+    for name in got:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}")
+    if len(set(got)) != len(got):
+        raise ValueError(f"each {kind} can be named once: got {', '.join(got)}")
+
+
+def describe_contenders(configs: dict[str, PreTrainedConfig], target: TransXSSMConfig) -> dict[str, Any]:
+    """Parameters and sizes by name; how many parameters, relative to the model that all are matched to."""
+    wanted = count_baseline_parameters(target)
+    return {
+        name: {
+            "label": CONTENDERS[name].label,
+            "parameters": (parameters := count_baseline_parameters(config)),
+            "parameters_relative": parameters / wanted,
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": None if config.model_type == "mamba2" else config.intermediate_size,
+            "config": json_config(config),
+        }
+        for name, config in configs.items()
+    }
+
+
+def json_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a configuration differs from its class's defaults, in numbers that JSON has."""
+    return {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if not (isinstance(value, (list, tuple)) and any(isinstance(v, float) and math.isinf(v) for v in value))
+    }
+
+
+def _new_model(
+    name: str, config: PreTrainedConfig, mode: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    options = {"attn_implementation": CONTENDERS[name].attention} if hasattr(config, "num_attention_heads") else {}
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        model = new_language_model(config, dtype=dtype, **options)
+    if CONTENDERS[name].compiled == "layers":
+        compile_layers(model, mode)
+    return model
+
+
+def _new_tokens(config: PreTrainedConfig, batch: int, length: int, device: torch.device) -> Tensor:
+    tokens = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
+    return tokens.to(device)
+
+
+def _training_step(model: PreTrainedModel, input_ids: Tensor, autocast_dtype: torch.dtype | None) -> Step:
+    # As this package's trainer trains: without the logits where the model's loss does not need them.
+    options = {"skip_logits": True} if model.config.model_type == TransXSSMConfig.model_type else {}
+
+    def run() -> None:
+        with torch.autocast(input_ids.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **options).loss
+        loss.backward()
+
+    return Step(run, lambda: model.zero_grad(set_to_none=True))
+
+
+def _prefill_step(model: nn.Module, input_ids: Tensor) -> Step:
+    @torch.no_grad()
+    def run() -> Any:
+        return model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
+
+    return Step(run)
+
+
+def _optimizer_step(model: nn.Module) -> Step:
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    return Step(optimizer.step)

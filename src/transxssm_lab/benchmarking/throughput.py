@@ -1,0 +1,198 @@
+"""Whole models against each other over the length of the sequence: the paper's Figure 4, measured on this machine."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from transxssm.models import TransXSSMConfig
+from transxssm.ops.ssd import DEFAULT_CHUNK_SIZE
+from transxssm_lab.benchmarking.benchmark_run import BenchmarkRun, Budget
+from transxssm_lab.benchmarking.comparison import Cell, Group, Notify
+from transxssm_lab.benchmarking.contenders import (
+    CONTENDERS,
+    DEFAULT_CONTENDERS,
+    DEFAULT_MODES,
+    MODES,
+    REFERENCE,
+    build_step,
+    check_contenders,
+    check_names,
+    describe_contenders,
+)
+from transxssm_lab.benchmarking.decoding import DECODE_TOKENS
+from transxssm_lab.benchmarking.flops import step_flops
+from transxssm_lab.benchmarking.ssd_share import ssd_share
+from transxssm_lab.benchmarking.steps import Entry
+from transxssm_lab.benchmarking.workers import Setup
+
+NAME = "throughput"
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+MIN_POINTS = 3  # lengths from which an exponent is fitted
+
+
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """What to measure.
+
+    Args:
+        preset: of `TransXSSMConfig`; every contender is matched to it.
+        contenders: names in `CONTENDERS`.
+        modes: of `MODES`.
+        lengths: tokens of a sequence, each ≥ 1, ≥ 2 for training.
+        batch: sequences.
+        dtype: "float32", "bfloat16" or "float16": of weights; for train-autocast, of autocast.
+        chunk_size: of TransXSSM's scan; None: the preset's.
+
+    Raises:
+        ValueError: anything unknown, or nothing that could be measured.
+    """
+
+    preset: str = "small"
+    contenders: tuple[str, ...] = DEFAULT_CONTENDERS
+    modes: tuple[str, ...] = DEFAULT_MODES
+    lengths: tuple[int, ...] = (1024, 4096, 16384)
+    batch: int = 1
+    dtype: str = "float32"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_names("mode", self.modes, MODES)
+        check_contenders(self.contenders, self.modes)
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1 sequence: got {self.batch}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk-size must be at least 1 token: got {self.chunk_size}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths must be 1 token or more: got {list(self.lengths)}")
+        training = [mode for mode in self.modes if mode.startswith("train")]
+        if training and min(self.lengths) < 2:
+            raise ValueError(f"{training[0]} needs 2 tokens, the first to predict the second: got a length of 1")
+        if "train-autocast" in self.modes and self.torch_dtype not in HALF_DTYPES:
+            raise ValueError(
+                f"train-autocast casts to a half precision: got dtype {self.dtype}, expected bfloat16 or float16"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def model_config(self) -> TransXSSMConfig:
+        """The configuration that all contenders are matched to."""
+        options = {} if self.chunk_size is None else {"ssd_chunk_size": self.chunk_size}
+        return TransXSSMConfig.from_preset(self.preset, **options)
+
+
+def run_throughput(
+    settings: ThroughputSettings,
+    folder: Path,
+    *,
+    setup: Setup,
+    budget: Budget,
+    notify: Notify = lambda what, done: None,
+) -> dict[str, Any]:
+    """Measures, writes throughput.json (after every group), .md and .png into the folder, and returns the results.
+
+    What memory or time does not allow is recorded, not raised. The same call goes on where an earlier one was stopped.
+
+    Raises:
+        ValueError: the folder holds other results; a contender cannot be matched.
+        KeyboardInterrupt: after what was measured has been written.
+    """
+    config = settings.model_config()
+    configs = {name: CONTENDERS[name].config(config) for name in settings.contenders}
+    run = BenchmarkRun(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify)
+    results = run.results
+    results["contenders"] = describe_contenders(configs, config)
+    results.setdefault("ssd_share", [])
+    groups = plan(settings, configs, setup.device)
+
+    def profile_reference(group: Group, cells: list[Cell]) -> None:
+        entries = {entry.name: entry for entry in group.entries}
+        measured = [cell.contender for cell in cells if cell.status == "ok"]
+        if group.mode == "train" and REFERENCE in measured and run.limits.seconds_left > 0:
+            share = run.in_child(ssd_share, entries[REFERENCE])
+            if share is not None:
+                results["ssd_share"] = [s for s in results["ssd_share"] if s["length"] != group.length]
+                results["ssd_share"].append({"length": group.length, **share})
+
+    status = "interrupted"
+    try:
+        run.measure_peak(config, settings.batch * max(settings.lengths), settings.torch_dtype)
+        run.measure(groups, profile_reference)
+        status = "complete"
+    finally:
+        results["prefill_exponents"] = prefill_exponents(results["cells"])
+        run.finish(status)
+    return results
+
+
+def num_parts(settings: ThroughputSettings) -> int:
+    """Steps of progress of a whole benchmark."""
+    lengths = len(set(settings.lengths))
+    groups = [(mode, 1 if mode == "optimizer" else lengths) for mode in settings.modes]
+    counts = [(sum(mode in CONTENDERS[name].modes for name in settings.contenders), times) for mode, times in groups]
+    return 1 + sum((contenders + 1) * times for contenders, times in counts if contenders)
+
+
+def plan(settings: ThroughputSettings, configs: dict[str, PreTrainedConfig], device: torch.device) -> list[Group]:
+    """Groups from the shortest length on; the optimizer's step, which has no length, goes with the shortest."""
+    lengths = sorted(set(settings.lengths))
+    reference = REFERENCE if REFERENCE in configs else settings.contenders[0]
+    groups = []
+    for length in lengths:
+        for mode in settings.modes:
+            if mode == "optimizer" and length != lengths[0]:
+                continue
+            entries = tuple(
+                _entry(name, config, mode, length, settings, device)
+                for name, config in configs.items()
+                if mode in CONTENDERS[name].modes
+            )
+            if entries:
+                groups.append(Group(mode, length, entries, reference))
+    return groups
+
+
+def _entry(
+    name: str, config: PreTrainedConfig, mode: str, length: int, settings: ThroughputSettings, device: torch.device
+) -> Entry:
+    arguments = (name, config, mode, length, settings.batch, settings.torch_dtype)
+    if mode == "optimizer":
+        return Entry(name, build_step, arguments, num_tokens=None, flops=None)
+    flops = step_flops(_with_chunk_size(config, device), mode, length, settings.batch).total
+    if mode == "decode":
+        num_tokens, flops = settings.batch * DECODE_TOKENS, DECODE_TOKENS * flops
+    else:
+        num_tokens = settings.batch * length
+    return Entry(name, build_step, arguments, num_tokens, flops, CONTENDERS[name].compiled is not None)
+
+
+def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrainedConfig:
+    """The chunk that the scan takes on the device where the configuration leaves it open."""
+    if not isinstance(config, TransXSSMConfig) or config.ssd_chunk_size is not None:
+        return config
+    config = copy.deepcopy(config)
+    config.ssd_chunk_size = DEFAULT_CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE["cuda"])
+    return config
+
+
+def prefill_exponents(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By contender with at least three lengths: the slope of log(median prefill time) over log(length), least squares."""
+    fits = {}
+    for name in dict.fromkeys(cell["contender"] for cell in cells):
+        points = [
+            (cell["length"], cell["seconds"]["median"])
+            for cell in cells
+            if (cell["contender"], cell["mode"]) == (name, "prefill") and cell["seconds"]
+        ]
+        if len(points) >= MIN_POINTS:
+            lengths, seconds = zip(*points, strict=True)
+            slope = np.polyfit(np.log(lengths), np.log(seconds), 1)[0]
+            fits[name] = {"exponent": float(slope), "lengths": list(lengths)}
+    return fits

@@ -1,0 +1,366 @@
+"""A study: the YAML that says which models are trained, how often, on what, and how they are compared."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from transxssm.data import RecallTask
+from transxssm.data.needle import NUM_NAMES
+from transxssm.training.recipe import apply_override
+from transxssm.training.yaml_values import load_yaml
+
+# Numbers are strict: "1" is none. Sections are mappings that become the dataclasses.
+_CLOSED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Grid:
+    """What the cells are repeated over.
+
+    Args:
+        title: says what the study asks.
+        seeds: of initialisation and data order; every contender is trained once with each.
+        learning_rates: every contender is trained with each, and its best is compared; empty: the one that `tuning` finds, or
+            that of `training`.
+        repeat_rates: which of them the seeds after the first are trained with: "all", or the "best" one of the first seed.
+        flops_per_second: that the machine is thought to reach, for the estimate of the time before anything has been measured.
+        output_dir: folder of the study; None: runs/studies/<name>.
+    """
+
+    title: str = ""
+    seeds: list[StrictInt] = dataclasses.field(default_factory=lambda: [0])
+    learning_rates: list[StrictFloat] = dataclasses.field(default_factory=list)
+    repeat_rates: Literal["all", "best"] = "all"
+    flops_per_second: StrictFloat = 1e11
+    output_dir: str | None = None
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Tuning:
+    """The learning rate of each contender: that with the least held-out loss after `max_steps` steps of a schedule of its own."""
+
+    learning_rates: list[StrictFloat]
+    max_steps: StrictInt
+    seed: StrictInt = 0
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Cell:
+    """One model of the comparison.
+
+    Args:
+        model: keys of a recipe's model section, over those that all share.
+        weights_of: another cell, whose trained weights are evaluated under these model keys; nothing is trained.
+        row, column: its place in a table of two ways.
+        slowdown: how many times longer than its FLOPs say it is thought to take.
+    """
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights_of: str | None = None
+    row: str | None = None
+    column: str | None = None
+    slowdown: StrictFloat = 1.0
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Size:
+    """Keys of the model and training sections that make every cell larger or smaller."""
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Perplexity:
+    """Held-out documents as long as the longest window, read in windows of each length, half of which overlap."""
+
+    lengths: list[StrictInt]
+    max_tokens: StrictInt = 200_000
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Recall:
+    """Multi-query associative recall to train on and be measured by, in place of text.
+
+    Args:
+        sizes: length and number of pairs of each task; training takes turns.
+        vocab_size: of the tasks.
+        tokens_per_step: of a training step, which reads sequences of one task.
+        held_out_steps: batches of the held-out loss.
+        num_examples: sequences that the accuracy at each size is measured on.
+    """
+
+    sizes: list[list[StrictInt]]
+    vocab_size: StrictInt = 8192
+    tokens_per_step: StrictInt = 16384
+    held_out_steps: StrictInt = 16
+    num_examples: StrictInt = 256
+
+    @property
+    def train_lengths(self) -> list[int]:
+        """Tokens of each task's sequences."""
+        return [length for length, _ in self.sizes]
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Needle:
+    """Needles in haystacks of the data section's text to train on and be measured by: one sentence gives a number, which is asked for.
+
+    Args:
+        train_lengths: tokens of an example at most; training takes turns.
+        lengths, depths: at which it is measured; depth is the share of the text before the needle.
+        tokens_per_step: of a training step, which reads examples of one length.
+        tokens_per_needle: texts to train on hold a needle for so many tokens, all asked for in the end; None: one, as in what is measured.
+        held_out_steps: batches of the held-out loss.
+        num_examples: measured at each length and depth.
+    """
+
+    train_lengths: list[StrictInt]
+    lengths: list[StrictInt]
+    depths: list[StrictFloat] = dataclasses.field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    tokens_per_step: StrictInt = 16384
+    tokens_per_needle: StrictInt | None = None
+    held_out_steps: StrictInt = 16
+    num_examples: StrictInt = 32
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Study:
+    """A checked study. `model`, `data` and `training` are sections of a recipe, shared by all cells."""
+
+    name: str
+    cells: dict[str, Cell]
+    grid: Grid = dataclasses.field(default_factory=Grid)
+    tuning: Tuning | None = None
+    sizes: dict[str, Size] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    perplexity: Perplexity | None = None
+    recall: Recall | None = None
+    needle: Needle | None = None
+
+    @property
+    def task(self) -> Recall | Needle | None:
+        """What is trained on in place of text, if anything."""
+        return self.recall if self.needle is None else self.needle
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of the study."""
+        return Path(self.grid.output_dir or f"runs/studies/{self.name}").expanduser()
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that a figure depends on, as plain values."""
+        settings = dataclasses.asdict(self)
+        for key in ("title", "flops_per_second", "output_dir"):
+            del settings["grid"][key]
+        if self.grid.repeat_rates == "all":  # as in studies before there was a choice
+            del settings["grid"]["repeat_rates"]
+        for cell in settings["cells"].values():
+            del cell["slowdown"]
+        return settings
+
+
+_SECTION_TYPES: dict[str, Any] = {
+    "grid": Grid,
+    "tuning": Tuning,
+    "cells": Cell,
+    "sizes": Size,
+    "perplexity": Perplexity,
+    "recall": Recall,
+    "needle": Needle,
+}
+
+
+def bundled_studies() -> list[str]:
+    """Names of the studies inside the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _bundle().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Reads a study and applies overrides `section.key=value`.
+
+    A study may stand on another: `base: NAME` takes all that the other says, under what the study itself says; null takes a key away.
+
+    Raises:
+        ValueError: no such study, an unknown key (with the nearest known one), a value that does not fit. Always one line.
+    """
+    name, sections = _sections_of(str(name_or_path))
+    for override in overrides:
+        apply_override(override, sections)
+    if "name" in sections:
+        raise ValueError("unknown section name: a study has the name of its file")
+    study = _validated(_without_nulls(sections) | {"name": name})
+    _check(study)
+    return study
+
+
+def study_from_settings(name: str, title: str, settings: Mapping[str, Any]) -> Study:
+    """The study that has these settings (see `Study.settings`), as a report notes them.
+
+    Raises:
+        ValueError: settings that this version does not know.
+    """
+    study = _validated({**settings, "grid": {**settings["grid"], "title": title}, "name": name})
+    _check(study)
+    return study
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have meant, and the names there are, for an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}Expected one of {', '.join(known)}"
+
+
+def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """A study's name, and its sections over those of the study that it names as its `base`; `heirs` are those that led here."""
+    name, text = _read(name_or_path)
+    try:
+        sections = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}: {error}") from None
+    if not isinstance(sections, dict):
+        raise ValueError(
+            f"{name_or_path}: got {type(sections).__name__}, expected the sections of a study, {_sections_in_words()}"
+        )
+    base = sections.pop("base", None)
+    if base is None:
+        return name, sections
+    if not isinstance(base, str):
+        raise ValueError(f"{name_or_path}: base: got {base!r}, expected the name or the file of a study")
+    if name_or_path not in bundled_studies():  # one path a file, whatever it was called, so that a circle is seen
+        name_or_path = str(Path(name_or_path).expanduser().resolve())
+        beside = Path(name_or_path).parent / Path(base).expanduser()
+        base = str(beside.resolve()) if base not in bundled_studies() and beside.is_file() else base
+    if base in (name_or_path, *heirs):
+        raise ValueError(f"{name_or_path}: base: {base} stands on this study itself")
+    return name, _over(_sections_of(base, (name_or_path, *heirs))[1], sections)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Keys of `above` in place of those of `below`, in mappings inside mappings too."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
+def _without_nulls(values: Any) -> Any:
+    """A mapping without the keys whose value is null, in mappings inside too: what a study leaves out has its default."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_nulls(value) for key, value in values.items() if value is not None}
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in bundled_studies():
+        return name_or_path, (_bundle() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    path = Path(name_or_path).expanduser()
+    try:
+        return path.stem, path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no study {name_or_path!r}: {nearest(name_or_path, bundled_studies())}, or a file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"study {name_or_path} cannot be read as text: {' '.join(str(error).split())}") from None
+
+
+def _validated(sections: dict[str, Any]) -> Study:
+    try:
+        return TypeAdapter(Study).validate_python(sections)
+    except ValidationError as error:
+        first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "unexpected_keyword_argument":
+        owner = _SECTION_TYPES[path[0]] if len(path) > 1 else Study
+        known = [field.name for field in dataclasses.fields(owner) if field.name != "name"]
+        known += ["base"] if owner is Study else []
+        raise ValueError(f"unknown key {where}: {nearest(path[-1], known)}")
+    if first["type"] in ("missing", "missing_argument"):
+        raise ValueError(f"a study needs {where}: it is missing")
+    raise ValueError(f"{where}: got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}")
+
+
+def _check(study: Study) -> None:
+    if not study.cells:
+        raise ValueError("cells: expected at least one cell")
+    if not study.grid.seeds or len(set(study.grid.seeds)) < len(study.grid.seeds):
+        raise ValueError(f"grid.seeds: got {study.grid.seeds}, expected at least one seed, none twice")
+    if study.tuning is not None and study.grid.learning_rates:
+        raise ValueError(
+            "tuning and grid.learning_rates both name learning rates: tuning picks one on short runs, grid.learning_rates trains all "
+            "to the end; leave one out"
+        )
+    if study.tuning is not None and not study.tuning.learning_rates:
+        raise ValueError("tuning.learning_rates: expected at least one rate")
+    if study.tuning is not None and study.tuning.max_steps < 1:
+        raise ValueError(f"tuning.max_steps: got {study.tuning.max_steps}, expected at least 1")
+    for where, rates in (
+        ("grid", study.grid.learning_rates),
+        ("tuning", [] if study.tuning is None else study.tuning.learning_rates),
+    ):
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"{where}.learning_rates: got {rates}, expected none twice")
+    if study.grid.repeat_rates == "best" and not study.grid.learning_rates:
+        raise ValueError("grid.repeat_rates: got 'best', expected several grid.learning_rates to choose from")
+    for name in (*study.cells, *study.sizes):
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError(f"{name!r} names no folder: expected letters, digits, - and _")
+    for name, cell in study.cells.items():
+        if cell.weights_of is None:
+            continue
+        if cell.weights_of not in study.cells:
+            raise ValueError(
+                f"cells.{name}.weights_of: no cell {cell.weights_of!r}: {nearest(cell.weights_of, study.cells)}"
+            )
+        if study.cells[cell.weights_of].weights_of is not None:
+            raise ValueError(
+                f"cells.{name}.weights_of: {cell.weights_of} has no weights of its own: name a cell that is trained"
+            )
+        if study.perplexity is None and study.task is None:
+            raise ValueError(
+                f"cells.{name}.weights_of: such a cell is measured, not trained: add a section perplexity, recall or needle"
+            )
+    if sum(section is not None for section in (study.perplexity, study.recall, study.needle)) > 1:
+        raise ValueError("a study is measured by one of perplexity, recall and needle: got more than one section")
+    if study.needle is not None:
+        _check_needle(study.needle)
+    if study.recall is not None:
+        for size in study.recall.sizes:
+            if len(size) != 2:
+                raise ValueError(f"recall.sizes: got {size}, expected [length, pairs]")
+            RecallTask(length=size[0], num_pairs=size[1], vocab_size=study.recall.vocab_size)  # refuses what cannot be
+
+
+def _check_needle(needle: Needle) -> None:
+    if not (needle.train_lengths and needle.lengths and needle.depths):
+        raise ValueError("needle: expected at least one of train_lengths, lengths and depths each")
+    for depth in needle.depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"needle.depths: expected shares from 0 (the beginning) to 1 (the end): got {depth}")
+    if needle.tokens_per_needle is not None:
+        most = max(needle.train_lengths) // max(1, needle.tokens_per_needle)
+        if needle.tokens_per_needle < 1 or most > NUM_NAMES:
+            raise ValueError(
+                f"needle.tokens_per_needle: expected 1 or more, and at most {NUM_NAMES} needles a text: got {needle.tokens_per_needle}"
+            )
+    if needle.num_examples < 1 or needle.held_out_steps < 1:
+        raise ValueError(
+            f"needle: expected num_examples and held_out_steps of at least 1: got {needle.num_examples} and {needle.held_out_steps}"
+        )
+
+
+def _sections_in_words() -> str:
+    return ", ".join(["base", *(field.name for field in dataclasses.fields(Study) if field.name != "name")])
+
+
+def _bundle() -> Any:
+    return files("transxssm_lab") / "recipes"

@@ -1,0 +1,289 @@
+"""The report of a study: figures of every contender out of its runs, as JSON, Markdown and pictures."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transxssm.models import read_device
+from transxssm.training.recipe import TRAINING_DEFAULTS
+from transxssm.whole_files import write_text_whole
+from transxssm_lab.benchmarking.metadata import run_metadata
+from transxssm_lab.studies.contenders import Contender, expected_config, sequence_length, size_of
+from transxssm_lab.studies.definition import Study
+from transxssm_lab.studies.evaluation import wanted_cells
+from transxssm_lab.studies.outcome import Outcome
+from transxssm_lab.studies.plan import PlannedRun
+from transxssm_lab.studies.plots import plot_curves, plot_lengths, plot_needles, plot_rates
+from transxssm_lab.studies.tables import markdown
+
+RESULTS, PAGE = "results.json", "README.md"
+MEASURED = ("length", "depth", "accuracy", "bits_per_byte", "perplexity", "nats_per_token")
+AVERAGED = ("eval_loss", "perplexity", "bits_per_byte", "train_seconds", "train_tokens")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a contender.
+
+    Args:
+        contender: whose it is.
+        tuning: outcome of each short run, by learning rate.
+        full: the whole runs; of a contender that borrows weights, those of their owner.
+        measured: cells of the evaluation, by the run's folder.
+    """
+
+    contender: Contender
+    tuning: Mapping[float | None, Outcome]
+    full: Sequence[tuple[PlannedRun, Outcome]]
+    measured: Mapping[Path, dict[str, Any]]
+
+
+def best_rate(outcomes: Mapping[float | None, Outcome]) -> float | None:
+    """The learning rate with the least held-out loss; None where all diverged."""
+    alive = {rate: outcome.eval_loss for rate, outcome in outcomes.items() if not outcome.has_diverged}
+    return min(alive, key=alive.__getitem__) if alive else None
+
+
+def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dict[str, Any]:
+    """Writes results.json, README.md and the pictures into the study's folder.
+
+    Args:
+        study: whose folder it is.
+        evidence: of every contender.
+        status: "complete", or why not everything was done.
+
+    Returns:
+        the report.
+    """
+    metadata = {"trained_on": _machines_of(evidence)} | run_metadata(read_device("auto"), None)
+    report = report_of(study, evidence, status, metadata)
+    folder, contenders = study.output_dir, report["contenders"]
+    pictures = plot_curves(folder, contenders) + plot_rates(folder, contenders) + plot_lengths(folder, contenders)
+    pictures += plot_needles(folder, contenders)
+    write_tables(folder, report, pictures)
+    return report
+
+
+def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a study, as in results.json.
+
+    Args:
+        study: what was asked for.
+        evidence: of every contender.
+        status: "complete", or why not everything was done.
+        metadata: where and with what it was run.
+    """
+    contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
+    missing = {
+        word: ", ".join(name for name, report in contenders.items() if report["status"] == word)
+        for word in ("unfinished", "not begun")
+    }
+    if status == "complete" and any(missing.values()):
+        status = "; ".join(f"{names} {word}" for word, names in missing.items() if names)
+    return {
+        "study": study.name,
+        "title": study.grid.title,
+        "status": status,
+        "metadata": dict(metadata),
+        "settings": study.settings(),
+        "contenders": contenders,
+        "equal_time": _equal_time(contenders),
+    }
+
+
+def write_tables(folder: Path, report: dict[str, Any], pictures: Sequence[str]) -> None:
+    """Writes results.json and README.md, the latter with the pictures of these names."""
+    write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=1, ensure_ascii=False) + "\n")
+    write_text_whole(folder / PAGE, markdown(report, pictures))
+
+
+def _machines_of(evidence: Sequence[Evidence]) -> str:
+    """Where the runs were made, which need not be where the report is written."""
+    outcomes = [
+        outcome for one in evidence for outcome in (*one.tuning.values(), *(outcome for _, outcome in one.full))
+    ]
+    summaries = [outcome.summary for outcome in outcomes if outcome.summary]
+    return "; ".join(sorted({f"{s['device']}, {s['dtype']}, torch {s['versions']['torch']}" for s in summaries}))
+
+
+def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
+    contender, cell = one.contender, study.cells[one.contender.cell]
+    parameters, flops = size_of(expected_config(study, contender), sequence_length(study))
+    by_rate = _by_rate(one)
+    means = {rate: statistics.fmean(_deciding_losses(study, runs)) for rate, runs in by_rate.items()}
+    rate = min(means, key=means.__getitem__) if means else None
+    runs = by_rate.get(rate, [])
+    whole = [outcome for _, outcome in runs if not outcome.has_diverged]
+    if whole:  # the model that was trained, rather than the one that was expected
+        parameters = whole[0].summary["parameters"]
+    tokens = whole[0].summary["train_tokens"] if whole else 0
+    tuned_rate = best_rate(one.tuning) if one.tuning else None
+    shared_rate = contender.training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"])
+    tried = sorted(rate for rate in (one.tuning or by_rate) if rate is not None)
+    chosen = tuned_rate if one.tuning else rate
+    return {
+        "cell": contender.cell,
+        "size": contender.size,
+        "row": cell.row,
+        "column": cell.column,
+        "weights_of": contender.weights_of,
+        "status": _status(study, one, runs),
+        "parameters": parameters,
+        "flops": flops * tokens,
+        "learning_rate": tuned_rate if study.tuning else rate if study.grid.learning_rates else shared_rate,
+        "rate_is_at_edge": chosen is not None and len(tried) > 1 and chosen in (tried[0], tried[-1]),
+        "mean": _statistic(whole, statistics.fmean),
+        "spread": _statistic(whole, statistics.stdev) if len(whole) > 1 else {},
+        "runs": [_run_report(run, outcome) for run, outcome in one.full],
+        "tuning": [_rate_report(rate, outcome) for rate, outcome in one.tuning.items()],
+        "rates": [
+            _rate_report(rate, outcome) | {"seed": run.seed}
+            for run, outcome in one.full
+            if (rate := run.learning_rate) is not None
+        ],
+        "measured": _mean_cells([one.measured[run.folder] for run, outcome in runs if not outcome.has_diverged]),
+        "curve": _mean_curve(whole),
+        "held_out": _mean_held_out(whole),
+    }
+
+
+def _by_rate(one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome]]]:
+    by_rate: dict[float | None, list[tuple[PlannedRun, Outcome]]] = {}
+    for run, outcome in one.full:
+        by_rate.setdefault(run.learning_rate, []).append((run, outcome))
+    return by_rate
+
+
+def _deciding_losses(study: Study, runs: Sequence[tuple[PlannedRun, Outcome]]) -> list[float]:
+    """The held-out losses that a rate is chosen by: of all seeds, or of the first where it alone is trained with every rate."""
+    chooses = [run for run in runs if study.grid.repeat_rates == "all" or run[0].seed == study.grid.seeds[0]]
+    return [outcome.eval_loss for _, outcome in chooses]
+
+
+def _status(study: Study, one: Evidence, runs: Sequence[tuple[PlannedRun, Outcome]]) -> str:
+    if not one.full and not (study.output_dir / (one.contender.weights_of or one.contender.name)).exists():
+        return "not begun"
+    if (
+        one.tuning
+        and study.tuning
+        and len(one.tuning) == len(study.tuning.learning_rates)
+        and best_rate(one.tuning) is None
+    ):
+        return "diverged at every learning rate"
+    seeds, rates = len(study.grid.seeds), max(1, len(study.grid.learning_rates))
+    if study.grid.repeat_rates == "best":
+        if len(one.full) == rates and all(outcome.has_diverged for _, outcome in one.full):
+            return "diverged at every learning rate"
+        if len(one.full) < rates + seeds - 1:
+            return "unfinished"
+    elif len(one.full) < seeds * rates:
+        return "unfinished"
+    if any(
+        not wanted_cells(study) <= one.measured[run.folder].keys() for run, outcome in runs if not outcome.has_diverged
+    ):
+        return "unfinished"
+    failed = sum(outcome.has_diverged for _, outcome in runs)
+    return f"{failed} of {len(runs)} runs diverged" if failed else "finished"
+
+
+def _statistic(outcomes: Sequence[Outcome], statistic: Any) -> dict[str, float]:
+    return {
+        key: statistic([outcome.summary[key] for outcome in outcomes])
+        for key in AVERAGED
+        if outcomes and key in outcomes[0].summary
+    }
+
+
+def _run_report(run: PlannedRun, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "folder": run.folder.as_posix(),
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "has_diverged": outcome.has_diverged,
+        "failure": outcome.failure,
+        "last_step": outcome.last_step,
+        **{key: outcome.summary.get(key) for key in AVERAGED},
+    }
+
+
+def _rate_report(rate: float | None, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "learning_rate": rate,
+        "eval_loss": outcome.eval_loss,
+        "has_diverged": outcome.has_diverged,
+        "last_step": outcome.last_step,
+    }
+
+
+def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The figures that tables show of each cell, averaged over the runs that have it."""
+    averaged: dict[str, dict[str, float]] = {}
+    for key in dict.fromkeys(key for cells in of_runs for key in cells):
+        cells = [cells[key] for cells in of_runs if key in cells]
+        names = [name for name in MEASURED if name in cells[0]]
+        averaged[key] = {name: statistics.fmean(cell[name] for cell in cells) for name in names}
+    return averaged
+
+
+def _mean_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    """Training loss and time over tokens, averaged over runs, which all log at the same steps, and the extremes of the loss."""
+    if not outcomes:
+        return []
+    logged = [{row["tokens"]: row for row in outcome.rows if "loss" in row} for outcome in outcomes]
+    curve = []
+    for tokens in logged[0]:
+        if not all(tokens in rows for rows in logged):
+            continue
+        losses = [rows[tokens]["loss"] for rows in logged]
+        seconds = statistics.fmean(rows[tokens]["train_seconds"] for rows in logged)
+        point = {"tokens": tokens, "seconds": seconds, "loss": statistics.fmean(losses)}
+        curve.append(point | ({"low": min(losses), "high": max(losses)} if len(losses) > 1 else {}))
+    return curve
+
+
+def _mean_held_out(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    curves = [{tokens: (seconds, loss) for tokens, seconds, loss in outcome.held_out_curve()} for outcome in outcomes]
+    return [
+        {
+            "tokens": tokens,
+            "seconds": statistics.fmean(curve[tokens][0] for curve in curves),
+            "loss": statistics.fmean(curve[tokens][1] for curve in curves),
+        }
+        for tokens in (curves[0] if curves else ())
+        if all(tokens in curve for curve in curves)
+    ]
+
+
+def _equal_time(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Held-out loss of each contender when the fastest one of its size has finished, read off between two evaluations."""
+    losses: dict[str, float | None] = {}
+    seconds: dict[str, float] = {}
+    for size in dict.fromkeys(report["size"] for report in contenders.values()):
+        curves = {
+            name: report["held_out"]
+            for name, report in contenders.items()
+            if report["size"] == size and report["held_out"] and report["weights_of"] is None
+        }
+        if len(curves) < 2:
+            continue
+        limit = min(curve[-1]["seconds"] for curve in curves.values())
+        for name, curve in curves.items():
+            times, values = [point["seconds"] for point in curve], [point["loss"] for point in curve]
+            seconds[name] = limit
+            losses[name] = float(np.interp(limit, times, values)) if times[0] <= limit else None
+    return {"seconds": seconds, "eval_loss": losses}
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

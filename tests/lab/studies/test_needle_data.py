@@ -1,0 +1,76 @@
+"""Needles as training data: labels on the answers alone, lengths in turn, and the same held-out ones for every run."""
+
+import numpy as np
+import pytest
+
+from transxssm.data import Haystack
+from transxssm.training import recipe_of
+from transxssm_lab.studies.definition import Needle
+from transxssm_lab.studies.needle_data import NeedleBatches, needle_data
+
+LENGTHS = [160, 224]
+
+
+@pytest.fixture
+def recipe(corpus, tmp_path):
+    def with_seed(seed: int):
+        data = {"corpus": str(corpus), "tokenizer": "bytes", "held_out_fraction": 0.25, "cache_dir": str(tmp_path)}
+        return recipe_of("needle", {"data": data, "training": {"max_steps": 3, "seed": seed, "use_cpu": True}})
+
+    return with_seed
+
+
+def test_the_labels_are_the_answers(recipe):
+    needle = Needle(train_lengths=LENGTHS, lengths=[160], tokens_per_step=448, held_out_steps=2)
+    data = needle_data(needle, recipe(0))
+    for index, (rows, length) in enumerate([(2, 160), (2, 224), (2, 160)]):
+        batch = data.train[index]
+        assert batch["input_ids"].shape == batch["labels"].shape == (rows, length)
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answered = labels != -100
+            np.testing.assert_array_equal(ids[answered], labels[answered])
+            answer = data.tokenizer.decode(labels[answered])
+            assert answer[0] == " "
+            assert len(answer) == 6
+            assert int(answer) >= 10000
+            prompt = data.tokenizer.decode(ids[: np.flatnonzero(answered)[0]])
+            assert prompt.count(answer.strip()) == 1  # in the needle, which says it once
+            assert not ids[np.flatnonzero(answered)[-1] + 1 :].any()
+
+
+def test_a_text_may_hold_many_needles_and_ask_for_each(recipe):
+    needle = Needle(
+        train_lengths=[160, 640], lengths=[160], tokens_per_step=640, tokens_per_needle=160, held_out_steps=2
+    )
+    data = needle_data(needle, recipe(0))
+    for index, num_needles in [(0, 1), (1, 4)]:
+        batch = data.train[index]
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answers = data.tokenizer.decode(labels[labels != -100]).split()
+            assert len(answers) == num_needles
+            text = data.tokenizer.decode(ids)
+            assert all(text.count(answer) == 2 for answer in answers)  # in the needle and behind its question
+
+
+def test_the_held_out_needles_are_the_same_for_every_run_and_in_none(recipe):
+    needle = Needle(train_lengths=LENGTHS, lengths=[160], tokens_per_step=448, held_out_steps=2)
+    of_seed = [needle_data(needle, recipe(seed)) for seed in (0, 1)]
+    held_out = [data.held_out[0]["input_ids"] for data in of_seed]
+    np.testing.assert_array_equal(*held_out)
+    trained = [data.train[0]["input_ids"] for data in of_seed]
+    assert not np.array_equal(*trained)
+    assert not np.array_equal(trained[0], held_out[0])
+
+
+def test_depths_are_spread(recipe):
+    needle = Needle(train_lengths=[512], lengths=[512], tokens_per_step=512 * 32, held_out_steps=1)
+    data = needle_data(needle, recipe(0))
+    assert isinstance(data.train, NeedleBatches)
+    assert isinstance(data.train.haystack, Haystack)
+    batch = data.train[0]
+    places = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        answer = data.tokenizer.decode(labels[labels != -100]).strip()
+        places.append(data.tokenizer.decode(ids).index(answer) / 512)
+    assert min(places) < 0.25
+    assert max(places) > 0.6
