@@ -193,7 +193,8 @@ def _last_queries(q: Tensor, k: Tensor, v: Tensor, end: int, of: int, options: d
     if q.device.type == "cuda" and q.dtype in HALF_PRECISION:
         # SDPA takes causal queries for the first of the keys. This is what torch's `causal_lower_right` calls, which the compiler does not
         # trace: the kernels take them for the last.
-        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+        if q.shape[1] != k.shape[1]:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, options["dropout_p"], True, scale=options["scale"]
         )[0]
