@@ -5,6 +5,11 @@ WORKERS ?= 2
 # Extra arguments for pytest: make test ARGS="tests/ops -k packed"
 ARGS ?=
 
+# The CPU's C++ kernels, and the tests of the ops that they compute.
+CSRC := src/transxssm/ops/csrc
+KERNEL_TESTS := tests/ops/csrc/test_launch.py tests/ops/ssd/test_fused.py tests/ops/ssd/test_step.py tests/ops/test_causal_attention.py \
+	tests/ops/test_linear.py tests/ops/test_linear_cross_entropy.py tests/ops/test_rms_norm.py tests/ops/test_swiglu.py
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
@@ -13,7 +18,7 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check sanitize docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +33,14 @@ check: $(DEV)  ## Lint, check the formatting, check the types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)/*.cpp $(CSRC)/*.h
+
+# The sanitizers' libraries come first, since Python is not linked to them; of the leaks that they see none is ours.
+sanitize: $(DEV)  ## Run the laws of the CPU's C++ kernels with AddressSanitizer and UBSan (needs g++)
+	TRANSXSSM_CPU_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m pytest -n 0 -k "not operations and not compiled" $(KERNEL_TESTS) $(ARGS)
 
 docs: $(DEV)  ## Build the documentation into site/
 	$(PIP) --group docs

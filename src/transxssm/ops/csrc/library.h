@@ -54,11 +54,15 @@ std::string type_name() {
     }
 }
 
-// Adds a function to the description. `formats` are the number formats that it is for: that of its inputs, "bfloat16", or that and the one of
-// the operands of its matrix products, "bfloat16_by_float32"; "any" where there are no such arrays.
+// Adds a function to the description. `formats` are the number formats that it is for: that of its inputs, "bfloat16",
+// or that and the one of the operands of its matrix products, "bfloat16_by_float32"; "any" where there are no such
+// arrays.
 template <class Result, class... Arguments>
-void describe_function(std::string& to, const std::string& name, const std::string& formats, Result (*function)(Arguments...)) {
-    to += "function " + name + " " + formats + " " + std::to_string(reinterpret_cast<uintptr_t>(function)) + " " + type_name<Result>();
+void describe_function(
+    std::string& to, const std::string& name, const std::string& formats, Result (*function)(Arguments...)
+) {
+    to += "function " + name + " " + formats + " " + std::to_string(reinterpret_cast<uintptr_t>(function)) + " " +
+          type_name<Result>();
     ((to += " " + type_name<Arguments>()), ...);
     to += "\n";
 }

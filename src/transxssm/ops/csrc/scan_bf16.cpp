@@ -9,6 +9,18 @@
 #include "library.h"
 #include "scan.h"
 
+// AddressSanitizer (make sanitize) shall also see accesses between the matrices of an arena.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define TRANSXSSM_POISON(memory, num_bytes) __asan_poison_memory_region(memory, num_bytes)
+#define TRANSXSSM_UNPOISON(memory, num_bytes) __asan_unpoison_memory_region(memory, num_bytes)
+constexpr int64_t GUARD = 64;  // bytes behind each matrix that no access is allowed to
+#else
+#define TRANSXSSM_POISON(memory, num_bytes) static_cast<void>(0)
+#define TRANSXSSM_UNPOISON(memory, num_bytes) static_cast<void>(0)
+constexpr int64_t GUARD = 0;
+#endif
+
 extern "C" int omp_get_thread_num(void);  // of any OpenMP library, whose header need not be installed
 
 namespace {
@@ -27,19 +39,25 @@ constexpr int64_t BLOCK_ROWS = 4;   // of a register block
 
 inline int64_t padded(int64_t length) { return (length + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-// A thread's memory, out of which a task takes its matrices, each on a cache line of its own. Without memory it counts
+// A thread's memory, out of which a task takes its matrices, each on cache lines of its own. Without memory it counts
 // what would be taken, so that the code that takes the matrices also says how many bytes they need.
 class Arena {
 public:
     Arena() = default;
-    Arena(char* memory, int64_t num_bytes) : memory_(memory), num_bytes_(num_bytes) {}
+    Arena(char* memory, int64_t num_bytes) : memory_(memory), num_bytes_(num_bytes) {
+        TRANSXSSM_POISON(memory_, num_bytes_);
+    }
+    ~Arena() { TRANSXSSM_UNPOISON(memory_, num_bytes_); }
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
 
     template <class T>
     T* take(int64_t count) {
-        const int64_t begin = taken_;
-        taken_ += (count * static_cast<int64_t>(sizeof(T)) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+        const int64_t begin = taken_, num_bytes = count * static_cast<int64_t>(sizeof(T));
+        taken_ += (num_bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE + GUARD;
         if (!memory_) return nullptr;
         TRANSXSSM_REQUIRE(taken_ <= num_bytes_, "a chunk's matrices need more memory than arena_bytes says");
+        TRANSXSSM_UNPOISON(memory_ + begin, num_bytes);
         return reinterpret_cast<T*>(memory_ + begin);
     }
     int64_t taken() const { return taken_; }
