@@ -99,16 +99,25 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last whole checkpoint.")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N|all", help="GPUs to train on, a process for each. Default: one.", show_default=False),
+    ] = None,
 ) -> None:
     """Train a model as a recipe says; everything about the run goes into one folder.
 
     Examples: [cyan]transxssm train[/], [cyan]transxssm train laptop data.corpus=my_texts/[/],
-    [cyan]transxssm train my.yaml --resume[/]
+    [cyan]transxssm train my.yaml --resume[/], [cyan]transxssm train my.yaml --gpus all[/]
     """
     name, overrides = split_arguments(arguments or [])
     require_recipe("recipe", name, overrides)
     if resume:
         require_run(name, overrides)
+    if gpus is not None:
+        from transxssm_cli.training import train_recipe_on
+
+        train_recipe_on(gpus, name, overrides, resume=resume)
+        return
     from transxssm_cli.training import train_recipe
 
     train_recipe(name, overrides, resume=resume)

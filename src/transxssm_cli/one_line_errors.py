@@ -8,7 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 DEBUG_VARIABLE = "TRANSXSSM_DEBUG"
+LAUNCHER_VARIABLE = "TRANSXSSM_LAUNCHED"  # set in the processes of `--gpus`
 EXIT_USER_ERROR = 2
+EXIT_PROCESS_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NETWORK_ERROR = "HTTPError"  # of the client under huggingface_hub: no route, no name, no answer
 # Typer carries click inside itself in newer versions and not in older ones; through its own subclass both are found.
@@ -27,7 +29,13 @@ class OneLineErrors(TyperGroup):
                 type(error).__name__ == "NoArgsIsHelpError"
             ):  # a group alone: its help has been shown as the error was made
                 sys.exit(0)
-            if os.environ.get(DEBUG_VARIABLE) or not is_users(error):
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            if has_lost_a_process(error):
+                if LAUNCHER_VARIABLE not in os.environ:  # which says which one it was
+                    typer.echo("error: another process of this run ended, and this one with it", err=True)
+                sys.exit(EXIT_PROCESS_LOST)
+            if not is_users(error):
                 raise
             typer.echo(f"error: {line_of(error)}", err=True)
             sys.exit(EXIT_USER_ERROR)
@@ -50,6 +58,13 @@ def is_users(error: Exception) -> bool:
         return True
     names = {base.__name__ for base in type(error).__mro__}
     return bool(names & {"StrictDataclassError", "OutOfMemoryError", NETWORK_ERROR})
+
+
+def has_lost_a_process(error: Exception) -> bool:
+    """Whether an error says that another process of a launch has gone."""
+    names = {base.__name__ for base in type(error).__mro__}
+    is_of_a_backend = isinstance(error, RuntimeError) and any(word in str(error) for word in ("/gloo/", "NCCL"))
+    return "LOCAL_RANK" in os.environ and (bool(names & {"DistBackendError", "DistNetworkError"}) or is_of_a_backend)
 
 
 def line_of(error: BaseException) -> str:

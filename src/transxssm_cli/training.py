@@ -11,6 +11,8 @@ import typer
 
 from transxssm.data import DataArguments, load_corpus
 from transxssm.training import Recipe, load_recipe, run_folder, train
+from transxssm_cli.launch import launch, number_of_processes
+from transxssm_cli.places import setting
 
 LONGEST_PROMPT = 40  # characters
 
@@ -29,6 +31,19 @@ def train_recipe(name: str, overrides: Sequence[str], *, resume: bool) -> None:
         raise ValueError(f"the training section asks for what is not installed here: {error}") from error
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, one speaks
         typer.echo(result_line(run_folder.stored_recipe(recipe.output_dir) or recipe, summary))
+
+
+def train_recipe_on(gpus: str, name: str, overrides: Sequence[str], *, resume: bool) -> None:
+    """The same in a process for each GPU, after a check of the recipe, so that what is wrong with it is said once.
+
+    Raises:
+        ValueError: a wrong recipe, or more GPUs than there are.
+    """
+    recipe = load_recipe(name, overrides)
+    processes = number_of_processes(gpus, on_cpu=setting(name, overrides, "training.use_cpu") is True)
+    if not resume:
+        run_folder.check_empty(recipe.output_dir)
+    launch(["train", name, *overrides, *(["--resume"] if resume else [])], processes)
 
 
 def quiet_progress_bars() -> None:

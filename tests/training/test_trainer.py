@@ -61,7 +61,7 @@ def test_of_two_gpus_a_process_takes_one_and_names_the_command_for_both(build_tr
     monkeypatch.setattr(Recipe, "training_arguments", with_two_gpus)
     monkeypatch.setattr(torch.nn, "DataParallel", Spread)
     trainer = build_trainer("training.max_steps=1", "training.per_device_train_batch_size=2")
-    assert "torchrun --nproc-per-node 2 -m transxssm train" in caplog.text
+    assert "transxssm train … --gpus all" in caplog.text
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.args.train_batch_size == 2

@@ -20,6 +20,7 @@ ROW_KEYS = (
     "learning_rate",
     "tokens_per_second",
     "train_seconds",
+    "rows_per_step",
     "eval_loss",
     "eval_perplexity",
     "eval_bits_per_byte",

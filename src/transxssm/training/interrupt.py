@@ -1,6 +1,7 @@
 """A run that is stopped from outside, by Ctrl-C or because its time is up, with a checkpoint to go on from."""
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -82,8 +85,16 @@ class Interrupt(TrainerCallback):
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         self.is_out_of_time = self.deadline is not None and now + self._longest > self.deadline
+        if dist.is_available() and dist.is_initialized():
+            self._agree(args.device)
         if self.requested or self.is_out_of_time:
             control.should_save = control.should_training_stop = True
+
+    def _agree(self, device: torch.device) -> None:
+        """What one process is asked all do, after the same step: they save and stop together."""
+        asked = torch.tensor([self.requested, self.is_out_of_time], dtype=torch.int32, device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self.requested, self.is_out_of_time = map(bool, asked.tolist())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -101,4 +112,6 @@ class Interrupt(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if os.environ.get("RANK", "0") != "0":
+            return
         logger.warning("interrupted: saving a checkpoint after this step (Ctrl-C again stops at once)")

@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,9 @@ def _process_group() -> Iterator[None]:
     had_group = dist.is_available() and dist.is_initialized()
     try:
         yield
-    except BudgetSpentError:  # in all processes at the same step
-        _end_process_group(had_group)
+    except (BudgetSpentError, KeyboardInterrupt) as stop:
+        if stop.args:  # in all processes after the same step; a second Ctrl-C has no words
+            _end_process_group(had_group)
         raise
     _end_process_group(had_group)
 
@@ -156,6 +157,9 @@ def _train(
             say("nothing to resume in %s: starting from scratch", run_dir)
         else:
             say("resuming from %s", checkpoint)
+            changed = keep_rows_per_step(arguments, rows_of(_state_of(checkpoint).log_history))
+            if changed:
+                say("%s", changed)
     started = time.perf_counter()
     with arguments.main_process_first(local=False), stopped_at(deadline):
         data = source(recipe)
@@ -186,6 +190,46 @@ def _train(
     if was_asked_to_stop:  # whatever comes after this run is not wanted
         raise KeyboardInterrupt("the run had finished; its results are kept")
     return summary
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def keep_rows_per_step(arguments: TrainingArguments, rows: list[dict[str, Any]]) -> str | None:
+    """Lets a run that goes on with another number of processes take as many rows a step as before: the same ones, each once.
+
+    Args:
+        arguments: of the run; its gradient accumulation is changed, or where that is not enough its batch, in place.
+        rows: of the log so far.
+
+    Returns:
+        What was changed, in words. None if nothing had to be, or the log does not say how many rows there were.
+
+    Raises:
+        ValueError: no whole number of rows for each process makes as many.
+    """
+    before, now = (rows[-1].get("rows_per_step") if rows else None), rows_per_step(arguments)
+    if before is None or before == now:
+        return None
+    batch, processes = (
+        arguments.per_device_train_batch_size,
+        now // (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps),
+    )
+    if before % (batch * processes) == 0:
+        arguments.gradient_accumulation_steps = before // (batch * processes)
+    elif before % processes == 0:
+        arguments.gradient_accumulation_steps = 1
+        arguments.per_device_train_batch_size = before // processes
+    else:
+        raise ValueError(
+            f"the run was started with {before} rows a step, which {processes} processes cannot share equally: "
+            f"expected a number of processes that divides {before}"
+        )
+    return (
+        f"rows a step stay {before}: training.per_device_train_batch_size={arguments.per_device_train_batch_size} and "
+        f"training.gradient_accumulation_steps={arguments.gradient_accumulation_steps} in each of {processes} processes"
+    )
 
 
 def _introduce(
@@ -315,11 +359,10 @@ def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, deadline: float | N
     interrupt = Interrupt(deadline)
     trainer.add_callback(interrupt)
     if checkpoint is not None:
-        last_row = rows_of(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)[-1]
+        last_row = rows_of(_state_of(checkpoint).log_history)[-1]
         trainer.continue_clock(last_row["train_seconds"], last_row["tokens"])
-    listening = nullcontext() if trainer.args.world_size > 1 else interrupt.listening()
     try:
-        with listening:
+        with interrupt.listening():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for callback in trainer.callback_handler.callbacks:

@@ -32,6 +32,7 @@ from transxssm.training.checkpoints import (
     publish_folder,
     save_error,
 )
+from transxssm.training.estimate import rows_per_step
 from transxssm.training.nonfinite import NonFiniteError, find_origin
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,7 @@ class TransXSSMTrainer(Trainer):
             now = (self.train_seconds, self.state.num_input_tokens_seen)
             logs["tokens_per_second"] = (now[1] - tokens) / max(now[0] - seconds, 1e-9)
             logs["train_seconds"] = now[0]
+            logs["rows_per_step"] = rows_per_step(self.args)
             self._last_log = now
         super().log(logs)  # without start_time: its throughput would count evaluation as training
 
@@ -310,8 +312,6 @@ def _take_one_gpu(arguments: TrainingArguments | None) -> None:
     """Keeps `Trainer` from spreading the batches of one process over all GPUs with `nn.DataParallel`, whose losses are a vector."""
     if arguments is not None and arguments.n_gpu > 1:
         logger.warning(
-            "%d GPUs are here and this process trains on one; on all: torchrun --nproc-per-node %d -m transxssm train …",
-            arguments.n_gpu,
-            arguments.n_gpu,
+            "%d GPUs are here and this process trains on one; on all: transxssm train … --gpus all", arguments.n_gpu
         )
         arguments._n_gpu = 1

@@ -1,0 +1,147 @@
+"""The same command in several processes, a GPU for each, through torch's elastic launcher; the first one speaks for all."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import typer
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, ProcessFailure, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from transxssm_cli.one_line_errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PROCESS_LOST,
+    EXIT_USER_ERROR,
+    LAUNCHER_VARIABLE,
+)
+
+EVERY_GPU = "all"
+# Ctrl-C is not among them: it is handed on to the processes, which save what they have.
+_SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
+_OWN_EXIT_CODES = (1, EXIT_USER_ERROR, EXIT_INTERRUPTED)  # of a process that has said why it ends
+
+
+def is_launched() -> bool:
+    """Whether a launcher, this one or torchrun, has started this process as one of several."""
+    return "LOCAL_RANK" in os.environ
+
+
+def number_of_processes(gpus: str, *, on_cpu: bool) -> int:
+    """How many processes `--gpus` asks for.
+
+    Args:
+        gpus: a number, or "all".
+        on_cpu: the recipe says `training.use_cpu=true`: processes on the CPU, which speak through gloo.
+
+    Raises:
+        ValueError: no number; more GPUs than there are.
+    """
+    if gpus != EVERY_GPU and not (gpus.isdecimal() and int(gpus) > 0):
+        raise ValueError(f"--gpus: got {gpus!r}, expected a number of GPUs from 1 on, or {EVERY_GPU}")
+    if is_launched():
+        raise ValueError("--gpus launches processes, and so does what started this one: leave out either")
+    if on_cpu:
+        if gpus == EVERY_GPU:
+            raise ValueError("--gpus all with training.use_cpu=true: expected a number of processes")
+        return int(gpus)
+    there = torch.cuda.device_count()
+    if there == 0:
+        raise ValueError(
+            f"--gpus {gpus}: torch sees no GPU here; leave it out, or give training.use_cpu=true for processes on the CPU"
+        )
+    if gpus != EVERY_GPU and int(gpus) > there:
+        raise ValueError(f"--gpus {gpus}: torch sees {there} here; expected {there} at most, or {EVERY_GPU}")
+    return there if gpus == EVERY_GPU else int(gpus)
+
+
+def launch(arguments: Sequence[str], processes: int) -> None:
+    """Runs `transxssm` with these arguments in so many processes, and returns when all have ended well.
+
+    The first process has the terminal; what the others write is kept until the end. Ctrl-C reaches all of them.
+
+    Raises:
+        typer.Exit: a process failed, and the others were ended; why has been said in one line.
+    """
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
+    os.environ[LAUNCHER_VARIABLE] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # what they tell of an end is told in one line here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    newer: dict[str, Any] = (
+        {"signals_to_handle": _SIGNALS} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
+    )
+    with tempfile.TemporaryDirectory(prefix="transxssm-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, processes), Std.ALL)),
+            **newer,
+        )
+        with _interrupts_handed_on() as interrupted:
+            try:
+                elastic_launch(config, sys.executable)("-m", "transxssm", *arguments)
+            except ChildFailedError as error:
+                code, line = _why(error.failures, processes, Path(logs), is_interrupted=bool(interrupted))
+                if line:
+                    typer.echo(line, err=True)
+                raise typer.Exit(code) from error
+
+
+@contextmanager
+def _interrupts_handed_on() -> Iterator[list[int]]:
+    """Hands Ctrl-C on to the processes, which have sessions of their own. Gives the list of the interrupts so far."""
+    interrupts: list[int] = []
+
+    def hand_on(signum: int, frame: FrameType | None) -> None:
+        interrupts.append(signum)
+        for process in psutil.Process().children():
+            try:
+                if os.getsid(process.pid) == process.pid:
+                    process.send_signal(signum)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+
+    previous = signal.signal(signal.SIGINT, hand_on)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _why(failures: dict[int, ProcessFailure], processes: int, logs: Path, *, is_interrupted: bool) -> tuple[int, str]:
+    """The exit code of a launch that failed, and a line that says why; empty where the first process has said it."""
+    speaker = failures.get(0)
+    if speaker is not None and speaker.exitcode in _OWN_EXIT_CODES:
+        return speaker.exitcode, ""
+    if is_interrupted:
+        return EXIT_INTERRUPTED, "interrupted: continue with the same command and --resume"
+    followed = (-signal.SIGTERM, EXIT_PROCESS_LOST)
+    ended = {rank: failure for rank, failure in failures.items() if failure.exitcode not in followed}
+    rank, failure = min((ended or failures).items(), key=lambda item: item[1].timestamp)
+    if failure.exitcode in _OWN_EXIT_CODES:
+        return failure.exitcode, _last_line(logs, rank)
+    how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return 1, f"error: process {rank} of {processes} ended ({how}), and the others with it; continue with --resume"
+
+
+def _last_line(logs: Path, rank: int) -> str:
+    written = "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs.glob(f"*/*/{rank}/stderr.log"))
+    said = [line for line in written.splitlines() if line.strip()]
+    return said[-1] if said else f"error: process {rank} ended without a word"
