@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from transxssm.models import modeling_transxssm
 from transxssm.models.modeling_transxssm import TransXSSMRotaryEmbedding
-from transxssm.ops import rotary
+from transxssm.ops import dispatch, rotary
 from transxssm.ops.ssd import blocks, chunked, decays
 
 REFUSAL = "Cannot convert a MPS Tensor to float64 dtype"
@@ -69,7 +69,7 @@ def apple_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             patch.setattr(module, "has_float64", lambda device: False)
         for module in (blocks, chunked):
             patch.setattr(module, "is_on_cpu", lambda tensor: False)
-        patch.setattr(chunked, "passes_for", lambda inputs: None)
+        patch.setattr(dispatch, "_reason_without_library", lambda: "these are a CPU's")
         patch.setattr(import_module("transxssm.ops.short_convolution"), "SHORTEST_FOR_OPERATOR", 1000)
         patch.setattr(TransXSSMRotaryEmbedding, "tables", tables_from_cpu)
         yield

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from transxssm.ops.gpu import dispatch
+from transxssm.ops import dispatch
 
 NAMES = ("step", "single_query_attention", "cross_entropy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,10 +23,10 @@ def install(monkeypatch: pytest.MonkeyPatch, device: torch.device, *, scans: boo
         knobs = pytest.importorskip("triton", reason="no Triton, whose interpreter would run the kernels").knobs
         if not knobs.runtime.interpret:
             pytest.skip("Triton was imported to compile, not to interpret")
-        monkeypatch.setattr(dispatch, "_DEVICE_TYPE", device.type)
-        monkeypatch.setattr(dispatch, "_is_supported", lambda index: True)
+        monkeypatch.setattr(dispatch, "_TRITON_DEVICE", device.type)
+        monkeypatch.setattr(dispatch, "reason_without_triton", lambda index: None)
         if not scans:
-            monkeypatch.setattr("transxssm.ops.ssd.triton.scan.gpu_refusal", lambda *tensors: "not in this test")
+            monkeypatch.setattr("transxssm.ops.ssd.triton.scan.triton_refusal", lambda *tensors: "not in this test")
     return SimpleNamespace(**{name: import_module(f"transxssm.ops.gpu.{name}") for name in NAMES})
 
 

@@ -39,7 +39,7 @@ LAYERS = {
 PUBLIC = {"_version", "ops", "models"}
 OPS_LIBRARIES = {"torch"}
 GPU_LIBRARIES = {"triton"}  # in these folders alone, whose kernels nothing imports where it is missing
-GPU_FOLDERS = ("ops/gpu/", "ops/ssd/triton/")
+GPU_FOLDERS = ("ops/gpu/", "ops/ssd/triton/", "ops/devices.py")
 
 
 def modules_imported(path: Path, root: Path) -> set[str]:

@@ -19,7 +19,10 @@ from tests.test_layers import modules_imported
 ROOT = Path(__file__).parents[1]
 # Imported by the one module that an extra is for, inside the functions that need it; Triton by the GPU's kernels, which are
 # imported where torch has brought it.
-OPTIONAL = {"lm_eval": "transxssm/evaluation/harness.py", "triton": ("transxssm/ops/gpu/", "transxssm/ops/ssd/triton/")}
+OPTIONAL = {
+    "lm_eval": "transxssm/evaluation/harness.py",
+    "triton": ("transxssm/ops/gpu/", "transxssm/ops/ssd/triton/", "transxssm/ops/devices.py"),
+}
 PACKAGES = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
 
 

@@ -224,6 +224,23 @@ def info(
 
 
 @app.command()
+def kernels(
+    preset: Annotated[str, typer.Option(help="tiny, small, 320m, 1.3b, …, or a checkpoint's folder.")] = "small",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")] = "auto",
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a row, or in the cache of a decoded token.")] = 4096,
+) -> None:
+    """Show which implementation of each op runs on this machine in training, prefill and decoding, and why faster ones do not.
+
+    Examples: [cyan]transxssm kernels[/], [cyan]transxssm kernels --preset 320m --dtype float32 --device cpu[/]
+    """
+    folder = require_model(preset)
+    from transxssm_cli.kernels import show_kernels
+
+    show_kernels(preset, folder, dtype_name=dtype, device_name=device, length=length)
+
+
+@app.command()
 def demo(
     recipe: Annotated[str, typer.Option(help="What to train: a bundled recipe or a YAML file.")] = DEFAULT_RECIPE,
     overrides: Annotated[

@@ -14,7 +14,7 @@ from tests.models.tiny import ALL_VARIANTS, tiny_config, tiny_model, tokens
 from transxssm.inspection import activation_bytes, all_attention_bytes, available_bytes, cache_bytes, memory
 from transxssm.models import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.models.baselines import BASELINES, new_language_model
-from transxssm.ops.csrc import kernels_for
+from transxssm.ops.csrc import compiled_library
 from transxssm.ops.ssd import fused, ssd_chunk_scan
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -139,7 +139,7 @@ def test_the_scans_own_workspace(length, dtype, monkeypatch):
     config = TransXSSMConfig.from_preset("small")
     h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
     x, B = torch.zeros(1, length, h, p, dtype=dtype), torch.zeros(1, length, g, n, dtype=dtype)
-    if kernels_for(x) is None:
+    if compiled_library() is None:
         pytest.skip("no C++ compiler here")
     most, workspace = [0], fused._Scan._workspace
 

@@ -77,7 +77,7 @@ def test_half_operands_on_any_cpu(fast, device, monkeypatch):
 def test_half_logits_raised_in_any_parts(elements, fast, device, blocks_of, monkeypatch):
     blocks_of(8)
     monkeypatch.setattr(sys.modules["transxssm.ops.linear_cross_entropy"], "has_fast_products", lambda *_: fast)
-    monkeypatch.setattr("transxssm.ops.row_blocks.ELEMENTS_PER_BLOCK", elements)
+    monkeypatch.setattr("transxssm.ops.devices.ELEMENTS_PER_BLOCK", elements)
     assert_equals_full_logits(*inputs(97, torch.bfloat16, device))
 
 

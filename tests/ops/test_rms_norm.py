@@ -46,7 +46,7 @@ def test_equals_the_formula(shape, dtype, device):
 
 @pytest.mark.parametrize("elements", [1, 30, 31, 60, 10_000])
 def test_any_block(elements, device, monkeypatch):
-    monkeypatch.setattr("transxssm.ops.row_blocks.ELEMENTS_PER_BLOCK", elements)
+    monkeypatch.setattr("transxssm.ops.devices.ELEMENTS_PER_BLOCK", elements)
     assert_equals_formula(*inputs(17, 30, device=device))
 
 

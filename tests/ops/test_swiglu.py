@@ -46,7 +46,7 @@ def test_equals_the_formula(shape, dtype, device):
 @pytest.mark.parametrize("elements", [1, 30, 31, 60, 10_000])
 def test_any_block(elements, device, monkeypatch):
     # By their paths: the attribute `swiglu` of `transxssm.ops` is the function.
-    for module in ("transxssm.ops.row_blocks", "transxssm.ops.swiglu"):
+    for module in ("transxssm.ops.devices", "transxssm.ops.swiglu"):
         monkeypatch.setattr(sys.modules[module], "ELEMENTS_PER_BLOCK", elements)
     assert_equals_formula(*inputs(17, 30, device=device))
 

@@ -12,10 +12,10 @@ from transformers import Mamba2Config, PreTrainedConfig
 
 from transxssm.inspection.layers import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
-from transxssm.ops.csrc import arena_bytes, has_bf16_gemm, kernels_for
+from transxssm.ops.csrc import arena_bytes, has_bf16_gemm
+from transxssm.ops.devices import ELEMENTS_PER_BLOCK, has_fast_products
+from transxssm.ops.dispatch import cpp_refusal, cpp_shortfall
 from transxssm.ops.linear import BLOCK_TOKENS
-from transxssm.ops.precision import has_fast_products
-from transxssm.ops.row_blocks import ELEMENTS_PER_BLOCK
 from transxssm.ops.ssd.blocks import BLOCK_SCORES
 from transxssm.ops.ssd.fused import GEMM_COLUMNS
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
@@ -118,7 +118,7 @@ def _scan_workspace(config: TransXSSMConfig, num_tokens: int, dtype: torch.dtype
     q = config.ssd_chunk_size or DEFAULT_CHUNK_SIZE["cpu"]
     tokens = min(num_tokens, max(q, BLOCK_SCORES["cpu"] // (h * q)))
     states = 2 * h * p * n // q  # a token
-    if kernels_for(torch.empty(0, dtype=dtype)):
+    if cpp_refusal(torch.empty(0, dtype=dtype)) is None and cpp_shortfall() is None:
         item = dtype.itemsize if has_fast_products("cpu", dtype) else FLOAT32
         if has_bf16_gemm() and dtype == torch.bfloat16 and item < FLOAT32 and p % GEMM_COLUMNS == n % GEMM_COLUMNS == 0:
             arenas = torch.get_num_threads() * arena_bytes(q, n, h // g, p)

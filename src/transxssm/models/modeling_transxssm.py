@@ -64,7 +64,7 @@ from transxssm.models.positions import (
 )
 from transxssm.models.ssd_mixer import TransXSSMDynamics, TransXSSMSSDMixer, at_least_float32
 from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
-from transxssm.ops.precision import has_float64
+from transxssm.ops.devices import has_float64
 
 SILU = type(ACT2FN["silu"])
 MODEL_CARD = "README.md"

@@ -1,6 +1,8 @@
 """Layer 0: functions of tensors, pure but for `ssd_step_`. They know no configuration, no module and no cache."""
 
 from transxssm.ops.causal_attention import causal_attention, has_attention_kernels
+from transxssm.ops.dispatch import Choice
+from transxssm.ops.explain import explain
 from transxssm.ops.linear import linear
 from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
@@ -11,9 +13,11 @@ from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step, ssd_step_
 from transxssm.ops.swiglu import swiglu
 
 __all__ = [
+    "Choice",
     "SSDBackend",
     "apply_rotary",
     "causal_attention",
+    "explain",
     "has_attention_kernels",
     "has_single_query_attention",
     "keep_pairs",

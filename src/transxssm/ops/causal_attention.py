@@ -9,29 +9,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.csrc import Kernels, Structure, has_bf16_gemm, kernels_for, kernels_inside_operator
-from transxssm.ops.watched import is_exporting
+from transxssm.ops.csrc import Kernels, Structure, has_bf16_gemm, kernels_of
+from transxssm.ops.dispatch import (
+    CPU_SWITCH,
+    EXPORTED,
+    ON_CPU,
+    WATCHED,
+    Backend,
+    Op,
+    cpp_shortfall,
+    is_exporting,
+    is_plain,
+    is_watched,
+    switched_off,
+)
 
 # What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
 _HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None = None, *, scaling: float) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None = None, *, scaling: float, backend: str | None = None
+) -> Tensor:
     """softmax(scaling · q kᵀ) v, in which query i sees the keys first_keys_i … i; scores and sums are float32.
 
-    The processor's own kernels where it has them: bfloat16 on a CPU with such products (AVX-512), heads of 32, 64, 96 or 128. They
-    know of no mask, so that what documents or a window hide costs nothing. Else torch's SDPA. Not twice differentiable.
+    Backends, in order of preference:
+        "cpp": bfloat16 on a CPU with AVX-512 BF16, for heads of 32, 64, 96 or 128. Its kernels know no mask, so that keys which documents
+            or a window hide cost nothing. Not twice differentiable.
+        "sdpa": torch's `scaled_dot_product_attention`.
 
     Args:
         q: (b, h, t, d). k, v: (b, k, t, d); heads r·i … r·i + r − 1 of the h = r k share number i.
-        first_keys: (b, t) int32, at most the query's own place and never falling along a row; None: zeros, as are negative ones.
+        first_keys: (b, t) int32, the first key that each query sees: at most the query's own place, and never falling along a row.
+            Negative ones count as 0. Defaults to zeros.
         scaling: of the scores, more than 0.
+        backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         (b, h, t, d) in q's dtype.
 
     Raises:
-        ValueError: shapes do not fit; a scaling of 0 or less, for which torch's kernels give NaN.
+        ValueError: shapes do not fit, the scaling is 0 or less, for which torch's kernels give NaN, or the requested backend does not
+            take the call.
     """
     batch, heads, length, _ = q.shape
     is_fit = k.shape == v.shape and k.shape[::2] == (batch, length) and k.shape[3] == q.shape[3]
@@ -43,18 +62,40 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None 
         raise ValueError(f"scaling must be more than 0: got {scaling}")
     if first_keys is not None and first_keys.shape != (batch, length):
         raise ValueError(f"first_keys must have shape {(batch, length)}: got {tuple(first_keys.shape)}")
-    if has_attention_kernels(q, k, v):
-        return _attention(q, k, v, first_keys, scaling)[0]
-    return _by_torch(q, k, v, first_keys, scaling)
+    output: Tensor = CAUSAL_ATTENTION.choose(backend, q, k, v).forward(q, k, v, first_keys, scaling)
+    return output
 
 
 def has_attention_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `causal_attention` has kernels for these."""
-    is_fit = q.device.type == "cpu" and q.shape[-1] % _HEAD_DIM_STEP == 0 and 0 < q.shape[-1] <= _WIDEST_HEAD
-    if not is_fit or not (q.dtype == k.dtype == v.dtype == torch.bfloat16) or is_exporting():
-        return False
-    # The compiler takes the operator as it is: it has no better one.
-    return (torch.compiler.is_compiling() or kernels_for(q, k, v) is not None) and has_bf16_gemm()
+    return CAUSAL_ATTENTION.choose(None, q, k, v).name == "cpp"
+
+
+def _kernel_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if not q.device.type == k.device.type == v.device.type == "cpu":
+        return ON_CPU
+    if q.shape[-1] % _HEAD_DIM_STEP or not 0 < q.shape[-1] <= _WIDEST_HEAD:
+        return f"it takes heads of a multiple of {_HEAD_DIM_STEP}, at most {_WIDEST_HEAD}: got {q.shape[-1]}"
+    if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+        return "it is for bfloat16"
+    if is_exporting():
+        return EXPORTED
+    if not torch.compiler.is_compiling():  # which takes the operator as it is, for it has no better one
+        if is_watched():
+            return WATCHED
+        if not all(map(is_plain, (q, k, v))):
+            return "it takes no subclasses of tensors"
+    return switched_off(CPU_SWITCH)
+
+
+def _kernel_shortfall(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = cpp_shortfall()
+    return "this processor has no AVX-512 BF16" if reason is None and not has_bf16_gemm() else reason
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> Tensor:
+    output: Tensor = _attention(q, k, v, first_keys, scaling)[0]
+    return output
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> Tensor:
@@ -72,30 +113,11 @@ def _seen(q: Tensor, first_keys: Tensor | None) -> Tensor:
     return (seen if first_keys is None else seen & (places >= first_keys[..., None]))[:, None]
 
 
-def _by_formula(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in float32, from all scores at once: an operator has no autograd inside."""
-    key_heads = k.shape[1]
-    grad, q = (tensor.float().unflatten(1, (key_heads, -1)) for tensor in (grad, q))  # (b, k, r, t, d)
-    k, v = k.float()[:, :, None], v.float()[:, :, None]
-    scores = (scaling * q @ k.mT).masked_fill(~_seen(q[:, :, 0], first_keys)[:, :, None], -torch.inf)
-    weights = scores.softmax(-1)
-    to_weights = grad @ v.mT
-    to_scores = scaling * weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
-    return (to_scores @ k).flatten(1, 2), (to_scores.mT @ q).sum(2), (weights.mT @ grad).sum(2)
-
-
 @torch.library.custom_op("transxssm::causal_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithms of the sums of exponentials: (b, h, t), float32.
-
-    Programs are exported where there are kernels and run where there may be none: then torch's attention, without the sums.
-    """
+    """The output, and the logarithms of the sums of exponentials: (b, h, t), float32."""
     output, log_sums = _empty_outputs(q, k, v, first_keys, scaling)
-    kernels = _kernels(q, k, v, first_keys)
-    if kernels is None:
-        return output.copy_(_by_torch(q, k, v, first_keys, scaling)), log_sums.zero_()
+    kernels = kernels_of(q.dtype)
     call = _description(kernels, q, k, v, first_keys, scaling, output, log_sums)
     kernels.run("attend", call, _workspace(k), _workspace(k))
     return output, log_sums
@@ -119,11 +141,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     gradients = _empty_gradients(grad, q, k, v, first_keys, output, log_sums, scaling)
-    kernels = _kernels(q, k, v, first_keys, output, log_sums, grad)
-    if kernels is None:
-        for gradient, value in zip(gradients, _by_formula(grad, q, k, v, first_keys, scaling), strict=True):
-            gradient.copy_(value)
-        return gradients
+    kernels = kernels_of(q.dtype)
     rows = (q.shape[0], q.shape[1], _padded(q.shape[2]))
     description = kernels.structure(
         "AttentionGradients",
@@ -171,10 +189,6 @@ def _empty_heads(like: Tensor) -> Tensor:
     return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _kernels(q: Tensor, *others: Tensor | None) -> Kernels | None:
-    return kernels_inside_operator(q, *others) if q.dtype == torch.bfloat16 and has_bf16_gemm() else None
-
-
 def _padded(length: int) -> int:
     return -(-length // _KEYS) * _KEYS
 
@@ -218,3 +232,10 @@ def _description(
         **strided,
         **strides,
     )
+
+
+CAUSAL_ATTENTION = Op(
+    "causal_attention",
+    (Backend("cpp", _by_kernel, refusal=_kernel_refusal, shortfall=_kernel_shortfall), Backend("sdpa", _by_torch)),
+    call=lambda q, k, v, *others, **options: (q, k, v),
+)

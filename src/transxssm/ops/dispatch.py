@@ -1,12 +1,40 @@
-"""Which implementation computes a call: an op has an ordered table of them, and the first that does not refuse is taken."""
+"""Which implementation computes a call: every op has an ordered table, and the first backend that does not refuse is taken.
+
+A backend is chosen once, where the op is entered. Its name goes through the op's custom operator, if there is one, to the backward pass.
+"""
 
 import functools
-import warnings
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
+from torch import Tensor, nn
+
+from transxssm.ops.csrc import reason_without_library
+from transxssm.ops.devices import GPU_SWITCH, reason_without_triton
+
+CPU_SWITCH = "TRANSXSSM_CPU_KERNELS"
+# Reasons that several ops have.
+COMPILED = "torch.compile generates its own kernels from torch's operations"
+EXPORTED = "an exported graph has only torch's own operations"
+FEW = "for so few numbers without gradients one operation of torch is faster"
+ON_CPU = "it is for tensors on a CPU"
+ON_GPU = "it is for tensors on a CUDA device"
+TRANSFORMED = "torch.func and forward-mode differentiation need torch's own operations"
+WATCHED = "torch traces, fakes, counts or maps operations, and would not see a kernel"
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
+_TRITON_DEVICE = "cuda"  # the type of AMD's GPUs too, on which the kernels are untested
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_logger = logging.getLogger(__name__)
+
+
+def _no_reason(*call: Any) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -15,53 +43,219 @@ class Backend:
 
     Args:
         name: what a caller asks for it by.
-        refusal: given the call's tensors, why it cannot compute them, or None if it can.
-        run: the implementation.
+        forward: the implementation.
+        backward: that of the gradients, where the op calls it by name.
+        refusal: given the op's call, why this is no call for the backend, or None if it is one. Defaults to every call being one.
+        shortfall: given a call that it does not refuse, why it cannot run here all the same, or None if it can. Users lose speed by it,
+            so that it is said once when another backend is taken instead.
     """
 
     name: str
-    refusal: Callable[..., str | None]
-    run: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    refusal: Callable[..., str | None] = _no_reason
+    shortfall: Callable[..., str | None] = _no_reason
 
 
-def accepts_all(*call: Any) -> str | None:
-    """The `refusal` of an implementation that computes every call."""
-    return None
-
-
-def choose(op: str, backends: Sequence[Backend], requested: str | None, *call: Any) -> Backend:
-    """The implementation that was requested, or else the first that does not refuse.
+@dataclass(frozen=True)
+class Choice:
+    """What computes a call.
 
     Args:
-        op: the op's name, for messages.
-        backends: in order of preference; the last accepts every call.
-        requested: a backend's name. Defaults to the first that does not refuse.
-        call: what each `refusal` is given, a tensor first.
-
-    Raises:
-        ValueError: there is no such backend, or the one that was requested refuses; the message says why.
+        op: the op's name.
+        backend: that of the backend that is taken.
+        refusals: the names of all backends, in order of preference, with the reason why each cannot take the call, or None if it can.
     """
-    if requested is not None:
-        for backend in backends:
-            if backend.name == requested:
-                reason = backend.refusal(*call)
-                if reason is not None:
-                    raise ValueError(f"{op} cannot be computed by the backend {requested!r}: {reason}")
-                return backend
-        known = ", ".join(backend.name for backend in backends)
-        raise ValueError(
-            f"unknown backend {str(requested)!r} of {op}: expected one of {known}, or None for the first that can"
-        )
-    for backend in backends:
-        reason = backend.refusal(*call)
-        if reason is None:
+
+    op: str
+    backend: str
+    refusals: dict[str, str | None]
+
+
+def _as_given(*call: Any, **options: Any) -> tuple[Any, ...]:
+    return call
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's table of implementations.
+
+    Args:
+        name: that of its public function.
+        backends: in order of preference; the last accepts every call.
+        call: turns the arguments of the public function into what `refusal` and `shortfall` are given. Defaults to the positional ones.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    call: Callable[..., tuple[Any, ...]] = _as_given
+
+    def choose(self, requested: str | None, *call: Any) -> Backend:
+        """The backend that was requested, or else the first that takes the call.
+
+        Raises:
+            ValueError: there is no such backend, or the one that was requested refuses; the message says why.
+        """
+        if requested is not None:
+            backend = self.named(requested)
+            reason = backend.refusal(*call) or backend.shortfall(*call)
+            if reason is not None:
+                raise ValueError(f"{self.name} cannot be computed by the backend {str(requested)!r}: {reason}")
             return backend
-        is_for_speed = call[0].device.type == "cuda" and call[0].dtype != torch.float64
-        if is_for_speed and not torch.compiler.is_compiling():
-            _say_once(f"{op} is slower here than it could be: the backend '{backend.name}' does not take it. {reason}")
-    raise AssertionError(f"no backend of {op} takes this call")
+        for backend in self.backends:
+            if backend.refusal(*call) is not None:
+                continue
+            reason = backend.shortfall(*call)
+            if reason is None:
+                return backend
+            if not torch.compiler.is_compiling():
+                _say_once(reason)
+        raise AssertionError(f"no backend of {self.name} takes this call")
+
+    def named(self, name: str) -> Backend:
+        """The backend of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        known = ", ".join(backend.name for backend in self.backends)
+        raise ValueError(
+            f"unknown backend {str(name)!r} of {self.name}: expected one of {known}, or None for the first that takes the call"
+        )
+
+    def explain(self, *arguments: Any, **options: Any) -> Choice:
+        """What would compute a call of the public function with these arguments, and why the other backends would not."""
+        call = self.call(*arguments, **options)
+        refusals = {str(each.name): each.refusal(*call) or each.shortfall(*call) for each in self.backends}
+        return Choice(self.name, next(name for name, reason in refusals.items() if reason is None), refusals)
+
+
+def cpp_refusal(tensor: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> str | None:
+    """Why the C++ kernels cannot be given these tensors, or None if they can.
+
+    Kernels read memory: all tensors have to lie on the CPU, and must be no subclasses, which may hold their numbers elsewhere.
+
+    Args:
+        dtype: that of the numbers which the kernel works on. Defaults to that of `tensor`.
+    """
+    if (tensor.dtype if dtype is None else dtype) not in _CPP_DTYPES:
+        return "the C++ kernels take float32 and bfloat16"
+    for each in (tensor, *others):
+        if each is None:
+            continue
+        if each.device.type != "cpu":
+            return ON_CPU
+        if not is_plain(each):
+            return "the C++ kernels take no subclasses of tensors"
+    return switched_off(CPU_SWITCH)
+
+
+def eager_cpp_refusal(tensor: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> str | None:
+    """The same for a kernel that is called without a custom operator around it, so that neither torch nor its compiler sees it."""
+    if torch.compiler.is_compiling():  # first, since the compiler cannot trace the other questions
+        return COMPILED
+    if is_watched():
+        return WATCHED
+    return cpp_refusal(tensor, *others, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _reason_without_library() -> str | None:
+    return reason_without_library()
+
+
+def cpp_shortfall(*call: Any) -> str | None:
+    """Why there are no C++ kernels on this machine, or None if there are."""
+    return _reason_without_library()
+
+
+def triton_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
+    """Why Triton's kernels cannot be given these tensors, or None if they can. `torch.compile` takes them as they are."""
+    if tensor.device.type != _TRITON_DEVICE:
+        return ON_GPU
+    if is_exporting():
+        return EXPORTED
+    for each in (tensor, *others):
+        if each is None:
+            continue
+        if each.device != tensor.device:
+            return f"Triton's kernels take tensors on one CUDA device: got {tensor.device} and {each.device}"
+        if each.is_floating_point() and each.dtype not in _TRITON_DTYPES:
+            return f"Triton's kernels take float32, bfloat16 and float16: got {each.dtype}"
+        if not is_plain(each):
+            return f"Triton's kernels take no subclasses of tensors: got {type(each).__name__}"
+    return switched_off(GPU_SWITCH)
+
+
+def eager_triton_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
+    """The same for kernels that are called without a custom operator around them, so that torch does not see them."""
+    if tensor.device.type != _TRITON_DEVICE:
+        return ON_GPU
+    if not torch.compiler.is_compiling() and is_watched():
+        return WATCHED
+    return triton_refusal(tensor, *others)
+
+
+def triton_shortfall(tensor: Tensor, *others: Any) -> str | None:
+    """Why Triton's kernels cannot run on this machine, or None if they can."""
+    return reason_without_triton(tensor.device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def code_checksum() -> int:
+    """A number that changes when the code of the ops does.
+
+    The compiler keeps what it made of an operator on disk, by the operator's name and arguments. The code that it looked into may have
+    changed since, so that operators which it looks into take this number as an argument.
+    """
+    return _code_checksum()
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+def _code_checksum() -> int:
+    return crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+
+
+def is_watched() -> bool:
+    """Whether torch traces, fakes, counts, maps or differentiates forwards. `torch.compile` cannot trace the question itself."""
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, …) or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether `torch.export` traces. While `torch.compile` traces, torch 2.11's own function says so too; here it is called, not traced."""
+    return torch.compiler.is_exporting()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no subclass, which may hold its numbers elsewhere."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+@torch.compiler.assume_constant_result
+def switched_off(variable: str) -> str | None:
+    """The reason not to take kernels that the user switched off by an environment variable, or None if they are on."""
+    return _switches()[variable]
+
+
+@functools.cache
+def _switches() -> dict[str, str | None]:
+    """The environment is read once, when the first call is dispatched."""
+    return {
+        name: f"{name}=0 switches them off" if os.environ.get(name, "1") == "0" else None
+        for name in (CPU_SWITCH, GPU_SWITCH)
+    }
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _logger.warning("This runs slower than it could: %s. `transxssm kernels` shows what runs instead.", reason)

@@ -1,4 +1,4 @@
-"""A linear layer that is fast in half precision on a CPU: for a token that is decoded, and where there are no such products.
+"""A linear layer that is fast in half precision on a CPU: for decoded tokens, and where the CPU has no such matrix products.
 
 Letters: n tokens, i input width, o output width.
 """
@@ -10,57 +10,87 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.csrc import kernels_for
-from transxssm.ops.precision import has_fast_products
+from transxssm.ops.csrc import kernels_of
+from transxssm.ops.devices import has_fast_products
+from transxssm.ops.dispatch import COMPILED, ON_CPU, Backend, Op, cpp_shortfall, eager_cpp_refusal
 
-_FEW_TOKENS = (
-    7  # torch's own product reads a half-precision weight once; raising the weight first would read and write it more
-)
+# torch's own product reads a half-precision weight once, while upcasting the weight would read and write it more often.
+_FEW_TOKENS = 7
 _TOKENS_BY_KERNEL = 4
-BLOCK_TOKENS = 512  # enough for a product at full speed, few enough that no large tensor is raised whole
+BLOCK_TOKENS = 512  # enough for a product at full speed, few enough that no large tensor is upcast as a whole
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """x · weightᵀ, without a bias.
 
-    Where the CPU has no bfloat16 (float16) products, torch's reach a seventh of float32's speed, backward less. There, operands
-    are raised to float32 on their way into the product, blocks of tokens at a time, and the result is rounded once: sums are as
-    exact as in hardware. One to four bfloat16 tokens without gradients take a kernel that reads the weight at the speed of the memory,
-    where torch's reaches less than half of it; its sums are float32. Everywhere else, and in a compiled graph, this is
-    `torch.nn.functional.linear`. In the raised form not twice differentiable.
+    Backends, in order of preference:
+        "cpp": one to four bfloat16 tokens without gradients, on a CPU: reads the weight at the speed of the memory, more than twice as
+            fast as torch, with float32 sums.
+        "upcast": half precision on a CPU without such products, where torch reaches a seventh of float32's speed. Operands are upcast
+            to float32 on their way into the product, in blocks of tokens, and the result is rounded once. Not twice differentiable.
+        "torch": `torch.nn.functional.linear`, everywhere else and in a compiled graph.
 
     Args:
-        x: (…, i). weight: (o, i). Under autocast both are cast to its type first.
+        x: (…, i). weight: (o, i). Under autocast both are cast to its dtype first.
+        backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         (…, o) in their dtype.
+
+    Raises:
+        ValueError: the requested backend does not take the call.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.linear(x, weight)
-    if x.numel() <= _FEW_TOKENS * x.shape[-1]:
-        output = _of_few_tokens(x, weight)
-        return F.linear(x, weight) if output is None else output
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if x.dtype == torch.float64 or has_fast_products("cpu", dtype):
-        return F.linear(x, weight)
-    x, weight = x.to(dtype), weight.to(dtype)
-    with torch.autocast("cpu", enabled=False):
-        return _RaisedLinear.apply(x, weight)
+    output: Tensor = LINEAR.choose(backend, x, weight).forward(x, weight)
+    return output
 
 
-def _of_few_tokens(x: Tensor, weight: Tensor) -> Tensor | None:
-    """By the kernel, where there is one and it is the faster one."""
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    is_fit = x.dtype == weight.dtype == torch.bfloat16 and 0 < x.numel() <= _TOKENS_BY_KERNEL * x.shape[-1]
-    if not is_fit or needs_grad or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
-        return None
-    kernels = kernels_for(x, weight)
-    if kernels is None:
-        return None
+def _kernel_refusal(x: Tensor, weight: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return ON_CPU
+    if torch.compiler.is_compiling():  # before sizes, which may be symbols
+        return COMPILED
+    if not 0 < x.numel() <= _TOKENS_BY_KERNEL * x.shape[-1]:
+        return f"it is for 1 to {_TOKENS_BY_KERNEL} tokens"
+    if not (x.dtype == weight.dtype == torch.bfloat16):
+        return "it is for bfloat16"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "it has no gradients"
+    if torch.is_autocast_enabled("cpu"):
+        return "it does not know autocast"
+    if not weight.is_contiguous():
+        return "it takes a contiguous weight"
+    return eager_cpp_refusal(x, weight)
+
+
+def _by_kernel(x: Tensor, weight: Tensor) -> Tensor:
     output = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    kernels.on_rows("multiply_few", rows, weight.shape[0], rows, weight, output)
+    kernels_of(x.dtype).on_rows("multiply_few", rows, weight.shape[0], rows, weight, output)
     return output
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _upcast_refusal(x: Tensor, weight: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return ON_CPU
+    if torch.compiler.is_compiling():
+        return COMPILED
+    if x.numel() <= _FEW_TOKENS * x.shape[-1]:
+        return f"it is for more than {_FEW_TOKENS} tokens"
+    if x.dtype == torch.float64 or has_fast_products("cpu", _autocast_dtype(x)):
+        return "this CPU multiplies the dtype fast"
+    return None
+
+
+def _by_upcasting(x: Tensor, weight: Tensor) -> Tensor:
+    dtype = _autocast_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        output: Tensor = _UpcastLinear.apply(x, weight)
+        return output
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
@@ -68,14 +98,14 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + BLOCK_TOKENS)
 
 
-class _RaisedLinear(torch.autograd.Function):
+class _UpcastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         output = x.new_empty(*x.shape[:-1], weight.shape[0])
-        inputs, outputs, raised = x.reshape(-1, x.shape[-1]), output.view(-1, weight.shape[0]), weight.float()
+        inputs, outputs, upcast = x.reshape(-1, x.shape[-1]), output.view(-1, weight.shape[0]), weight.float()
         for rows in _blocks(inputs):
-            outputs[rows] = inputs[rows].float() @ raised.T
+            outputs[rows] = inputs[rows].float() @ upcast.T
         return output
 
     @staticmethod
@@ -83,16 +113,26 @@ class _RaisedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        inputs, grads, raised = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), weight.float()
+        inputs, grads, upcast = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), weight.float()
         grad_inputs = torch.empty_like(inputs) if needs_x else None
-        grad_weight = torch.zeros_like(raised) if needs_weight else None
+        grad_weight = torch.zeros_like(upcast) if needs_weight else None
         for rows in _blocks(inputs):
             block = grads[rows].float()
             if grad_inputs is not None:
-                grad_inputs[rows] = block @ raised
+                grad_inputs[rows] = block @ upcast
             if grad_weight is not None:
                 grad_weight.addmm_(block.T, inputs[rows].float())
         return (
             None if grad_inputs is None else grad_inputs.view(x.shape),
             None if grad_weight is None else grad_weight.to(weight.dtype),
         )
+
+
+LINEAR = Op(
+    "linear",
+    (
+        Backend("cpp", _by_kernel, refusal=_kernel_refusal, shortfall=cpp_shortfall),
+        Backend("upcast", _by_upcasting, refusal=_upcast_refusal),
+        Backend("torch", F.linear),
+    ),
+)

@@ -6,7 +6,7 @@ Letters: b batch, t time, h heads (or groups), d width of a head (head_dim in at
 import torch
 from torch import Tensor
 
-from transxssm.ops.precision import has_float64
+from transxssm.ops.devices import has_float64
 
 
 def rotary_frequencies(dim: int, theta: float = 10000.0, *, device: torch.device | None = None) -> Tensor:

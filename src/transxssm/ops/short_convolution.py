@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.precision import has_fast_products
-from transxssm.ops.row_blocks import row_blocks
-from transxssm.ops.watched import is_exporting, is_watched
+from transxssm.ops.devices import has_fast_products, row_blocks
+from transxssm.ops.dispatch import EXPORTED, ON_CPU, Backend, Op, is_exporting, is_watched
 
 SHORTEST_FOR_OPERATOR = 16  # tokens; a decoded one is a handful of numbers
 
@@ -27,22 +26,28 @@ def short_convolution(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution, y_t = silu(Σ_j w_j x_{t−(k−1)+j} + bias), which neither pads nor other documents enter.
+
+    Backends, in order of preference:
+        "onednn": an operator around oneDNN's depthwise convolution, on a CPU for rows of some length. Not twice differentiable.
+        "torch": a product of torch for every tap.
 
     Args:
         x: (b, t, e) inputs.
         weight: (e, k); w_{k−1} multiplies the token itself.
-        bias: (e,); None: none.
-        initial_state: (b, k−1, e), the inputs before the first token, of the first token's document; None: zeros.
+        bias: (e,). Defaults to none.
+        initial_state: (b, k−1, e), the inputs before the first token, of the first token's document. Defaults to zeros.
         seq_idx: (b, t) integers, non-decreasing: documents of a packed row.
         mask: (b, t), 0 or False at pads, wherever they stand. Defaults to no pads.
+        backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         y: (b, t, e) in x's dtype; state: (b, k−1, e), the last k−1 inputs that are no pads, of the last token's document.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the requested backend does not take the call.
     """
     if x.dim() != 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"expected x (b, t, e) and weight (e, k): got {tuple(x.shape)} and {tuple(weight.shape)}")
@@ -80,15 +85,20 @@ def short_convolution(
             seq_idx = torch.where(torch.arange(length, device=x.device) < num_left_pads, first, seq_idx)
         documents = torch.cat((first.expand(-1, memory), seq_idx), dim=1)  # (b, k−1+t)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    # The compiler would make a graph for either way.
-    is_short = length == 1 if torch.compiler.is_compiling() else length < SHORTEST_FOR_OPERATOR
-    # An exported graph has torch's own operations alone.
-    if x.device.type == "cpu" and not is_exporting() and not is_short:
-        y = _convolution(history, weight, bias, documents)
-    else:
-        y = _by_taps(history, weight, bias, documents)
+    y = SHORT_CONVOLUTION.choose(backend, x, weight).forward(history, weight, bias, documents)
     state = _last_inputs(history, documents, None if places is not None else mask, memory)
     return y if places is None else y.gather(1, places[..., None].expand(-1, -1, channels)), state
+
+
+def _operator_refusal(x: Tensor, weight: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return ON_CPU
+    if is_exporting():
+        return EXPORTED
+    # While it compiles, the length may be a symbol: comparing it with 16 would make a graph for either side.
+    if x.shape[1] == 1 or (not torch.compiler.is_compiling() and x.shape[1] < SHORTEST_FOR_OPERATOR):
+        return f"it is for rows of at least {SHORTEST_FOR_OPERATOR} tokens"
+    return None
 
 
 def _may_stand_between(mask: Tensor) -> bool:
@@ -277,3 +287,10 @@ def _last_inputs(history: Tensor, documents: Tensor | None, mask: Tensor | None,
         last_document = documents.gather(1, rows[:, -1:]) if memory else documents[:, -1:]
         state = state * (documents.gather(1, rows) == last_document)[..., None].to(state.dtype)
     return state
+
+
+SHORT_CONVOLUTION = Op(
+    "short_convolution",
+    (Backend("onednn", _convolution, refusal=_operator_refusal), Backend("torch", _by_taps)),
+    call=lambda x, weight, **options: (x, weight),
+)

@@ -3,7 +3,7 @@
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
-from transxssm.ops.precision import has_fast_products
+from transxssm.ops.devices import has_fast_products
 
 
 def has_accelerator() -> bool:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from transxssm.data.labels import IGNORED_LABEL
 from transxssm.models import MODEL_CARD, TransXSSMConfig
-from transxssm.ops.precision import has_float64
+from transxssm.ops.devices import has_float64
 from transxssm.training.checkpoints import (
     PREFIX,
     STAGING,

@@ -16,7 +16,7 @@ import transformers
 
 from transxssm._version import __version__
 from transxssm.ops.csrc import compiled_library
-from transxssm.ops.gpu import gpu_kernels_of
+from transxssm.ops.devices import reason_without_triton
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -37,7 +37,7 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16_products": _has_bfloat16_products(),
         "cpu_kernels": compiled_library() is not None,
-        "gpu_kernels": gpu_kernels_of(device),
+        "gpu_kernels": device.type == "cuda" and reason_without_triton(device.index or 0) is None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -20,8 +20,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @DTYPES
 def test_they_are_what_a_scan_on_a_cpu_takes(dtype, monkeypatch):
     taken = []
-    monkeypatch.setattr(chunked, "forward_fused", lambda *arguments: taken.append("forward"))
-    monkeypatch.setattr(chunked, "backward_fused", lambda *arguments: taken.append("backward"))
+    monkeypatch.setattr(chunked, "forward_fused", lambda backend, *arguments: taken.append("forward"))
+    monkeypatch.setattr(chunked, "backward_fused", lambda backend, *arguments: taken.append("backward"))
     case = make_case(length=9, dtype=dtype)
     case.scan(ssd_chunk_scan)
     x = case.x.clone().requires_grad_()

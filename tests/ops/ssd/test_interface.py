@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.ops.ssd.cases import assert_equal_laws, make_case, results, rotary_tables
 from tests.ops.ssd.ways import between_pads, by_steps, chunks_of, in_pieces, separately
 from tests.tolerances import assert_close
-from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_dual_form, ssd_recurrence, ssd_step
+from transxssm.ops.ssd import SSDBackend, interface, ssd_chunk_scan, ssd_dual_form, ssd_recurrence, ssd_step
+from transxssm.ops.ssd.interface import SSD_CHUNK_SCAN
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -206,15 +207,38 @@ def test_y_has_the_dtype_of_x_and_the_state_stays_precise(scan, dtype, device):
     assert (state.dtype, state.shape) == (precise, case.initial_state.shape)
 
 
-def test_the_backend_that_is_asked_for_computes(device, monkeypatch):
-    """Both backends give one result, so only a marked one shows which of them ran."""
-    case = make_case(device=device)
-    marks = {name: (torch.zeros(()), torch.zeros(())) for name in ("ssd_recurrence", "ssd_chunked")}
-    for name, mark in marks.items():
-        monkeypatch.setattr(f"transxssm.ops.ssd.interface.{name}", lambda *_, mark=mark, **__: mark)
-    assert case.scan(ssd_chunk_scan, backend="recurrence") is marks["ssd_recurrence"]
-    assert case.scan(ssd_chunk_scan, backend=SSDBackend.CHUNKED) is marks["ssd_chunked"]
-    assert case.scan(ssd_chunk_scan) is marks["ssd_chunked"]
+@pytest.mark.parametrize("backend", [None, *SSDBackend])
+def test_the_backend_that_is_asked_for_computes(backend, device, monkeypatch):
+    """All backends give one result, so only a marked one shows which of them ran."""
+    case = make_case(device=device, dtype=torch.float32)
+    taken = []
+    monkeypatch.setattr(interface, "ssd_triton", lambda *_, **__: taken.append("triton") or (None, None))
+    monkeypatch.setattr(interface, "ssd_portable", lambda *_, **__: taken.append("portable") or (None, None))
+    monkeypatch.setattr(interface, "ssd_recurrence", lambda *_, **__: taken.append("recurrence") or (None, None))
+    monkeypatch.setattr(interface, "ssd_chunked", lambda *_, backend, **__: taken.append(backend) or (None, None))
+    choice = SSD_CHUNK_SCAN.explain(case.x, case.dt, case.A, case.B, case.C)
+    if backend is not None and choice.refusals[backend] is not None:
+        with pytest.raises(ValueError, match=re.escape(choice.refusals[backend])):
+            case.scan(ssd_chunk_scan, backend=backend)
+        return
+    case.scan(ssd_chunk_scan, backend=backend)
+    assert taken == [choice.backend if backend is None else backend]
+
+
+@pytest.mark.parametrize("backend", ["cpp_gemm", "cpp", "chunked"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_chunked_backend_leaves_the_same_states_for_the_backward_pass(backend, batch, device):
+    """What one of them saves, any of them can read: with several rows, chunks and rows must not change places."""
+    case = make_case(batch=batch, length=37, groups=1, head_dim=32, state_size=32, dtype=torch.bfloat16, device=device)
+    choice = SSD_CHUNK_SCAN.explain(case.x, case.dt, case.A, case.B, case.C)
+    if choice.refusals[backend] is not None:
+        pytest.skip(choice.refusals[backend])
+    cos, sin = case.rotary or (None, None)
+    inputs = (case.x, case.dt, case.A, case.B, case.C, case.D, case.initial_state, cos, sin, case.seq_idx)
+    *_, states = torch.ops.transxssm.ssd_chunked(*inputs, 8, True, backend, 0)
+    *_, expected = torch.ops.transxssm.ssd_chunked(*inputs, 8, True, "chunked", 0)
+    assert states.shape[:2] == (5, batch)
+    assert_close(states, expected.double(), torch.bfloat16, "states")
 
 
 # Errors: each names what it got and what it expected.
@@ -257,7 +281,7 @@ def test_a_chunk_holds_a_token(chunk_size):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"'magic'.*chunked, portable, recurrence"):
+    with pytest.raises(ValueError, match=r"'magic'.*triton, cpp_gemm, cpp, chunked, portable, recurrence"):
         make_case().scan(ssd_chunk_scan, backend="magic")
 
 

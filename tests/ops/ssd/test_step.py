@@ -84,8 +84,8 @@ def test_threads_change_nothing(threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cpu_takes_the_kernel_and_reads_views(dtype, monkeypatch):
     """x, B and C as the model splits them out of one projection."""
-    taken, fused = [], step._step_fused
-    monkeypatch.setattr(step, "_step_fused", lambda *arguments: taken.append(1) or fused(*arguments))
+    taken, kernels_of = [], step.kernels_of
+    monkeypatch.setattr(step, "kernels_of", lambda dtype: taken.append(1) or kernels_of(dtype))
     torch.manual_seed(0)
     x, B, C = torch.randn(3, 4 * 8 + 2 * 2 * 16).to(dtype).split([32, 32, 32], dim=-1)
     views = x.unflatten(-1, (4, 8)), B.unflatten(-1, (2, 16)), C.unflatten(-1, (2, 16))

@@ -6,8 +6,7 @@ from transxssm.ops.csrc.launch import (
     Structure,
     arena_bytes,
     has_bf16_gemm,
-    kernels_for,
-    kernels_inside_operator,
+    kernels_of,
 )
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "arena_bytes",
     "compiled_library",
     "has_bf16_gemm",
-    "kernels_for",
-    "kernels_inside_operator",
+    "kernels_of",
     "reason_without_library",
 ]

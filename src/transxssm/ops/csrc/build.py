@@ -18,7 +18,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ _MAPS = Path("/proc/self/maps")
 
 
 def compiled_library() -> ctypes.CDLL | None:
-    """The library, or None where it is switched off or cannot be made, which is said once."""
+    """The library, or None where it is switched off or cannot be made. Whichever op would have taken it says so."""
     return _library_or_reason()[0]
 
 
@@ -46,13 +45,7 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(_SWITCH, "1") == "0":
         return None, f"{_SWITCH}=0 switches them off"
     library, reason = _make()
-    if reason is not None:
-        warnings.warn(
-            f"the CPU's kernels could not be made, so that torch's operations compute, which are slower: {reason}. "
-            f"{_SWITCH}=0 says that this is wanted",
-            stacklevel=3,
-        )
-    return library, reason
+    return library, None if reason is None else f"the CPU's C++ kernels could not be made: {reason}"
 
 
 def _make() -> tuple[ctypes.CDLL | None, str | None]:

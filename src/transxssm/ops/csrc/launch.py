@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transxssm.ops.csrc.build import compiled_library
-from transxssm.ops.watched import is_plain, is_watched
+from transxssm.ops.csrc.build import compiled_library, reason_without_library
 
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _NUMBERS: dict[str, Any] = {"void": None, "int64": ctypes.c_int64, "float32": ctypes.c_float}
@@ -133,34 +132,19 @@ class Kernels:
         return made
 
 
-def kernels_for(tensor: Tensor, *others: Tensor | None) -> Kernels | None:
-    """The kernels for the dtype of `tensor`, or None if there are none, so that torch's operations have to compute.
-
-    There are none either while torch traces, fakes, counts, maps or differentiates forwards, since it does not see what a kernel does.
-    `torch.compile` generates its own kernels from torch's operations.
-    """
-    if torch.compiler.is_compiling():  # first, since the compiler cannot trace the other questions
-        return None
-    return None if is_watched() else kernels_inside_operator(tensor, *others)
-
-
-def kernels_inside_operator(
-    tensor: Tensor, *others: Tensor | None, operand: torch.dtype | None = None
-) -> Kernels | None:
-    """The same inside a custom operator, which torch sees from outside.
-
-    Kernels read memory, so that all tensors have to be on the CPU and must not be subclasses, which may store their numbers elsewhere.
+def kernels_of(dtype: torch.dtype, operand: torch.dtype | None = None) -> Kernels:
+    """The kernels for tensors of `dtype`, which the C++ library must have: an op's table of backends says where it does.
 
     Args:
-        operand: the dtype that operands of matrix products have. Defaults to that of `tensor`.
+        operand: the dtype that operands of matrix products have. Defaults to `dtype`.
     """
-    if tensor.dtype not in _FORMATS or not all(_is_readable(each) for each in (tensor, *others) if each is not None):
-        return None
-    loaded = compiled_library()
-    if loaded is None:
-        return None
-    by = "" if operand in (None, tensor.dtype) else f"_by_{_FORMATS[operand]}"
-    return _kernels(loaded, _FORMATS[tensor.dtype] + by)
+    library = compiled_library()
+    if library is None:
+        raise RuntimeError(
+            f"expected the C++ kernels, which a graph was compiled for: {reason_without_library()}; compile it again on this machine"
+        )
+    by = "" if operand in (None, dtype) else f"_by_{_FORMATS[operand]}"
+    return _kernels(library, _FORMATS[dtype] + by)
 
 
 @torch.compiler.assume_constant_result
@@ -185,10 +169,6 @@ def _library(loaded: ctypes.CDLL) -> Library:
 @functools.cache
 def _kernels(loaded: ctypes.CDLL, formats: str) -> Kernels:
     return Kernels(_library(loaded), formats)
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and is_plain(tensor)
 
 
 def _address(tensor: Tensor, expected: str, where: str) -> int:

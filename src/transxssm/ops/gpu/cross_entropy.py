@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transxssm.ops.gpu.dispatch import launched_on
+from transxssm.ops.devices import launched_on
 
 _BLOCK = 4096  # logits of a row that a program holds at once
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transxssm.ops.gpu.dispatch import launched_on, power_of_2
+from transxssm.ops.devices import launched_on, power_of_2
 
 _KEYS = 128  # that a program reads at once, if so many fit
 _STAGES, _WARPS = 3, 4  # blocks of keys and values that are under way at once; threads by 32

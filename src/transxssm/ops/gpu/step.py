@@ -8,16 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transxssm.ops.gpu.dispatch import launched_on, power_of_2
-from transxssm.ops.ssd.step import TokenInputs
+from transxssm.ops.devices import launched_on, power_of_2
 
 # Of the state, that a program holds at once: 64 numbers for each of its 128 threads.
 _ELEMENTS = 8192
 
 
-def step_over_state(state: Tensor, token: TokenInputs) -> Tensor:
+def step_over_state(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    D: Tensor | None,
+) -> Tensor:
     """y (b, h, p) in x's dtype; the new state is written over the old one, which must be contiguous and float32."""
-    x, dt, A, B, C, rotary, D = token
     batch, heads, head_dim = x.shape
     groups, state_size = B.shape[1:]
     x, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, B, C))

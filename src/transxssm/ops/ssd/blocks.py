@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from transxssm.ops.precision import has_fast_products
+from transxssm.ops.devices import has_fast_products
 from transxssm.ops.rotary import rotate, rotate_into
 from transxssm.ops.ssd.decays import decays_of
 

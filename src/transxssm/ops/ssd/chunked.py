@@ -10,14 +10,13 @@ r = h/g heads of a group, p head_dim, n state size. States are (b, g, n, r p) in
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from transxssm.ops.dispatch import code_checksum
 from transxssm.ops.ssd.blocks import (
     ScanInputs,
     as_rows,
@@ -31,7 +30,7 @@ from transxssm.ops.ssd.blocks import (
     store_unrotated,
 )
 from transxssm.ops.ssd.decays import cumulative_sum
-from transxssm.ops.ssd.fused import backward_fused, forward_fused, passes_for
+from transxssm.ops.ssd.fused import BACKENDS, backward_fused, forward_fused
 
 
 def ssd_chunked(
@@ -46,8 +45,9 @@ def ssd_chunked(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The scan of `transxssm.ops.ssd.ssd_chunk_scan` in chunks of `chunk_size` tokens.
+    """The scan of `transxssm.ops.ssd.ssd_chunk_scan` in chunks of `chunk_size` tokens, by "cpp_gemm", "cpp" or "chunked".
 
     Matrix operands keep x's dtype (float32 for half types on a CPU that doesn't multiply them in hardware); time steps, decays,
     cumulative sums and states are float32 (float64 for float64 inputs). Differentiable once, in everything but the rotary tables.
@@ -69,14 +69,15 @@ def ssd_chunked(
         seq_idx,
         chunk_size,
         keeps_states,
-        _CODE,
+        backend,
+        code_checksum() if torch.compiler.is_compiling() else 0,
     )
     return y, final_state
 
 
 def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the state that each chunk began with, in x's dtype: (b, chunks, g, n, r p), or (0,)."""
-    *tensors, chunk_size, keeps_states, _ = arguments
+    """y, the final state, and the state that each chunk began with, in x's dtype: (chunks, b, g, n, r p), or (0,)."""
+    *tensors, chunk_size, keeps_states, backend, _ = arguments
     inputs = ScanInputs(*tensors)
     x, B, D = inputs.x, inputs.B, inputs.D
     batch, _, heads, head_dim = x.shape
@@ -86,8 +87,8 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
     else:
         state = _fold(inputs.initial_state, groups).clone(memory_format=torch.contiguous_format)
-    if passes := passes_for(inputs):
-        forward_fused(passes, inputs, y, state, states, chunk_size)
+    if backend in BACKENDS:
+        forward_fused(backend, inputs, y, state, states, chunk_size)
         return y, _unfold(state, head_dim), states
     for block in blocks_of(x, chunk_size):
         chunk = load(block, inputs)
@@ -96,7 +97,7 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         entering = _recurrence(state, updates.to(state.dtype), chunk.across)
         state, entering = entering[:, -1], entering[:, :-1].to(chunk.x.dtype)
         if keeps_states:
-            states[:, block.chunks] = entering
+            states[block.chunks] = entering.transpose(0, 1)
         from_start = by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
         outputs = product(from_start, chunk.from_start[..., None])
         weights = product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
@@ -108,11 +109,11 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, chunk_size, keeps_states, _ = arguments
+    *tensors, chunk_size, keeps_states, _, _ = arguments
     x, dt, B = tensors[0], tensors[1], tensors[3]
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
-    states_shape = (batch, -(-length // chunk_size), groups, state_size, heads // groups * head_dim)
+    states_shape = (-(-length // chunk_size), batch, groups, state_size, heads // groups * head_dim)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         dt.new_empty(batch, heads, head_dim, state_size),
@@ -127,7 +128,7 @@ def _backward_chunks(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, grad_y, grad_state, states, chunk_size, _ = arguments
+    *tensors, grad_y, grad_state, states, chunk_size, backend, _ = arguments
     inputs = ScanInputs(*tensors)
     x, dt, A, B, D = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.D
     batch, _, _, head_dim = x.shape
@@ -139,9 +140,9 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     grad_A.zero_()
     grad_D.zero_()
     grad_state = _fold(grad_state.to(acc), groups).clone(memory_format=torch.contiguous_format)
-    if passes := passes_for(inputs):
+    if backend in BACKENDS:
         gradients = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D)
-        backward_fused(passes, inputs, grad_y, grad_state, states, chunk_size, gradients)
+        backward_fused(backend, inputs, grad_y, grad_state, states, chunk_size, gradients)
         return *gradients, _unfold(grad_state, head_dim)
     rates = A.view(groups, -1, 1)
     for block in reversed(blocks_of(x, chunk_size)):
@@ -149,7 +150,7 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
         operand = chunk.x.dtype
         dy = heads_of(grad_y[:, block.tokens], block, groups)  # (b, m, g, r, q, p)
         dy = dy.to(operand, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)  # (a, g, r, q, p)
-        entering = states[:, block.chunks].flatten(0, 1).to(operand)  # (a, g, n, r p)
+        entering = states[block.chunks].transpose(0, 1).flatten(0, 1).to(operand)  # (a, g, n, r p)
 
         # The states' gradients, from the last chunk to the first.
         weighted_dy = product(as_rows(dy), as_rows(chunk.from_start[..., None])).flatten(3)
@@ -207,7 +208,7 @@ def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk_size, _, _ = inputs
+    *tensors, ctx.chunk_size, _, ctx.backend, ctx.code = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)  # the states' gradient, which is none, is as large as the states
 
@@ -221,7 +222,8 @@ def _backward(
         grad_y = torch.zeros_like(inputs.x)
     if grad_state is None:
         grad_state = inputs.dt.new_zeros(inputs.x.shape[0], *inputs.x.shape[2:], inputs.B.shape[3])
-    return _of_arguments(inputs, _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, _CODE))
+    gradients = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, ctx.backend, ctx.code)
+    return _of_arguments(inputs, gradients)
 
 
 def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -231,7 +233,7 @@ def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Te
         *grads,
         None if inputs.D is None else grad_D,
         None if inputs.initial_state is None else grad_initial,
-        *(None,) * 6,  # cos, sin, seq_idx, chunk_size, keeps_states, code
+        *(None,) * 7,  # cos, sin, seq_idx, chunk_size, keeps_states, backend, code
     )
 
 
@@ -253,22 +255,19 @@ def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callab
     return operator
 
 
-# The compiler keeps what it made of an operator on disk, by the operator's name and arguments. What it looks into may have changed
-# since: so this code is an argument.
-_CODE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
     "Tensor? cos, Tensor? sin, Tensor? seq_idx"
 )
 _scan = _operator(
     "transxssm::ssd_chunked",
-    f"({_INPUTS}, int chunk_size, bool keeps_states, int code) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, int chunk_size, bool keeps_states, str backend, int code) -> (Tensor, Tensor, Tensor)",
     _forward_chunks,
     _empty_outputs,
 )
 _scan_backward = _operator(
     "transxssm::ssd_chunked_backward",
-    f"({_INPUTS}, Tensor grad_y, Tensor grad_state, Tensor states, int chunk_size, int code) -> "
+    f"({_INPUTS}, Tensor grad_y, Tensor grad_state, Tensor states, int chunk_size, str backend, int code) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_chunks,
     _empty_gradients,

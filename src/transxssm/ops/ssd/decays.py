@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transxssm.ops.precision import has_float64
+from transxssm.ops.devices import has_float64
 
 
 class Decays(NamedTuple):

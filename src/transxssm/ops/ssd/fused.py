@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transxssm.ops.csrc import Kernels, arena_bytes, has_bf16_gemm, kernels_inside_operator
-from transxssm.ops.precision import has_fast_products
+from transxssm.ops.csrc import arena_bytes, has_bf16_gemm, kernels_of
+from transxssm.ops.devices import has_fast_products
+from transxssm.ops.dispatch import CPU_SWITCH, EXPORTED, ON_CPU, cpp_shortfall, is_exporting, switched_off
 from transxssm.ops.ssd.blocks import Block, ScanInputs, blocks_of
 
+BACKENDS = ("cpp_gemm", "cpp")
 GEMM_COLUMNS = 32  # the GEMM takes head_dim and state sizes that are multiples of this
 # Workspaces of `struct Block`, in scan.h.
 _WORKSPACES = (
@@ -33,21 +35,39 @@ _WORKSPACES = (
 )
 
 
-def passes_for(inputs: ScanInputs) -> Kernels | None:
-    """The compiled passes for a scan, if there are: float32 and bfloat16 on a CPU. A CPU multiplies what it does fast."""
-    return kernels_inside_operator(*inputs, operand=_operand(inputs.x))
+def refusal(inputs: ScanInputs) -> str | None:
+    """Why this scan is none for the C++ kernels, or None if it is one. They run inside the operator, where all tensors have memory."""
+    if any(each is not None and each.device.type != "cpu" for each in inputs):
+        return ON_CPU
+    if inputs.x.dtype not in (torch.float32, torch.bfloat16):
+        return "the C++ kernels take float32 and bfloat16"
+    return EXPORTED if is_exporting() else switched_off(CPU_SWITCH)
+
+
+def gemm_refusal(inputs: ScanInputs) -> str | None:
+    """Why this scan is none for the C++ kernels with their own GEMM, or None if it is one."""
+    x, state_size = inputs.x, inputs.B.shape[-1]
+    if x.dtype != torch.bfloat16 or _operand(x) != torch.bfloat16:
+        return "its matrix products are in bfloat16"
+    if x.shape[-1] % GEMM_COLUMNS or state_size % GEMM_COLUMNS:
+        return f"it takes head_dim and state sizes that are multiples of {GEMM_COLUMNS}: got {x.shape[-1]} and {state_size}"
+    return refusal(inputs)
+
+
+def gemm_shortfall(inputs: ScanInputs) -> str | None:
+    """Why the C++ kernels have no GEMM of their own on this machine, or None if they have."""
+    reason = cpp_shortfall()
+    return "this processor has no AVX-512 BF16" if reason is None and not has_bf16_gemm() else reason
 
 
 def _operand(x: Tensor) -> torch.dtype:
     return x.dtype if has_fast_products(x.device.type, x.dtype) else torch.float32
 
 
-def forward_fused(
-    passes: Kernels, inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int
-) -> None:
+def forward_fused(backend: str, inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int) -> None:
     """Fills y; carries the state (b, g, n, r p), in place, to the end; fills the states that chunks begin with, unless empty."""
-    scan = _Scan(passes, inputs, chunk_size)
-    kept = states.view(states.shape[1], *state.shape) if states.numel() else None  # (chunks, b, g, n, r p)
+    scan = _Scan(backend, inputs, chunk_size)
+    kept = states if states.numel() else None  # (chunks, b, g, n, r p)
     for block in scan.blocks():
         work = scan.work
         updates = work["updates"]
@@ -72,7 +92,7 @@ def forward_fused(
 
 
 def backward_fused(
-    passes: Kernels,
+    backend: str,
     inputs: ScanInputs,
     grad_y: Tensor,
     grad_state: Tensor,
@@ -82,14 +102,13 @@ def backward_fused(
 ) -> None:
     """Fills the gradients of x, dt, A, B, C and D (if any); carries that of the state (b, g, n, r p), in place, to the start."""
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = gradients
-    scan = _Scan(passes, inputs, chunk_size, grad_y)
-    kept = states.view(states.shape[1], *grad_state.shape)
+    scan = _Scan(backend, inputs, chunk_size, grad_y)
     per_group = inputs.x.shape[2] // inputs.B.shape[2]
     partial = torch.zeros(2, scan.max_tasks, per_group, dtype=torch.float64, device="cpu")
     for block in scan.blocks(backwards=True):
         work = scan.work
         updates, leaving = work["updates"], work["entering"]
-        entering = kept[block.chunks].view_as(updates).to(updates.dtype)
+        entering = states[block.chunks].view_as(updates).to(updates.dtype)
         if scan.has_fused_products:
             scan.run("chunk_state_gradients", updates)
             scan.run("carry_gradients", grad_state, updates, entering, leaving)
@@ -125,21 +144,16 @@ def backward_fused(
 class _Scan:
     """The inputs as the passes want them, and the memory that they and the products work in, which all blocks share."""
 
-    def __init__(self, passes: Kernels, inputs: ScanInputs, chunk_size: int, grad_y: Tensor | None = None) -> None:
+    def __init__(self, backend: str, inputs: ScanInputs, chunk_size: int, grad_y: Tensor | None = None) -> None:
         x, B = inputs.x, inputs.B
-        self._passes = passes
         self._operand = _operand(x)
+        self._passes = kernels_of(x.dtype, self._operand)
         self._blocks = blocks_of(x, chunk_size)
         self._with_gradients = grad_y is not None
         batch, length, heads, head_dim = x.shape
         groups, state_size = B.shape[2:]
         self._shape = (batch, heads, groups, head_dim, state_size)
-        fits = (
-            head_dim % GEMM_COLUMNS == 0
-            and state_size % GEMM_COLUMNS == 0
-            and x.dtype == self._operand == torch.bfloat16
-        )
-        self.has_fused_products = fits and has_bf16_gemm()
+        self.has_fused_products = backend == "cpp_gemm"
         rows = {"x": _rows(x), "B": _rows(B), "C": _rows(inputs.C)}
         if grad_y is not None:
             rows["grad_y"] = _rows(grad_y.to(x.dtype))
@@ -158,7 +172,7 @@ class _Scan:
             for name, tensor in rows.items()
             for d, axis in enumerate(("row", "token"))
         }
-        self._block = passes.structure(
+        self._block = self._passes.structure(
             "Block",
             batch=batch,
             heads=heads,

@@ -4,60 +4,105 @@ Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 """
 
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transxssm.ops.dispatch import Backend, accepts_all, choose
+from transxssm.ops.dispatch import EXPORTED, Backend, Op, cpp_shortfall, is_exporting
+from transxssm.ops.ssd import fused as scan_cpp
+from transxssm.ops.ssd.blocks import ScanInputs
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.portable import ssd_portable
 from transxssm.ops.ssd.reference import ssd_recurrence
-from transxssm.ops.ssd.step import TokenInputs, step, step_in_place
-from transxssm.ops.ssd.triton.scan import refusal as triton_refusal
+from transxssm.ops.ssd.step import SSD_STEP, SSD_STEP_, TokenInputs
+from transxssm.ops.ssd.triton import scan as scan_triton
 from transxssm.ops.ssd.triton.scan import ssd_triton
-from transxssm.ops.watched import is_exporting
 
 # By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
 DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
 
 
 class SSDBackend(StrEnum):
-    """How `ssd_chunk_scan` computes."""
+    """How `ssd_chunk_scan` computes, in order of preference."""
 
-    TRITON = "triton"  # kernels for GPUs, which read and write as few bytes as they can
-    CHUNKED = "chunked"  # matrix products in chunks, PyTorch, any device; compiled kernels on a CPU that has them
-    PORTABLE = "portable"  # in chunks of torch's own operations, one graph for any length: what `torch.export` records
-    RECURRENCE = "recurrence"  # token by token: the reference
+    TRITON = "triton"  # on a GPU: kernels that read and write as few bytes as they can
+    CPP_GEMM = "cpp_gemm"  # on a CPU, in chunks: C++ kernels with a bfloat16 GEMM of their own
+    CPP = "cpp"  # on a CPU, in chunks: C++ kernels around torch's matrix products
+    CHUNKED = "chunked"  # on any device, in chunks: torch's operations, a loop over blocks of chunks
+    PORTABLE = "portable"  # on any device, in chunks: torch's operations without a loop, one graph for any length, for `torch.export`
+    RECURRENCE = "recurrence"  # on any device, token by token: the reference
+
+
+def _chunked(backend: str, inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+    arguments, options = _unpacked(inputs)
+    return ssd_chunked(*arguments, **options, chunk_size=_chunk_size_of(inputs.x, chunk_size), backend=backend)
+
+
+def _chunked_refusal(inputs: ScanInputs) -> str | None:
+    return EXPORTED if is_exporting() else None
+
+
+def _triton(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+    arguments, options = _unpacked(inputs)
+    return ssd_triton(*arguments, **options, chunk_size=chunk_size)
+
+
+def _portable(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+    arguments, options = _unpacked(inputs)
+    return ssd_portable(*arguments, **options, chunk_size=_chunk_size_of(inputs.x, chunk_size))
+
+
+def _recurrence(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+    arguments, options = _unpacked(inputs)
+    return ssd_recurrence(*arguments, **options)
+
+
+def _unpacked(inputs: ScanInputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The positional arguments of an implementation and its options."""
+    *_, D, initial_state, cos, sin, seq_idx = inputs
+    rotary = None if cos is None or sin is None else (cos, sin)
+    return inputs[:5], {"rotary": rotary, "D": D, "initial_state": initial_state, "seq_idx": seq_idx}
 
 
 def _chunk_size_of(x: Tensor, chunk_size: int | None) -> int:
     return DEFAULT_CHUNK_SIZE.get(x.device.type, DEFAULT_CHUNK_SIZE["cuda"]) if chunk_size is None else chunk_size
 
 
-def _chunked(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
-    return ssd_chunked(*inputs, chunk_size=_chunk_size_of(inputs[0], chunk_size), **options)
+def _call(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    **_: Any,
+) -> tuple[ScanInputs]:
+    cos, sin = (None, None) if rotary is None else rotary
+    return (ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx),)
 
 
-def _chunked_refusal(*call: Any) -> str | None:
-    if is_exporting():
-        return "an exported graph has torch's own operations alone, and this backend is an operator of this package"
-    return None
-
-
-def _portable(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
-    return ssd_portable(*inputs, chunk_size=_chunk_size_of(inputs[0], chunk_size), **options)
-
-
-def _recurrence(*inputs: Tensor, chunk_size: int | None, **options: Any) -> tuple[Tensor, Tensor]:
-    return ssd_recurrence(*inputs, **options)
-
-
-SCAN_BACKENDS = (
-    Backend(SSDBackend.TRITON, triton_refusal, ssd_triton),
-    Backend(SSDBackend.CHUNKED, _chunked_refusal, _chunked),
-    Backend(SSDBackend.PORTABLE, accepts_all, _portable),
-    Backend(SSDBackend.RECURRENCE, accepts_all, _recurrence),
+SSD_CHUNK_SCAN = Op(
+    "ssd_chunk_scan",
+    (
+        Backend(SSDBackend.TRITON, _triton, refusal=scan_triton.refusal, shortfall=scan_triton.shortfall),
+        Backend(
+            SSDBackend.CPP_GEMM,
+            partial(_chunked, "cpp_gemm"),
+            refusal=scan_cpp.gemm_refusal,
+            shortfall=scan_cpp.gemm_shortfall,
+        ),
+        Backend(SSDBackend.CPP, partial(_chunked, "cpp"), refusal=scan_cpp.refusal, shortfall=cpp_shortfall),
+        Backend(SSDBackend.CHUNKED, partial(_chunked, "chunked"), refusal=_chunked_refusal),
+        Backend(SSDBackend.PORTABLE, _portable),
+        Backend(SSDBackend.RECURRENCE, _recurrence),
+    ),
+    call=_call,
 )
 
 
@@ -88,20 +133,20 @@ def ssd_chunk_scan(
         dt: (b, t, h) time steps ≥ 0 after softplus; 0 marks a pad and leaves the state alone.
         A: (h,) decay rates < 0.
         B, C: (b, t, g, n), h a multiple of g: input and output maps, shared by the heads of a group.
-        rotary: (cos, sin), each (b or 1, t, n/2): rotates B and C inside; None: no rotation.
-        D: (h,) skip; None: none.
-        initial_state: (b, h, p, n); belongs to the document of the first token; None: zeros.
-        seq_idx: (b, t) integers, non-decreasing: the documents of a packed row; score and state stop at a boundary.
+        rotary: (cos, sin), each (b or 1, t, n/2): rotates B and C inside. Defaults to no rotation.
+        D: (h,) skip. Defaults to none.
+        initial_state: (b, h, p, n); belongs to the document of the first token. Defaults to zeros.
+        seq_idx: (b, t) integers, non-decreasing: the documents of a packed row; score and state stop at a boundary. Defaults to one
+            document for each row.
         chunk_size: tokens in a chunk ≥ 1; results do not depend on it but for rounding, and "triton" takes the next power of 2 from
             16 to 256. Defaults to what is fastest on the device.
-        backend: an `SSDBackend`. Defaults to the first that takes the inputs: "triton" on a CUDA device, else "chunked",
-            and "portable" where the model is exported.
+        backend: an `SSDBackend`. Defaults to the first that takes the inputs.
 
     Returns:
         y: (b, t, h, p) in x's dtype; final_state: (b, h, p, n), that of the last token's document.
 
     Raises:
-        ValueError: shapes, the chunk size or the backend do not fit; the message says got and expected.
+        ValueError: shapes or the chunk size do not fit, or the requested backend does not take the inputs; the message says why.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token: got {chunk_size}")
@@ -114,17 +159,11 @@ def ssd_chunk_scan(
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"seq_idx must have shape {(batch, length)}: got {tuple(seq_idx.shape)}")
 
-    tensors = (x, B.shape[-1], dt, A, B, C, D, initial_state, *(rotary or ()), seq_idx)
-    chosen = choose("ssd_chunk_scan", SCAN_BACKENDS, backend, *tensors)
+    (inputs,) = _call(x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx)
+    chosen = SSD_CHUNK_SCAN.choose(backend, inputs)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        return chosen.run(
-            *(x, dt, A, B, C),
-            rotary=rotary,
-            D=D,
-            initial_state=initial_state,
-            seq_idx=seq_idx,
-            chunk_size=chunk_size,
-        )
+        y, state = chosen.forward(inputs, chunk_size)
+    return y, state
 
 
 def ssd_step(
@@ -153,7 +192,8 @@ def ssd_step(
     """
     token = _token(state, x, dt, A, B, C, rotary, D)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        return step(state, token)
+        y, new_state = SSD_STEP.choose(None, state, token).forward(state, token)
+    return y, new_state
 
 
 def ssd_step_(
@@ -166,19 +206,23 @@ def ssd_step_(
     *,
     rotary: tuple[Tensor, Tensor] | None = None,
     D: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """`ssd_step` over the old state: the new one is written into `state`, which is read and written once where there are kernels.
+    """`ssd_step` over the old state: the new one is written into `state`. For decoding: nothing here is differentiable.
 
-    For decoding without gradients: nothing here is differentiable.
+    Backends, in order of preference: "triton" on a GPU and "cpp" on a CPU read and write the state once; "torch" on any device.
 
     Args:
         state: (b, h, p, n), float32, float64 for float64 inputs.
+        x, dt, A, B, C, rotary, D: as in `ssd_step`.
+        backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         y: (b, h, p) in x's dtype.
 
     Raises:
-        ValueError: shapes or the state's dtype do not fit; gradients are on for one of the inputs.
+        ValueError: shapes or the state's dtype do not fit, gradients are on for one of the inputs, or the requested backend does not
+            take the call.
     """
     token = _token(state, x, dt, A, B, C, rotary, D)
     if state.dtype != token.accumulate:
@@ -187,7 +231,8 @@ def ssd_step_(
     if torch.is_grad_enabled() and any(each.requires_grad for each in given):
         raise ValueError("a step in place has no gradients: got inputs that require them, expected torch.no_grad()")
     with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
-        return step_in_place(state, token)
+        y: Tensor = SSD_STEP_.choose(backend, state, token).forward(state, token)
+    return y
 
 
 def _token(

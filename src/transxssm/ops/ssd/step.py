@@ -1,15 +1,22 @@
-"""One token of the recurrence: in torch's operations, and over the old state in one pass (ops/csrc/step.cpp, ops/gpu/step.py).
+"""One token of the recurrence (selective state update): in torch's operations, and over the old state in one pass by kernels.
 
 Letters: b batch, h heads, g groups, r = h/g heads of a group, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from transxssm.ops.csrc import Kernels, kernels_for
-from transxssm.ops.gpu import has_gpu_kernels
+from transxssm.ops.csrc import kernels_of
+from transxssm.ops.dispatch import (
+    Backend,
+    Op,
+    cpp_shortfall,
+    eager_cpp_refusal,
+    eager_triton_refusal,
+    triton_shortfall,
+)
 from transxssm.ops.rotary import apply_rotary
 
 Rotary = tuple[Tensor, Tensor]
@@ -27,6 +34,11 @@ class TokenInputs(NamedTuple):
     D: Tensor | None  # (h,)
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, in any order."""
+        return (*self[:5], self.D, *(self.rotary or ()))
+
+    @property
     def accumulate(self) -> torch.dtype:
         """Of the state, and what is computed in."""
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
@@ -42,17 +54,6 @@ def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
 
 def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
     """y; the new state is written over the old one. Not differentiable."""
-    *inputs, rotary, D = token
-    if state.is_contiguous() and has_gpu_kernels(state, *inputs, D, *(rotary or ())):
-        from transxssm.ops.gpu.step import step_over_state  # which imports Triton
-
-        y = step_over_state(state, token)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
-        return y
-    passes = _passes_for(state, token)
-    if passes is not None:
-        return _step_fused(passes, state, token)
     decay, x_dt, B, C = _operands(token)
     grouped = state.view(*x_dt.shape[:-1], state.shape[-1])
     if torch.compiler.is_compiling():
@@ -91,15 +92,15 @@ def _finished(y: Tensor, token: TokenInputs) -> Tensor:
     return y.to(token.x.dtype)
 
 
-def _passes_for(state: Tensor, token: TokenInputs) -> Kernels | None:
-    same_format = token.x.dtype == token.B.dtype == token.C.dtype
-    if not (same_format and state.dtype == torch.float32 and state.is_contiguous()):
-        return None
-    *inputs, rotary, D = token
-    return kernels_for(*inputs, state, D, *(rotary or ()))
+def _kernel_refusal(state: Tensor, token: TokenInputs) -> str | None:
+    if not token.x.dtype == token.B.dtype == token.C.dtype:
+        return "it takes x, B and C of one dtype"
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        return "it takes a contiguous float32 state"
+    return eager_cpp_refusal(token.x, state, *token.tensors)
 
 
-def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
+def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
     y = torch.empty_like(token.x, memory_format=torch.contiguous_format)
     cos, sin = (None, None) if token.rotary is None else torch.broadcast_tensors(*token.rotary)
     numbers = {"dt": token.dt, "A": token.A, "D": token.D, "cos": cos, "sin": sin}
@@ -107,7 +108,8 @@ def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
     tensors |= {name: tensor.float() for name, tensor in numbers.items() if tensor is not None}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     batch, heads, head_dim, state_size = state.shape
-    call = passes.structure(
+    kernels = kernels_of(token.x.dtype)
+    call = kernels.structure(
         "Step",
         batch=batch,
         heads=heads,
@@ -120,6 +122,48 @@ def _step_fused(passes: Kernels, state: Tensor, token: TokenInputs) -> Tensor:
         y=y,
         **tensors,
     )
-    passes.run("step", call)
+    kernels.run("step", call)
     torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
     return y
+
+
+def _triton_refusal(state: Tensor, token: TokenInputs) -> str | None:
+    return (
+        eager_triton_refusal(state, *token.tensors) if state.is_contiguous() else "the kernel takes a contiguous state"
+    )
+
+
+def _by_triton(state: Tensor, token: TokenInputs) -> Tensor:
+    from transxssm.ops.gpu.step import step_over_state  # which imports Triton
+
+    y = step_over_state(state, *token)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
+    return y
+
+
+def _call(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    rotary: Rotary | None = None,
+    D: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, TokenInputs]:
+    return state, TokenInputs(x, dt, A, B, C, rotary, D)
+
+
+SSD_STEP = Op("ssd_step", (Backend("torch", step),), call=_call)
+SSD_STEP_ = Op(
+    "ssd_step_",
+    (
+        Backend("triton", _by_triton, refusal=_triton_refusal, shortfall=lambda state, _: triton_shortfall(state)),
+        Backend("cpp", _by_kernel, refusal=_kernel_refusal, shortfall=cpp_shortfall),
+        Backend("torch", step_in_place),
+    ),
+    call=_call,
+)

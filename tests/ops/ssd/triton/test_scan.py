@@ -1,6 +1,5 @@
 """The scan's Triton kernels are the paper's sums: on a GPU at any size, on a CPU, through Triton's interpreter, at small ones."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import TOLERANCES
 from transxssm.ops import dispatch
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan
-from transxssm.ops.ssd.interface import SCAN_BACKENDS
+from transxssm.ops.ssd.interface import SSD_CHUNK_SCAN
 
 pytestmark = pytest.mark.usefixtures("scan_kernels")
 
@@ -123,8 +122,9 @@ def test_gradients_of_one_output_alone(device):
 
 def test_the_first_backend_that_takes_the_call_is_chosen(device):
     case = make_case(length=3, dtype=torch.float32, device=device)
-    arguments = (case.x, case.B.shape[-1], case.dt, case.A, case.B, case.C)
-    assert [each.name for each in SCAN_BACKENDS if each.refusal(*arguments) is None] == list(SSDBackend)
+    choice = SSD_CHUNK_SCAN.explain(case.x, case.dt, case.A, case.B, case.C)
+    assert list(choice.refusals) == list(SSDBackend)
+    assert choice.backend == "triton"
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,16 @@ def test_the_first_backend_that_takes_the_call_is_chosen(device):
         ({"dtype": torch.float64}, "float32, bfloat16 and float16: got"),
     ],
 )
-def test_what_the_kernels_refuse(sizes, reason, device):
+def test_what_the_kernels_refuse(sizes, reason, device, caplog):
     case = make_case(**({"length": 2, "dtype": torch.float32} | sizes), device=device)
     with pytest.raises(ValueError, match=f"ssd_chunk_scan cannot be computed by the backend 'triton': .*{reason}"):
         kernels()(case)
-    warns = device.type == "cuda" and case.x.dtype != torch.float64
-    with pytest.warns(UserWarning, match="slower here than it could be") if warns else nullcontext():
-        case.scan(ssd_chunk_scan)  # another backend takes it
+    dispatch._say_once.cache_clear()
+    case.scan(ssd_chunk_scan)  # another backend takes it
+    assert any("slower than it could" in message for message in caplog.messages) == (case.x.dtype != torch.float64)
 
 
 def test_tensors_of_another_device_are_refused(device, monkeypatch):
-    monkeypatch.setattr("transxssm.ops.gpu.dispatch._DEVICE_TYPE", "another")
-    with pytest.raises(ValueError, match="Triton's kernels need all tensors on one CUDA device: got"):
+    monkeypatch.setattr(dispatch, "_TRITON_DEVICE", "another")
+    with pytest.raises(ValueError, match="'triton': it is for tensors on a CUDA device"):
         kernels()(make_case(length=2, dtype=torch.float32, device=device))

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from transxssm.ops.gpu.dispatch import launched_on, power_of_2
+from transxssm.ops.devices import launched_on, power_of_2
 from transxssm.ops.ssd.blocks import ScanInputs
 from transxssm.ops.ssd.triton import kernels
 

@@ -3,31 +3,35 @@
 Letters: b batch, c chunks, h heads, p head_dim, n state size.
 """
 
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from transxssm.ops.gpu import gpu_refusal
+from transxssm.ops.dispatch import code_checksum, triton_refusal, triton_shortfall
 from transxssm.ops.ssd.blocks import ScanInputs
 
 MAX_HEAD_DIM = 128
 MAX_STATE_SIZE = 256
 _UNDIVIDED_HEAD_DIM = 64
-# The compiler keeps what it made of an operator on disk, by the operator's name and arguments; the kernels may have changed since.
-_CODE = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
-def refusal(x: Tensor, state_size: int, *others: Tensor | None) -> str | None:
-    """Why the kernels cannot compute this scan, or None if they can."""
-    head_dim = x.shape[-1]
+def refusal(inputs: ScanInputs) -> str | None:
+    """Why this scan is none for the kernels, or None if it is one."""
+    return triton_refusal(*inputs)
+
+
+def shortfall(inputs: ScanInputs) -> str | None:
+    """Why the kernels cannot compute a scan on a GPU, or None if they can."""
+    head_dim, state_size = inputs.x.shape[-1], inputs.B.shape[-1]
     if head_dim > MAX_HEAD_DIM or (head_dim > _UNDIVIDED_HEAD_DIM and head_dim % 2):
-        return f"its kernels take a head_dim of at most {_UNDIVIDED_HEAD_DIM}, or an even one up to {MAX_HEAD_DIM}: got {head_dim}"
+        return (
+            f"the scan's Triton kernels take a head_dim of at most {_UNDIVIDED_HEAD_DIM}, or an even one up to {MAX_HEAD_DIM}: "
+            f"got {head_dim}"
+        )
     if state_size > MAX_STATE_SIZE:
-        return f"its kernels take a state size of at most {MAX_STATE_SIZE}: got {state_size}"
-    return gpu_refusal(x, *others)
+        return f"the scan's Triton kernels take a state size of at most {MAX_STATE_SIZE}: got {state_size}"
+    return triton_shortfall(inputs.x)
 
 
 def ssd_triton(
@@ -53,7 +57,8 @@ def ssd_triton(
     keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     y, final_state, *_ = _scan(
         *(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), None if D is None else D.float()),
-        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, chunk_size, keeps_states, _CODE),
+        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, chunk_size, keeps_states),
+        code_checksum() if torch.compiler.is_compiling() else 0,
     )
     return y, final_state
 
@@ -140,7 +145,7 @@ def _backward_of(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk_size, _, _ = inputs
+    *tensors, ctx.chunk_size, _, ctx.code = inputs
     given = ScanInputs(*tensors)
     if given.cos is not None:
         given = given._replace(B=output[3], C=output[4])
@@ -153,7 +158,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: No
     inputs = ScanInputs(*tensors)
     if grad_y is None:
         grad_y = torch.zeros_like(inputs.x)
-    *grads, grad_D, grad_initial = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, _CODE)
+    *grads, grad_D, grad_initial = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, ctx.code)
     return (
         *grads,
         None if inputs.D is None else grad_D,
