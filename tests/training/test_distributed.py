@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.training.conftest import write_recipe
 from transxssm.training import load_recipe, train
+from transxssm.training.sharding import Parallelism
 
 SAME = 1e-5  # gradients of two halves are summed in another order
 
@@ -49,7 +51,7 @@ def run(*command, expect=0):
     return finished
 
 
-def assert_same_as_one_process(run_dir, one_process):
+def assert_same_as_one_process(run_dir, one_process, *, processes=2):
     rows, expected_rows = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run_dir, one_process)
@@ -64,7 +66,7 @@ def assert_same_as_one_process(run_dir, one_process):
         torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=SAME)
     summary, expected_summary = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, one_process))
     assert summary["parameters"] == expected_summary["parameters"]
-    assert summary["processes"] == 2
+    assert summary["processes"] == processes
 
 
 @pytest.mark.slow
@@ -72,6 +74,67 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe_file, recipe, on
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     run(*torchrun, LAUNCH, recipe_file, *STEPS, "training.per_device_train_batch_size=4")
     assert_same_as_one_process(recipe().output_dir, one_process)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", LAUNCH]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_one_process(recipe_file, recipe, one_process):
+    run(
+        *TORCHRUN,
+        recipe_file,
+        *STEPS,
+        "training.per_device_train_batch_size=4",
+        "training.parallelism=fsdp",
+        "--kill-in-step",
+        "5",
+        expect=1,
+    )
+    assert (recipe().output_dir / "checkpoint-3" / "optimizer").is_dir()
+    whole = load_recipe(recipe_file, [*STEPS, "training.per_device_train_batch_size=4"])
+    train(whole, resume=True)
+    assert_same_as_one_process(recipe().output_dir, one_process, processes=1)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_sharded_and_with_shared_rows(recipe_file, recipe, one_process):
+    folder = recipe().output_dir
+    folder.mkdir()
+    shutil.copy(one_process / "recipe.yaml", folder)
+    shutil.copytree(one_process / "checkpoint-3", folder / "checkpoint-3")
+    shared = ["training.per_device_train_batch_size=8", "training.parallelism={data: fsdp, cp: 2}"]
+    run(*TORCHRUN, recipe_file, *STEPS, *shared, "--resume")
+    assert_same_as_one_process(folder, one_process)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("training.parallelism=zero", "expected one of ddp, fsdp, hsdp"),
+        ("training.parallelism.cp=0", "expected a whole number of processes from 1 on"),
+        ("training.parallelism.tensor=2", "expected data or cp"),
+        ("training.parallelism=3", "training.parallelism: got 3"),
+    ],
+)
+def test_wrong_settings_are_found_when_the_recipe_is_read(recipe_file, setting, expected):
+    with pytest.raises(ValueError, match=expected):
+        load_recipe(recipe_file, [setting])
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "processes", "options", "expected"),
+    [
+        (Parallelism(cp=2), 1, {}, "got 1 process, expected a multiple of 2"),
+        (Parallelism(cp=2), 3, {}, "got 3 processes, expected a multiple of 2"),
+        (Parallelism(cp=4), 4, {}, "data.sequence_length=66, expected a multiple of 4"),
+        (Parallelism("fsdp"), 2, {"is_own_model": False}, "is for model.architecture transxssm"),
+        (Parallelism("fsdp"), 2, {"uses_accelerate_fsdp": True}, "leave out either"),
+    ],
+)
+def test_what_processes_cannot_share(parallelism, processes, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        parallelism.check(processes, 66, **({"is_own_model": True, "uses_accelerate_fsdp": False} | options))
 
 
 @pytest.mark.slow

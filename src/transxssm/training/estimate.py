@@ -160,7 +160,16 @@ def _batch_seconds(
 
 def rows_per_step(arguments: TrainingArguments) -> int:
     """Rows of all processes in one step of the optimiser."""
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return (
+        arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * processes_with_own_rows(arguments)
+    )
+
+
+def processes_with_own_rows(arguments: TrainingArguments) -> int:
+    """Processes, of which those that share rows count as one."""
+    return arguments.world_size // getattr(arguments, "context_parallel_size", 1)
 
 
 def number_of_steps(arguments: TrainingArguments, train: Any) -> int | None:
@@ -169,7 +178,7 @@ def number_of_steps(arguments: TrainingArguments, train: Any) -> int | None:
         return arguments.max_steps
     if not hasattr(train, "__len__"):
         return None
-    batches = -(-len(train) // (arguments.per_device_train_batch_size * arguments.world_size))
+    batches = -(-len(train) // (arguments.per_device_train_batch_size * processes_with_own_rows(arguments)))
     return round(max(1, batches // arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -51,9 +50,10 @@ from transxssm.training.fit import fitted
 from transxssm.training.interrupt import BudgetSpentError, Interrupt, stopped_at
 from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe
+from transxssm.training.recipe_fields import ARCHITECTURES
 from transxssm.training.report import SUMMARY, device_name, plot_loss, read_summary, versions, write_summary
 from transxssm.training.source import Collate, TrainingData, text_data
-from transxssm.training.trainer import TransXSSMTrainer
+from transxssm.training.trainer import TransXSSMTrainer, asks_accelerate_to_shard
 from transxssm.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,12 @@ def _train(
         if chosen:
             logger.warning("%s", chosen)
     arguments = recipe.training_arguments()
+    recipe.parallelism.check(
+        arguments.world_size,
+        recipe.data.sequence_length,
+        is_own_model=recipe.model.get("architecture", ARCHITECTURES[0]) == ARCHITECTURES[0],
+        uses_accelerate_fsdp=asks_accelerate_to_shard(arguments),
+    )
     run_dir, is_main = recipe.output_dir, arguments.process_index == 0
     say = logger.warning if is_main else logger.debug
     with arguments.main_process_first(local=False):
@@ -168,7 +174,7 @@ def _train(
     trainer = _build_trainer(recipe, arguments, data, checkpoint, shown)
     if isinstance(shown, ProgressDisplay):
         _introduce(shown, trainer, recipe, data, checkpoint)
-    if _asks_to_shard(arguments) and not trainer.is_fsdp_enabled:
+    if asks_accelerate_to_shard(arguments) and not trainer.is_fsdp_enabled:
         say("accelerate shards over accelerators only: on the CPU every process holds the whole model")
     with _full_disk_in_one_line(run_dir):
         if is_main:
@@ -327,6 +333,7 @@ def _build_trainer(
         train_dataset=data.train,
         eval_dataset=data.held_out,
         held_out_bytes=data.held_out_bytes,
+        parallelism=recipe.parallelism,
         processing_class=data.tokenizer,
         callbacks=callbacks,
     )
@@ -335,10 +342,6 @@ def _build_trainer(
 def _collate_named(collate: Collate, names: frozenset[str], rows: Sequence[Any]) -> dict[str, Tensor]:
     """A batch of what a model's `forward` names: transformers' models know no `seq_idx`, its Mamba-2 no positions."""
     return {name: tensor for name, tensor in collate(rows).items() if name in names}
-
-
-def _asks_to_shard(arguments: TrainingArguments) -> bool:
-    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:

@@ -15,6 +15,7 @@ from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import BASELINES
 from transxssm.training.precision import has_accelerator, has_fast_bfloat16
 from transxssm.training.recipe_fields import ARCHITECTURES, check_sections
+from transxssm.training.sharding import Parallelism
 from transxssm.training.yaml_values import dump_yaml, load_yaml
 
 # What a silent recipe means: the optimiser and the schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
@@ -128,9 +129,17 @@ class Recipe:
                 )
             settings |= {"greater_is_better": False}  # transformers would think so of all but a loss
         try:
-            return TrainingArguments(**(settings | deepcopy(self.training)))
+            given = {name: value for name, value in self.training.items() if name != "parallelism"}
+            arguments = TrainingArguments(**(settings | deepcopy(given)))
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ValueError(f"training: {_one_line(error)}") from error
+        arguments.context_parallel_size = self.parallelism.cp
+        return arguments
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """How processes share the run."""
+        return Parallelism.of(self.training.get("parallelism"))
 
     def with_choices(self, values: Mapping[str, Any]) -> "Recipe":
         """The recipe with those of the values, by their names, that it leaves open."""
@@ -213,6 +222,7 @@ def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
         open_settings=_open_settings(sections) if sections.get("fit") else frozenset(),
     )
     recipe.model_config()
+    _ = recipe.parallelism
     return recipe
 
 

@@ -103,7 +103,7 @@ def known_fields() -> dict[str, dict[str, Field]]:
             **config,
         },
         "data": _dataclass_fields(DataArguments),
-        "training": _dataclass_fields(TrainingArguments),
+        "training": _dataclass_fields(TrainingArguments) | {"parallelism": Field(str | dict | None)},
         "fit": {"minutes": Field(float)},
     }
 

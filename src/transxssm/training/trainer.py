@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,11 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
@@ -34,8 +46,22 @@ from transxssm.training.checkpoints import (
 )
 from transxssm.training.estimate import rows_per_step
 from transxssm.training.nonfinite import NonFiniteError, find_origin
+from transxssm.training.sharding import (
+    Parallelism,
+    compile_layers,
+    is_sharded,
+    load_optimizer,
+    load_whole_optimizer,
+    load_whole_weights,
+    mesh_of,
+    save_optimizer,
+    shard,
+    whole_weights,
+)
 
 logger = logging.getLogger(__name__)
+
+OPTIMIZER_SHARDS = "optimizer"  # a folder of a checkpoint
 
 
 class TransXSSMTrainer(Trainer):
@@ -43,17 +69,26 @@ class TransXSSMTrainer(Trainer):
 
     Args:
         held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for; None where they are no text.
+        parallelism: how processes share the run.
         Others: as in `Trainer`.
     """
 
-    def __init__(self, *, held_out_bytes: int | None, **kwargs: Any) -> None:
-        _take_one_gpu(kwargs.get("args"))
+    def __init__(self, *, held_out_bytes: int | None, parallelism: Parallelism | None = None, **kwargs: Any) -> None:
+        arguments: Any = kwargs.get("args")
+        _take_one_gpu(arguments)
         use_cache = kwargs["model"].config.use_cache
+        self._parallelism = parallelism or Parallelism()
+        self._compiles = arguments is not None and arguments.torch_compile
+        is_own = kwargs["model"].config.model_type == TransXSSMConfig.model_type
+        is_shared = arguments is not None and arguments.world_size > 1 and is_own
+        if is_shared and self._compiles and not asks_accelerate_to_shard(arguments):
+            _leave_compiling_to_us(arguments)
         super().__init__(**kwargs)
+        if is_shared and not self.is_fsdp_enabled:
+            self._share()
         self._saved_use_cache = use_cache  # Trainer switches it off; whoever loads the model wants it as it was
         self.held_out_bytes = held_out_bytes
         # Where the model knows how, logits, tokens × vocabulary, are never formed.
-        is_own = kwargs["model"].config.model_type == TransXSSMConfig.model_type
         self._loss_options = {"skip_logits": True} if is_own else {}
         self._keep_outputs_whole()
         self.remove_callback(PrinterCallback)
@@ -84,6 +119,30 @@ class TransXSSMTrainer(Trainer):
         if isinstance(policy, MixedPrecisionPolicy):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
+    def _share(self) -> None:
+        """Prepares model and data as `parallelism` says, before accelerate would wrap them in its own way."""
+        model: Any = self.model
+        device_type, shared = self.args.device.type, self._parallelism.cp
+        if shared > 1:
+            mesh = init_device_mesh(
+                device_type, (self.args.world_size // shared, shared), mesh_dim_names=("dp_shard", "cp")
+            )
+            self.accelerator.state.device_mesh = (
+                mesh  # by which its data loaders give the same rows to those who share them
+            )
+            model.enable_context_parallel(mesh["cp"].get_group())
+            self.add_callback(CountTokensOnce(shared))
+        if self._parallelism.data != "ddp":
+            shard(model, mesh_of(self._parallelism, device_type))
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast alone
+            model._is_accelerate_prepared = True
+        if self._compiles:  # layer by layer, which takes seconds and not minutes
+            compile_layers(model)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return is_sharded(self.model)
+
     # Parameter groups
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -106,7 +165,7 @@ class TransXSSMTrainer(Trainer):
 
         A smaller one would be compiled anew in the middle of the run, for minutes.
         """
-        if not self.args.torch_compile:
+        if not self._compiles:
             return inputs
         num_rows = len(inputs["labels"])
         self._most_rows = max(self._most_rows, num_rows)
@@ -163,7 +222,8 @@ class TransXSSMTrainer(Trainer):
         widest = torch.float64 if has_float64(self.args.device) else torch.float32
         self._held_out_sums = torch.zeros(2, dtype=widest, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, tokens = self.accelerator.reduce(self._held_out_sums, reduction="sum").tolist()
+        sums = self.accelerator.reduce(self._held_out_sums, reduction="sum")
+        nats, tokens = (sums / self._parallelism.cp).tolist()  # each of a row's processes has summed the whole row
         if tokens == 0:
             raise ValueError("the held-out rows have no labelled token: raise data.held_out_fraction")
         loss = nats / tokens
@@ -196,7 +256,7 @@ class TransXSSMTrainer(Trainer):
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return num_rows
-        return min(num_rows, max(0, state.remainder - self.args.process_index * num_rows))
+        return min(num_rows, max(0, state.remainder - self.args.process_index // self._parallelism.cp * num_rows))
 
     # Log: tokens and seconds beside what Trainer logs
 
@@ -257,13 +317,54 @@ class TransXSSMTrainer(Trainer):
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self._is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir, OPTIMIZER_SHARDS))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_sharded:
+            load_whole_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_sharded:
+            load_whole_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Shards that any number of processes has written, or the whole state of one, into shards or a whole state."""
+        shards = None if checkpoint is None else Path(checkpoint, OPTIMIZER_SHARDS)
+        has_shards = shards is not None and shards.is_dir()
+        if checkpoint is None or not (has_shards or self._is_sharded):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if has_shards:
+            load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint, OPTIMIZER_SHARDS))
+        else:
+            load_whole_optimizer(self.optimizer.optimizer, Path(checkpoint, OPTIMIZER_NAME))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
     def save_final(self) -> None:
         """Writes the model as `save_pretrained` leaves it, and the tokenizer, into the run folder itself."""
         run_dir = Path(self.args.output_dir)
         staging = run_dir / STAGING
         try:
             self._clear_staging()
-            state_dict = None
+            state_dict = whole_weights(self.model) if self._is_sharded and not self.is_fsdp_enabled else None
             if self.is_fsdp_enabled:  # gathers the shards, in which a tied head is a tensor of its own
                 gathered = self.accelerator.get_state_dict(self.model)
                 state_dict = {
@@ -306,6 +407,36 @@ class TransXSSMTrainer(Trainer):
         tied = self.model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
+
+
+class CountTokensOnce(TrainerCallback):
+    """Tokens that Trainer has added up over all processes, of which `shared` read each row, count once."""
+
+    def __init__(self, shared: int) -> None:
+        self.shared = shared
+        self._counted = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._counted = state.num_input_tokens_seen
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._counted += (state.num_input_tokens_seen - self._counted) // self.shared
+        state.num_input_tokens_seen = self._counted
+
+
+def asks_accelerate_to_shard(arguments: TrainingArguments) -> bool:
+    """Whether `training.fsdp` or accelerate's environment asks for FSDP."""
+    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _leave_compiling_to_us(arguments: TrainingArguments) -> None:
+    """Keeps Trainer and accelerate from compiling the model as a whole, in a graph for each layer."""
+    arguments.torch_compile = False
+    arguments.torch_compile_backend = arguments.torch_compile_mode = None
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:  # set by TrainingArguments
+        del os.environ[name]
 
 
 def _take_one_gpu(arguments: TrainingArguments | None) -> None:
