@@ -8,7 +8,11 @@ import torch
 
 from transxssm.ops import dispatch
 
-NAMES = ("step", "single_query_attention", "cross_entropy")
+MODULES = {
+    "step": "transxssm.ops.ssd.triton.step",
+    "single_query_attention": "transxssm.ops.single_query_attention_triton",
+    "cross_entropy": "transxssm.ops.linear_cross_entropy_triton",
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 
@@ -27,7 +31,7 @@ def install(monkeypatch: pytest.MonkeyPatch, device: torch.device, *, scans: boo
         monkeypatch.setattr(dispatch, "reason_without_triton", lambda index: None)
         if not scans:
             monkeypatch.setattr("transxssm.ops.ssd.triton.scan.triton_refusal", lambda *tensors: "not in this test")
-    return SimpleNamespace(**{name: import_module(f"transxssm.ops.gpu.{name}") for name in NAMES})
+    return SimpleNamespace(**{name: import_module(path) for name, path in MODULES.items()})
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:

@@ -1,6 +1,7 @@
 """The layers of the packages, read off their imports: they point down only, and `__init__` files only re-export."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -38,8 +39,8 @@ LAYERS = {
 # The package's own __init__ gives names to users: of what it may hold, and no more, so that its import stays cheap.
 PUBLIC = {"_version", "ops", "models"}
 OPS_LIBRARIES = {"torch"}
-GPU_LIBRARIES = {"triton"}  # in these folders alone, whose kernels nothing imports where it is missing
-GPU_FOLDERS = ("ops/gpu/", "ops/ssd/triton/", "ops/devices.py")
+GPU_LIBRARIES = {"triton"}  # in these files alone, whose kernels nothing imports where it is missing
+GPU_FILES = re.compile(r"ops/ssd/triton/|ops/\w+_triton\.py|ops/devices\.py")
 
 
 def modules_imported(path: Path, root: Path) -> set[str]:
@@ -82,7 +83,7 @@ def violations_of_layers(root: Path) -> list[str]:
             target = part_of(module)
             if target is None:
                 library = module.split(".")[0]
-                allowed = OPS_LIBRARIES | (GPU_LIBRARIES if name.startswith(GPU_FOLDERS) else set())
+                allowed = OPS_LIBRARIES | (GPU_LIBRARIES if GPU_FILES.match(name) else set())
                 if part == "ops" and library not in allowed | sys.stdlib_module_names:
                     lines.append(f"{name}: ops imports {library}, expected only torch and the standard library")
             elif not part:

@@ -21,7 +21,12 @@ ROOT = Path(__file__).parents[1]
 # imported where torch has brought it.
 OPTIONAL = {
     "lm_eval": "transxssm/evaluation/harness.py",
-    "triton": ("transxssm/ops/gpu/", "transxssm/ops/ssd/triton/", "transxssm/ops/devices.py"),
+    "triton": (
+        "transxssm/ops/ssd/triton/",
+        "transxssm/ops/single_query_attention_triton.py",
+        "transxssm/ops/linear_cross_entropy_triton.py",
+        "transxssm/ops/devices.py",
+    ),
 }
 PACKAGES = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
 

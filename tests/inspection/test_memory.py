@@ -15,7 +15,7 @@ from transxssm.inspection import activation_bytes, all_attention_bytes, availabl
 from transxssm.models import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.models.baselines import BASELINES, new_language_model
 from transxssm.ops.csrc import compiled_library
-from transxssm.ops.ssd import fused, ssd_chunk_scan
+from transxssm.ops.ssd import cpp, ssd_chunk_scan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -141,14 +141,14 @@ def test_the_scans_own_workspace(length, dtype, monkeypatch):
     x, B = torch.zeros(1, length, h, p, dtype=dtype), torch.zeros(1, length, g, n, dtype=dtype)
     if compiled_library() is None:
         pytest.skip("no C++ compiler here")
-    most, workspace = [0], fused._Scan._workspace
+    most, workspace = [0], cpp._Scan._workspace
 
     def counted(scan, *size):
         work = workspace(scan, *size)
         most.append(sum(tensor.nbytes for tensor in work.values()))
         return work
 
-    monkeypatch.setattr(fused._Scan, "_workspace", counted)
+    monkeypatch.setattr(cpp._Scan, "_workspace", counted)
     ssd_chunk_scan(x, torch.zeros(1, length, h), -torch.ones(h), B, B)
     assert 1 <= memory._scan_workspace(config, length, dtype) / max(most) <= 1.7
 

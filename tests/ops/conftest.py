@@ -1,7 +1,8 @@
-"""Ops that have kernels for CPUs are tested with and without them."""
+"""Ops with the CPU's kernels and without them, and with the GPU's."""
 
 import pytest
 
+from tests import gpu_kernels
 from transxssm.ops import dispatch
 from transxssm.ops.csrc import compiled_library
 
@@ -13,3 +14,9 @@ def with_and_without_kernels(request, monkeypatch, device):
         monkeypatch.setattr(dispatch, "_reason_without_library", lambda: "none in this test")
     elif device.type != "cpu" or compiled_library() is None:
         pytest.skip("no kernels here")
+
+
+@pytest.fixture
+def kernels(monkeypatch, device):
+    """The modules of the GPU's kernels, by name: on a GPU, or on a CPU through Triton's interpreter."""
+    return gpu_kernels.install(monkeypatch, device)

@@ -7,6 +7,7 @@ import torch
 
 from tests.tolerances import assert_close
 from transxssm.ops import single_query_attention
+from transxssm.ops.single_query_attention import SINGLE_QUERY_ATTENTION
 
 SCALING = 0.3
 
@@ -42,6 +43,23 @@ def test_any_block(elements, monkeypatch):
     mask = torch.rand(2, 1, 1, 33) < 0.5
     mask[..., 0] = True
     assert_close(single_query_attention(q, k, v, mask, scaling=SCALING), formula(q, k, v, mask), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["blocks", "products", "sdpa"])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_every_implementation_equals_the_formula(backend, key_heads, dtype, device):
+    """Asked for past the table, which would not take all of them on this device."""
+    q, k, v = (each.to(device) for each in inputs(2, 4, key_heads, 37, 8, dtype=dtype))
+    mask = torch.rand(2, 1, 1, 37, device=device) < 0.5
+    mask[..., 3] = True
+    for seen in (None, mask, mask[:1]):
+        output = SINGLE_QUERY_ATTENTION.named(backend).forward(q, k, v, seen, SCALING)
+        assert output.dtype == dtype
+        assert_close(output, formula(q, k, v, seen), dtype, num_ops=2)
+    blind = torch.zeros_like(mask)
+    mean = v.double().mean(-2, keepdim=True).repeat_interleave(4 // key_heads, dim=1)
+    assert_close(SINGLE_QUERY_ATTENTION.named(backend).forward(q, k, v, blind, SCALING), mean, dtype)
 
 
 def test_one_mask_for_all_rows():

@@ -17,7 +17,7 @@ from transxssm.ops.devices import ELEMENTS_PER_BLOCK, has_fast_products
 from transxssm.ops.dispatch import cpp_refusal, cpp_shortfall
 from transxssm.ops.linear import BLOCK_TOKENS
 from transxssm.ops.ssd.blocks import BLOCK_SCORES
-from transxssm.ops.ssd.fused import GEMM_COLUMNS
+from transxssm.ops.ssd.cpp import GEMM_COLUMNS
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 FLOAT32 = 4  # bytes

@@ -1,4 +1,4 @@
-"""Layer 0: functions of tensors, pure but for `ssd_step_`. They know no configuration, no module and no cache."""
+"""Layer 0: functions of tensors. They know no configuration, no module and no cache, and are pure except for `ssd_step_`."""
 
 from transxssm.ops.causal_attention import causal_attention, has_attention_kernels
 from transxssm.ops.dispatch import Choice

@@ -24,7 +24,7 @@ from transxssm.ops.dispatch import (
     switched_off,
 )
 
-# What attention.cpp works in: heads of whole pairs of vectors, blocks of keys.
+# attention.cpp takes heads of whole pairs of vectors, and works in blocks of keys.
 _HEAD_DIM_STEP, _WIDEST_HEAD, _KEYS = 32, 128, 128
 
 
@@ -34,8 +34,9 @@ def causal_attention(
     """softmax(scaling · q kᵀ) v, in which query i sees the keys first_keys_i … i; scores and sums are float32.
 
     Backends, in order of preference:
-        "cpp": bfloat16 on a CPU with AVX-512 BF16, for heads of 32, 64, 96 or 128. Its kernels know no mask, so that keys which documents
-            or a window hide cost nothing. Not twice differentiable.
+        "cpp": bfloat16 on a CPU with AVX-512 BF16, for heads of 32, 64, 96 or 128. Its kernels
+            take each query's first key and no mask, so that keys which documents or a window hide cost nothing. Not twice
+            differentiable.
         "sdpa": torch's `scaled_dot_product_attention`.
 
     Args:
@@ -80,7 +81,7 @@ def _kernel_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "it is for bfloat16"
     if is_exporting():
         return EXPORTED
-    if not torch.compiler.is_compiling():  # which takes the operator as it is, for it has no better one
+    if not torch.compiler.is_compiling():  # which calls the operator as it is
         if is_watched():
             return WATCHED
         if not all(map(is_plain, (q, k, v))):
@@ -107,7 +108,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scalin
 
 
 def _seen(q: Tensor, first_keys: Tensor | None) -> Tensor:
-    """(b or 1, 1, t, t): which keys each query sees."""
+    """Which keys each query sees, (b or 1, 1, t, t)."""
     places = torch.arange(q.shape[2], device=q.device)
     seen = (places <= places[:, None])[None]
     return (seen if first_keys is None else seen & (places >= first_keys[..., None]))[:, None]
@@ -115,7 +116,7 @@ def _seen(q: Tensor, first_keys: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("transxssm::causal_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, first_keys: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithms of the sums of exponentials: (b, h, t), float32."""
+    """The output, and for the backward pass the logarithm of each softmax's denominator, (b, h, t) float32."""
     output, log_sums = _empty_outputs(q, k, v, first_keys, scaling)
     kernels = kernels_of(q.dtype)
     call = _description(kernels, q, k, v, first_keys, scaling, output, log_sums)
@@ -184,7 +185,7 @@ _attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _empty_heads(like: Tensor) -> Tensor:
-    """(b, h, t, d), a token's heads side by side, as projections want them."""
+    """(b, h, t, d) in which the heads of a token are adjacent in memory, as the output projection reads them."""
     batch, heads, length, head_dim = like.shape
     return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
@@ -194,7 +195,7 @@ def _padded(length: int) -> int:
 
 
 def _workspace(heads: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """For a head after the other: (b, h, padded t, d)."""
+    """Memory of shape (b, h, padded t, d)."""
     batch, num_heads, length, head_dim = heads.shape
     return heads.new_empty(batch, num_heads, _padded(length), head_dim, dtype=dtype)
 

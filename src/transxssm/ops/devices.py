@@ -30,7 +30,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def row_blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices over the first axis of (n, d), for elementwise work whose intermediate results shall stay in the cache.
+    """Slices over the first axis of (n, d), for elementwise work whose intermediate results should stay in the cache.
 
     On a CPU a slice has about 2^18 elements. A GPU gains nothing from blocks, so that there is one slice.
     """

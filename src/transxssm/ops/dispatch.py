@@ -26,9 +26,9 @@ FEW = "for so few numbers without gradients one operation of torch is faster"
 ON_CPU = "it is for tensors on a CPU"
 ON_GPU = "it is for tensors on a CUDA device"
 TRANSFORMED = "torch.func and forward-mode differentiation need torch's own operations"
-WATCHED = "torch traces, fakes, counts or maps operations, and would not see a kernel"
+WATCHED = "a tracer, a dispatch mode or a function transform is active, which would not see a kernel"
 _CPP_DTYPES = (torch.float32, torch.bfloat16)
-_TRITON_DEVICE = "cuda"  # the type of AMD's GPUs too, on which the kernels are untested
+_TRITON_DEVICE = "cuda"  # AMD's GPUs have this type too; the kernels are untested there
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _logger = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ class Backend:
     """One implementation of an op.
 
     Args:
-        name: what a caller asks for it by.
+        name: the value of `backend=` that requests it.
         forward: the implementation.
-        backward: that of the gradients, where the op calls it by name.
-        refusal: given the op's call, why this is no call for the backend, or None if it is one. Defaults to every call being one.
-        shortfall: given a call that it does not refuse, why it cannot run here all the same, or None if it can. Users lose speed by it,
-            so that it is said once when another backend is taken instead.
+        backward: the implementation of the gradients, for ops that call it from an autograd function.
+        refusal: tells why the backend is not meant for a call, or returns None if it is. Defaults to accepting every call.
+        shortfall: tells why the backend cannot run on this machine although it is meant for the call, or returns None if it can. The user
+            loses speed, so that the reason is logged once when another backend is taken.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Choice:
 
     Args:
         op: the op's name.
-        backend: that of the backend that is taken.
+        backend: the name of the backend that is taken.
         refusals: the names of all backends, in order of preference, with the reason why each cannot take the call, or None if it can.
     """
 
@@ -81,9 +81,10 @@ class Op:
     """An op's table of implementations.
 
     Args:
-        name: that of its public function.
+        name: the name of the public function.
         backends: in order of preference; the last accepts every call.
-        call: turns the arguments of the public function into what `refusal` and `shortfall` are given. Defaults to the positional ones.
+        call: turns the arguments of the public function into what `refusal` and `shortfall` are given. Defaults to the
+            positional arguments.
     """
 
     name: str
@@ -136,10 +137,10 @@ class Op:
 def cpp_refusal(tensor: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> str | None:
     """Why the C++ kernels cannot be given these tensors, or None if they can.
 
-    Kernels read memory: all tensors have to lie on the CPU, and must be no subclasses, which may hold their numbers elsewhere.
+    Kernels read memory, so that all tensors must be on the CPU and must not be subclasses, which may store their numbers elsewhere.
 
     Args:
-        dtype: that of the numbers which the kernel works on. Defaults to that of `tensor`.
+        dtype: the dtype that the kernel works in. Defaults to that of `tensor`.
     """
     if (tensor.dtype if dtype is None else dtype) not in _CPP_DTYPES:
         return "the C++ kernels take float32 and bfloat16"
@@ -154,7 +155,7 @@ def cpp_refusal(tensor: Tensor, *others: Tensor | None, dtype: torch.dtype | Non
 
 
 def eager_cpp_refusal(tensor: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> str | None:
-    """The same for a kernel that is called without a custom operator around it, so that neither torch nor its compiler sees it."""
+    """`cpp_refusal` for a kernel that no custom operator wraps, so that neither torch nor its compiler sees it."""
     if torch.compiler.is_compiling():  # first, since the compiler cannot trace the other questions
         return COMPILED
     if is_watched():
@@ -191,7 +192,7 @@ def triton_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
 
 
 def eager_triton_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
-    """The same for kernels that are called without a custom operator around them, so that torch does not see them."""
+    """`triton_refusal` for kernels that no custom operator wraps, so that torch does not see them."""
     if tensor.device.type != _TRITON_DEVICE:
         return ON_GPU
     if not torch.compiler.is_compiling() and is_watched():
@@ -208,8 +209,8 @@ def triton_shortfall(tensor: Tensor, *others: Any) -> str | None:
 def code_checksum() -> int:
     """A number that changes when the code of the ops does.
 
-    The compiler keeps what it made of an operator on disk, by the operator's name and arguments. The code that it looked into may have
-    changed since, so that operators which it looks into take this number as an argument.
+    The compiler caches its output on disk under an operator's name and arguments. Operators whose code it traces through take this number
+    as an argument, so that changed code is compiled again.
     """
     return _code_checksum()
 
@@ -220,7 +221,10 @@ def _code_checksum() -> int:
 
 
 def is_watched() -> bool:
-    """Whether torch traces, fakes, counts, maps or differentiates forwards. `torch.compile` cannot trace the question itself."""
+    """Whether something needs to see torch's operations: a tracer, a dispatch mode (fake tensors, FLOP counters) or a transform.
+
+    `torch.compile` cannot trace this function.
+    """
     is_traced = torch._C._get_tracing_state() is not None
     return is_traced or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
 
@@ -232,12 +236,15 @@ def is_transformed() -> bool:
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Whether `torch.export` traces. While `torch.compile` traces, torch 2.11's own function says so too; here it is called, not traced."""
+    """Whether `torch.export` traces.
+
+    Under `torch.compile`, torch 2.11 answers True when its own function is traced. Here it is called at compile time instead.
+    """
     return torch.compiler.is_exporting()
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of no subclass, which may hold its numbers elsewhere."""
+    """Whether a tensor is an ordinary one. A subclass may store its numbers elsewhere."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 
@@ -249,7 +256,7 @@ def switched_off(variable: str) -> str | None:
 
 @functools.cache
 def _switches() -> dict[str, str | None]:
-    """The environment is read once, when the first call is dispatched."""
+    """For each environment variable, the reason to refuse kernels or None. The environment is read once, at the first call."""
     return {
         name: f"{name}=0 switches them off" if os.environ.get(name, "1") == "0" else None
         for name in (CPU_SWITCH, GPU_SWITCH)

@@ -24,7 +24,7 @@ from transxssm.ops.dispatch import (
 # weight gradient.
 _LOGITS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**28}
 _MIN_TOKENS_PER_BLOCK = 160
-# Share of counting tokens, as in a prompt with its answer, below which those alone are worth a copy of theirs.
+# If a smaller share of the tokens counts, as in a prompt with its answer, they are copied and the others are left out.
 _FEW_SHARE = 0.9
 
 
@@ -39,8 +39,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of softmax(hidden · weightᵀ) against labels, over blocks of tokens.
 
-    The gradients of both factors are formed in the forward pass, block by block, so that no block of logits outlives its turn;
-    the peak is that of one block instead of n·v. Logits, sums and the loss are float32 (float64 for float64 inputs); the
+    The forward pass computes the gradients of both factors as well, block by block, so that the logits of only one block exist at a time.
+    Logits, sums and the loss are float32 (float64 for float64 inputs); the
     products take autocast's dtype where autocast is on, upcast to float32 on a CPU that doesn't multiply it in hardware. Not
     twice differentiable.
 
@@ -51,7 +51,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (n, d). weight: (v, d). labels: (n,) int64 in [0, v), or `ignore_index`.
-        ignore_index: label of tokens that don't count.
+        ignore_index: the label of tokens that do not count.
         reduction: "mean" over the counting tokens (nan if there are none, as in torch), or "sum".
         backend: one of the names above. Defaults to the first that takes the call.
 
@@ -75,7 +75,7 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     counts = labels != ignore_index
     if device_type == "cpu" and not torch.compiler.is_compiling() and counts.sum() < _FEW_SHARE * len(labels):
-        hidden, labels = hidden[counts], labels[counts]  # a GPU would have to wait for their number
+        hidden, labels = hidden[counts], labels[counts]  # on a GPU, reading their number would synchronize
     with torch.autocast(device_type=device_type, enabled=False):
         name = LINEAR_CROSS_ENTROPY.choose(backend, hidden, weight, labels).name
         total: Tensor = _LinearCrossEntropySum.apply(hidden, weight.to(hidden.dtype), labels, ignore_index, name)
@@ -151,7 +151,7 @@ def _kernel_refusal(hidden: Tensor, weight: Tensor, labels: Tensor) -> str | Non
 def _by_triton(
     logits: Tensor, labels: Tensor, ignore_index: int, accumulate: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    from transxssm.ops.gpu.cross_entropy import cross_entropy_over_logits  # which imports Triton
+    from transxssm.ops.linear_cross_entropy_triton import cross_entropy_over_logits  # which imports Triton
 
     return cross_entropy_over_logits(logits, labels, ignore_index, differentiate=differentiate).sum(), logits
 
@@ -186,7 +186,7 @@ def _by_torch(
 
 
 def _blocks(num_rows: int, most: int) -> list[slice]:
-    """Slices of at most `most` rows. The compiler unrolls them, and would make a graph for every number of rows: it gets a power of two."""
+    """Slices of at most `most` rows. The compiler unrolls the loop over them, so that it gets a power of two of slices and few graphs."""
     if not torch.compiler.is_compiling():
         return [slice(start, min(start + most, num_rows)) for start in range(0, num_rows, most)]
     number = 1
@@ -196,7 +196,7 @@ def _blocks(num_rows: int, most: int) -> list[slice]:
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Of labels (n), as torch's own loss does it."""
+    """Raises IndexError for a label (n,) outside the vocabulary, as torch's own loss does."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
     if wrong.any():
         raise IndexError(
@@ -205,7 +205,7 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 def _parts(rows: Tensor, accumulate: torch.dtype) -> list[slice]:
-    """Blocks of rows that fit the cache when a CPU upcasts them to `accumulate`; one, if nothing is upcast or the compiler fuses."""
+    """Blocks of rows that fit the cache of a CPU when they are upcast to `accumulate`. One block under the compiler."""
     if rows.dtype == accumulate or torch.compiler.is_compiling():
         return [slice(None)]
     return list(row_blocks(rows))

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation that keeps its input and one number a token for the backward pass.
+"""Root-mean-square normalisation that saves only its input and one number for each token for the backward pass.
 
 Letters: n tokens, d hidden size.
 """
@@ -56,7 +56,7 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
 
 
 def _blocks_refusal(x: Tensor, weight: Tensor, *backward: Tensor) -> str | None:
-    """In the backward pass, to which a forward pass in blocks or by the kernel leads, the call has scales and the gradient too."""
+    """Also asked by the backward pass, with the scales and the gradient. It accepts what the forward pass saved."""
     if backward:
         return None
     if torch.compiler.is_compiling():  # before sizes, which may be symbols
@@ -117,7 +117,7 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scales = ctx.saved_tensors
-        # Both backends save the same, and a gradient may be batched by vmap where the forward pass was not.
+        # "cpp" and "blocks" save the same tensors. The choice is made again, since vmap may have batched the gradient alone.
         differentiate: Any = RMS_NORM.choose(None, x, weight, scales, grad).backward
         return *differentiate(x, weight, scales, grad), None, None
 
@@ -143,7 +143,7 @@ def _backward_in_blocks(x: Tensor, weight: Tensor, scales: Tensor, grad: Tensor)
         normed = inputs[rows].to(accumulate) * scales[rows]
         products = block * normed
         grad_weight += products.sum(0)
-        along = (products @ wide_weight).div_(width)[:, None]  # the part along x that the norm takes out
+        along = (products @ wide_weight).div_(width)[:, None]  # the component along x, which normalisation removes
         block = torch.addcmul(block * wide_weight, normed, along, value=-1)
         torch.mul(block, scales[rows], out=grad_inputs[rows])
     return grad_x, grad_weight.to(weight.dtype)

@@ -15,7 +15,7 @@ def rotary_frequencies(dim: int, theta: float = 10000.0, *, device: torch.device
     Args:
         dim: width that is rotated; even.
         theta: base of the frequencies.
-        device: where the result lives.
+        device: of the result.
 
     Returns:
         (dim/2,) float64, radians per position.
@@ -85,19 +85,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (…, d).
-        cos, sin: broadcastable to (…, d/2); −sin turns back.
+        cos, sin: broadcastable to (…, d/2); −sin inverts the rotation.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """`rotate` into memory that is there, which saves a CPU two passes. Not differentiable.
+    """`rotate` into existing memory, which saves two passes over the memory of a CPU. Not differentiable.
 
     Args:
         out: x's shape, any layout, in the dtype of cos and sin; no part of x.
         x: (…, d), any floating dtype.
-        cos, sin: broadcastable to (…, d/2); −sin turns back.
+        cos, sin: broadcastable to (…, d/2); −sin inverts the rotation.
     """
     first, second = x.to(out.dtype).chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
@@ -132,9 +132,9 @@ def subsample_rotary(rotary: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, T
 
 
 def keep_pairs(rotary: tuple[Tensor, Tensor], num_pairs: int) -> tuple[Tensor, Tensor]:
-    """The table under which only the first `num_pairs` pairs, those of the highest frequencies, turn; the others stand still.
+    """A table that rotates only the first `num_pairs` pairs, those of the highest frequencies (partial rotation).
 
-    What turns, turns as it does under the whole table (p-RoPE, arXiv 2410.06205): angles stay shared with every other layer, and a
+    Those pairs rotate as they do under the whole table (p-RoPE, arXiv 2410.06205): angles stay shared with every other layer, and a
     product of two rotated vectors still depends on their distance only (Eq. 1).
 
     Args:

@@ -1,7 +1,7 @@
 """The short causal convolution of Mamba-2's positional scheme, with its SiLU (paper, Table 2, column "Conv1d + D").
 
-On a CPU one operator with its own backward, around oneDNN's depthwise convolution: it reads and writes each number once, where a
-product for every tap passes over the whole sequence each time. Where documents meet, a few rows are computed apart.
+On a CPU it is one operator with its own backward pass, around oneDNN's depthwise convolution, which reads and writes each number once. A
+product for every tap passes over the whole sequence each time. The few outputs at document boundaries are computed separately.
 
 Letters: b batch, t time, e channels, k kernel size.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from transxssm.ops.devices import has_fast_products, row_blocks
 from transxssm.ops.dispatch import EXPORTED, ON_CPU, Backend, Op, is_exporting, is_watched
 
-SHORTEST_FOR_OPERATOR = 16  # tokens; a decoded one is a handful of numbers
+SHORTEST_FOR_OPERATOR = 16  # tokens; for fewer the operator's overhead dominates
 
 
 def short_convolution(
@@ -28,11 +28,11 @@ def short_convolution(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution, y_t = silu(Σ_j w_j x_{t−(k−1)+j} + bias), which neither pads nor other documents enter.
+    """Depthwise causal convolution, y_t = silu(Σ_j w_j x_{t−(k−1)+j} + bias), over tokens of the same document, without pads.
 
     Backends, in order of preference:
-        "onednn": an operator around oneDNN's depthwise convolution, on a CPU for rows of some length. Not twice differentiable.
-        "torch": a product of torch for every tap.
+        "onednn": an operator around oneDNN's depthwise convolution, on a CPU for rows of at least 16 tokens. Not twice differentiable.
+        "torch": one elementwise product for every tap.
 
     Args:
         x: (b, t, e) inputs.
@@ -102,7 +102,7 @@ def _operator_refusal(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _may_stand_between(mask: Tensor) -> bool:
-    """Whether pads may stand between tokens of a row; where that can't be looked at without delay, they may."""
+    """Whether a row may have pads between its tokens. True if reading the mask would need a synchronisation or is not possible."""
     if mask.shape[1] < 3:
         return False
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_watched():
@@ -135,7 +135,7 @@ def _by_taps(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Te
 
 @torch.library.custom_op("transxssm::short_convolution", mutates_args=())
 def _convolution(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
-    """`_by_taps` in one."""
+    """`_by_taps` as one operator."""
     with torch.autocast("cpu", enabled=False):
         return F.silu(_before_silu(*_operands(history, weight, bias), documents)).to(history.dtype)
 
@@ -200,7 +200,7 @@ _convolution.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _operands(history: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In float32 for a half type that this CPU does not multiply in hardware."""
+    """The operands, upcast to float32 if they are of a half type that this CPU does not multiply in hardware."""
     if has_fast_products("cpu", history.dtype):
         return history, weight, bias
     return history.float(), weight.float(), None if bias is None else bias.float()
@@ -232,7 +232,7 @@ def _before_silu(history: Tensor, weight: Tensor, bias: Tensor | None, documents
 
 
 def _where_documents_meet(documents: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The outputs (row, column), n of them, that have inputs of another document, and which inputs are their own: (n, k)."""
+    """The rows and columns of the n outputs whose window crosses a document boundary, and which inputs belong to the document: (n, k)."""
     rows, columns = torch.nonzero(
         documents[:, : documents.shape[1] - kernel_size + 1] != documents[:, kernel_size - 1 :]
     ).T
@@ -243,9 +243,9 @@ def _where_documents_meet(documents: Tensor, kernel_size: int) -> tuple[Tensor, 
 
 
 def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of history, in its dtype, and of weight, in float32 or more."""
+    """The gradients of history, in its dtype, and of weight, in float32 or float64."""
     kernel_size = weight.shape[1]
-    # Not the weight's: oneDNN takes thirty times as long for a depthwise one as the sums below.
+    # Without the gradient of the weight: oneDNN takes thirty times as long for a depthwise one as the sums below.
     image_grad, *_ = torch.ops.aten.convolution_backward(
         _as_image(grad),
         _as_image(history),

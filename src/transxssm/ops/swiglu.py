@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU feed-forward network, which keeps its two inputs for the backward pass and nothing else.
+"""The gate of a SwiGLU feed-forward network, which saves only its two inputs for the backward pass.
 
 Letters: n tokens, f width of the feed-forward network.
 """
@@ -26,7 +26,7 @@ from transxssm.ops.dispatch import (
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
-    """silu(gate) ∘ up (Shazeer, "GLU variants improve Transformer"), formed again in the backward pass instead of kept.
+    """silu(gate) ∘ up (Shazeer, "GLU variants improve Transformer"), recomputed in the backward pass instead of saved.
 
     Backends, in order of preference:
         "cpp": float32 and bfloat16 on a CPU, one pass over the memory each way.
@@ -54,7 +54,7 @@ def _needs_grad(gate: Tensor, up: Tensor) -> bool:
 
 
 def _blocks_refusal(gate: Tensor, up: Tensor, *grad: Tensor) -> str | None:
-    """In the backward pass, to which a forward pass in blocks or by the kernel leads, the call has the gradient too."""
+    """Also asked by the backward pass, with the gradient. It accepts what the forward pass saved."""
     if grad:
         return None
     if torch.compiler.is_compiling():  # before sizes, which may be symbols
@@ -110,7 +110,7 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        # Both backends save the same, and a gradient may be batched by vmap where the forward pass was not.
+        # "cpp" and "blocks" save the same tensors. The choice is made again, since vmap may have batched the gradient alone.
         differentiate: Any = SWIGLU.choose(None, gate, up, grad).backward
         return *differentiate(gate, up, grad), None
 

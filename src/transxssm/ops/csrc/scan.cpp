@@ -1,5 +1,5 @@
 // The fused elementwise kernels of the chunked scan, which run between matrix products that torch computes
-// (ops/ssd/fused.py).
+// (ops/ssd/cpp.py).
 //
 // A task is a chunk and a group, or a state. Its result does not depend on the number of threads. Letters as in scan.h;
 // In is the number format of the inputs and Op that of the operands of matrix products.

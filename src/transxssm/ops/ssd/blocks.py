@@ -1,4 +1,4 @@
-"""The blocks of chunks that the scan walks over: their extent, and their operands out of views of the inputs.
+"""The blocks of chunks that the scan iterates over: their extent, and their operands as views of the inputs.
 
 Letters as in chunked.py: b batch, t time, m chunks of a block, a = b m their joint batch axis, q and k positions in a chunk, h heads,
 g groups, r = h/g heads of a group, p head_dim, n state size.
@@ -14,8 +14,8 @@ from transxssm.ops.devices import has_fast_products
 from transxssm.ops.rotary import rotate, rotate_into
 from transxssm.ops.ssd.decays import decays_of
 
-# Scores of a block over all heads and rows. On a CPU 2 MiB of float32 stay in the cache; on a GPU, which has to be kept busy, memory
-# is the bound: 256 MiB for each such tensor.
+# Scores of a block over all heads and rows. On a CPU 2 MiB of float32 stay in the cache. A GPU needs large blocks to be busy, and the
+# limit is memory: 256 MiB for each such tensor.
 BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**26}
 
 
@@ -35,7 +35,7 @@ class ScanInputs(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Chunks that are computed together: enough of them that a product is worth its call, few enough to fit the cache."""
+    """Chunks that are computed together: enough of them to amortise the calls, few enough to fit the cache."""
 
     chunks: slice
     tokens: slice
@@ -61,7 +61,7 @@ def blocks_of(x: Tensor, chunk_size: int) -> list[Block]:
 class Chunk(NamedTuple):
     """The operands of a block's chunks; B and C are rotated, decays are zero across document boundaries.
 
-    All but dt and the decays from chunk to chunk have the dtype of the products' operands: a CPU copies what it has to convert.
+    All but dt and the decays from chunk to chunk have the dtype of the products' operands, since a CPU would copy what it has to convert.
     """
 
     x: Tensor  # (a, g, r, q, p): dt x
@@ -100,12 +100,12 @@ def load(block: Block, inputs: ScanInputs) -> Chunk:
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Where writing into memory that is there saves time; a GPU gains more from few calls that the compiler can fuse."""
+    """Whether writing into existing memory saves time. On a GPU, fewer calls that the compiler can fuse are faster."""
     return tensor.device.type == "cpu"
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether the compiler is looking: it forms no result in memory that is given, which would leave its strides open."""
+    """Whether the compiler traces. It does not support `out=`, which would leave the strides of a result undetermined."""
     return isinstance(tensor, FunctionalTensor)
 
 
@@ -160,7 +160,7 @@ def _load_rotated(tensor: Tensor, inputs: ScanInputs, block: Block, dtype: torch
 
 
 def store_unrotated(gradient: Tensor, inputs: ScanInputs, block: Block, out: Tensor) -> None:
-    """The gradient (a, g, q, n) of a rotated B or C, turned back, into its tokens of `out` (b, t, g, n)."""
+    """The gradient (a, g, q, n) of a rotated B or C, rotated back, written into its tokens of `out` (b, t, g, n)."""
     target, angles = _groups(out, block), _angles(inputs, block)
     gradient = gradient.view(target.shape)
     if angles is None:

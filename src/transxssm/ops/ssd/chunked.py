@@ -1,9 +1,9 @@
 """The chunked SSD scan: matrix products inside chunks, a short recurrence over the chunks' states (Mamba-2, Section 6).
 
-One custom operator with its own backward. Both walk over blocks of a few chunks with views of the inputs, so that what they
-form fits the cache, rotate B and C as they load them, fold the heads that share B and C into one matrix product, and keep only the
-state that each chunk began with; the rest is formed again in the backward pass. On a CPU with a C++ compiler what lies between the
-products is done in compiled passes (fused.py) instead of the operations written here.
+It is one custom operator with its own backward pass. Both iterate over blocks of a few chunks with views of the inputs, so that
+intermediate results fit the cache; rotate B and C as they load them; fold the heads that share B and C into one matrix product; and
+save only the state that each chunk begins with. The backward pass recomputes the rest. The backends "cpp" and "cpp_gemm" replace the
+operations written here by C++ kernels (cpp.py).
 
 Letters: b batch, t time, m chunks of a block, a = b m their joint batch axis, q and k positions in a chunk, h heads, g groups,
 r = h/g heads of a group, p head_dim, n state size. States are (b, g, n, r p) inside: the heads of a group side by side.
@@ -29,8 +29,8 @@ from transxssm.ops.ssd.blocks import (
     product,
     store_unrotated,
 )
+from transxssm.ops.ssd.cpp import BACKENDS, backward_by_kernels, forward_by_kernels
 from transxssm.ops.ssd.decays import cumulative_sum
-from transxssm.ops.ssd.fused import BACKENDS, backward_fused, forward_fused
 
 
 def ssd_chunked(
@@ -88,7 +88,7 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     else:
         state = _fold(inputs.initial_state, groups).clone(memory_format=torch.contiguous_format)
     if backend in BACKENDS:
-        forward_fused(backend, inputs, y, state, states, chunk_size)
+        forward_by_kernels(backend, inputs, y, state, states, chunk_size)
         return y, _unfold(state, head_dim), states
     for block in blocks_of(x, chunk_size):
         chunk = load(block, inputs)
@@ -123,7 +123,7 @@ def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_chunks(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D (empty without D) and the initial state; chunk by chunk from the end."""
-    with torch.autocast(arguments[0].device.type, enabled=False):  # backward may run where autocast is on again
+    with torch.autocast(arguments[0].device.type, enabled=False):  # the backward pass may run under autocast
         return _backward_in_given_precision(*arguments)
 
 
@@ -142,7 +142,7 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
     grad_state = _fold(grad_state.to(acc), groups).clone(memory_format=torch.contiguous_format)
     if backend in BACKENDS:
         gradients = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D)
-        backward_fused(backend, inputs, grad_y, grad_state, states, chunk_size, gradients)
+        backward_by_kernels(backend, inputs, grad_y, grad_state, states, chunk_size, gradients)
         return *gradients, _unfold(grad_state, head_dim)
     rates = A.view(groups, -1, 1)
     for block in reversed(blocks_of(x, chunk_size)):
@@ -161,7 +161,9 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
         # y_q = Σ_k s_qk L_qk dt_k x_k: to the scores, to dt x, and to the decays between q and k.
         weights = product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
         to_weights = dy @ chunk.x.mT
-        between = (to_weights * weights).to(acc)  # one matrix for rows and columns, so that its rounding cancels below
+        between = (to_weights * weights).to(
+            acc
+        )  # both sums below are over the same rounded matrix, so that its rounding errors cancel
         to_log_decay = between.sum(-1) - between.sum(-2)  # (a, g, r, q)
         to_scores = _sum_of_heads(to_weights * chunk.L)  # (a, g, q, k)
 
@@ -210,7 +212,7 @@ def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.chunk_size, _, ctx.backend, ctx.code = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # the states' gradient, which is none, is as large as the states
+    ctx.set_materialize_grads(False)  # a gradient of zeros for the states would be as large as they are
 
 
 def _backward(
@@ -227,7 +229,7 @@ def _backward(
 
 
 def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of `_scan`'s arguments: none of those that were not given, or cannot be differentiated."""
+    """The gradients of `_scan`'s arguments: None for those that were not given or have no gradient."""
     *grads, grad_D, grad_initial = gradients
     return (
         *grads,
@@ -238,9 +240,9 @@ def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Te
 
 
 def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator that `torch.compile` looks into on a GPU, where it fuses what it sees; on a CPU the whole operator is faster.
+    """An operator that `torch.compile` traces through on a GPU, to fuse its operations, and calls as a whole on a CPU, which is faster.
 
-    It looks when autograd is done with (as into a `torch.library.triton_op`), so that the operator's own backward stands.
+    It is traced below autograd, as a `torch.library.triton_op` is, so that the operator's own backward pass is used.
     """
     operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
@@ -305,7 +307,7 @@ def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bo
 
 
 def _recurrence_at_once(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bool = False) -> Tensor:
-    """`_recurrence` as one product with the decays between all pairs of chunks: a few calls on a GPU instead of one a chunk."""
+    """`_recurrence` as one product with the decays between all pairs of chunks: a few calls on a GPU instead of one for each chunk."""
     num_heads = across.shape[-1]
     steps = across.movedim(1, -1)  # (b, g, r, m)
     if backwards:
@@ -324,7 +326,7 @@ def _recurrence_at_once(state: Tensor, updates: Tensor, across: Tensor, *, backw
 
 
 def _add_products(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out + left @ right for each matrix; out's memory is used for it."""
+    """out + left @ right for each matrix, written over `out`."""
     flat, factors = out.flatten(0, -3), (left.flatten(0, -3), right.flatten(0, -3))
     if is_traced(out):
         return torch.baddbmm(flat, *factors).view(out.shape)

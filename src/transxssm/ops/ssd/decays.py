@@ -25,7 +25,7 @@ def decays_of(log_decay: Tensor, seq_idx: Tensor | None, before: Tensor | None, 
 
     Args:
         log_decay: (a, g, r, q) ≤ 0, float32 or float64.
-        seq_idx: (a, q) the documents of the tokens. before: (a,) the document of the token before each chunk. None: one for all.
+        seq_idx: (a, q) the documents of the tokens. before: (a,) the document of the token before each chunk. None for one document.
         exact: small decays after large ones keep the digits that rounding the cumulative sum leaves out.
     """
     dtype = log_decay.dtype
@@ -67,8 +67,8 @@ def _differences(sums: Tensor, dtype: torch.dtype, *, exact: bool) -> Tensor:
 
 
 def sums_between(log_decay: Tensor) -> Tensor:
-    """l_q − l_k for k ≤ q, −∞ elsewhere: (…, q) → (…, q, k). Each is a sum of its own over what lies between, so that nothing cancels
-    and float64 is not needed ("segment sum", Mamba-2, Listing 1)."""
+    """l_q − l_k for k ≤ q, −∞ elsewhere: (…, q) → (…, q, k). Each difference is summed by itself, so that nothing cancels and
+    float64 is not needed ("segment sum", Mamba-2, Listing 1)."""
     length = log_decay.shape[-1]
     index = torch.arange(length, device=log_decay.device)
     terms = log_decay[..., :, None].expand(*log_decay.shape, length).masked_fill(index[:, None] <= index, 0.0)

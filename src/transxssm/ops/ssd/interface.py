@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.dispatch import EXPORTED, Backend, Op, cpp_shortfall, is_exporting
-from transxssm.ops.ssd import fused as scan_cpp
+from transxssm.ops.ssd import cpp as scan_cpp
 from transxssm.ops.ssd.blocks import ScanInputs
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.portable import ssd_portable

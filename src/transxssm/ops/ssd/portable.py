@@ -1,4 +1,4 @@
-"""The chunked SSD scan in torch's own operations, without a loop: one graph for any length, which programs without this package run.
+"""The chunked SSD scan in torch's own operations, without a loop: one exported graph serves any length, and runs without this package.
 
 Letters: b batch, t time, m chunks, q and k positions in a chunk, g groups, r heads of a group, p head_dim, n state size.
 """
@@ -26,7 +26,7 @@ def ssd_portable(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2, Listing 1, over chunks of `chunk_size` tokens, of which the last ones hold pads.
 
-    Arguments, results and errors: `transxssm.ops.ssd.ssd_chunk_scan`. All is in float32 (float64 for float64 inputs), and differentiable.
+    Arguments, results and errors: `transxssm.ops.ssd.ssd_chunk_scan`. Computes in float32 or float64; differentiable.
     """
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, heads, head_dim = x.shape

@@ -1,4 +1,4 @@
-"""State-space duality, plainly: the token-by-token recurrence and the quadratic dual form. The oracle of every other backend.
+"""The references that every other backend is tested against: the token-by-token recurrence and the quadratic dual form.
 
 Letters: b batch, t time, h heads, g groups, r = h/g heads of a group, p head_dim, n state size.
 """

@@ -23,7 +23,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class TokenInputs(NamedTuple):
-    """What one token brings, checked."""
+    """The inputs of one token, after their shapes have been checked."""
 
     x: Tensor  # (b, h, p)
     dt: Tensor  # (b, h)
@@ -35,17 +35,17 @@ class TokenInputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them, in any order."""
+        """All tensors, in no particular order."""
         return (*self[:5], self.D, *(self.rotary or ()))
 
     @property
     def accumulate(self) -> torch.dtype:
-        """Of the state, and what is computed in."""
+        """The dtype of the state and of the computation."""
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
 
 def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
-    """y and the new state, a new tensor."""
+    """y and the new state, in new memory."""
     decay, x_dt, B, C = _operands(token)
     grouped = state.to(token.accumulate).view(*x_dt.shape[:-1], state.shape[-1])
     new_state = torch.addcmul(decay * grouped, x_dt, B)
@@ -53,11 +53,11 @@ def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
 
 
 def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
-    """y; the new state is written over the old one. Not differentiable."""
+    """Writes the new state over the old one and returns y. Not differentiable."""
     decay, x_dt, B, C = _operands(token)
     grouped = state.view(*x_dt.shape[:-1], state.shape[-1])
     if torch.compiler.is_compiling():
-        # The compiler would keep a new state apart for whoever reads it and copy it over the old one: so y is read off the old one.
+        # y is computed from the old state: if it read the new one, the compiler would allocate that and copy it over the old one.
         y = decay * (grouped * C).sum(-1, keepdim=True) + x_dt * (B * C).sum(-1, keepdim=True)
         grouped.mul_(decay).addcmul_(x_dt, B)
     else:
@@ -134,7 +134,7 @@ def _triton_refusal(state: Tensor, token: TokenInputs) -> str | None:
 
 
 def _by_triton(state: Tensor, token: TokenInputs) -> Tensor:
-    from transxssm.ops.gpu.step import step_over_state  # which imports Triton
+    from transxssm.ops.ssd.triton.step import step_over_state  # which imports Triton
 
     y = step_over_state(state, *token)
     if not torch.compiler.is_compiling():

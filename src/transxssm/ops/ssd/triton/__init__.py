@@ -1,1 +1,1 @@
-"""The SSD scan as Triton kernels for GPUs. Only `launch` and `kernels` import Triton; `scan` is the operator that calls them."""
+"""The scan and the step as Triton kernels for GPUs. `scan`, the operator around the scan, can be imported without Triton."""

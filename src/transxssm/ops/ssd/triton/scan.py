@@ -17,7 +17,7 @@ _UNDIVIDED_HEAD_DIM = 64
 
 
 def refusal(inputs: ScanInputs) -> str | None:
-    """Why this scan is none for the kernels, or None if it is one."""
+    """Why the kernels are not meant for this scan, or None if they are."""
     return triton_refusal(*inputs)
 
 
@@ -167,7 +167,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: No
     )
 
 
-# The compiler sees the kernels inside these operators, and launches them itself; to autograd and to export they are one operator each.
+# The compiler sees and launches the kernels inside these operators. To autograd each is one operator.
 _scan: Any = torch.library.triton_op("transxssm::ssd_triton", _forward, mutates_args=())
 _scan.register_fake(_outputs)
 _scan_backward: Any = torch.library.triton_op("transxssm::ssd_triton_backward", _backward_of, mutates_args=())

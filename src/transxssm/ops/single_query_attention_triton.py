@@ -1,6 +1,6 @@
-"""Attention of one new token on a GPU: keys and values are read once, at the speed of its memory.
+"""The "triton" backend of `single_query_attention`: split-KV decoding attention (Flash-Decoding), which reads keys and values once.
 
-Letters: b batch, h heads, t time, d head_dim. Contract: `transxssm.ops.single_query_attention`.
+Letters: b batch, h heads, t time, d head_dim.
 """
 
 import math
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from transxssm.ops.devices import launched_on, power_of_2
 
-_KEYS = 128  # that a program reads at once, if so many fit
-_STAGES, _WARPS = 3, 4  # blocks of keys and values that are under way at once; threads by 32
+_KEYS = 128  # in a block, if so many fit
+_STAGES, _WARPS = 3, 4  # blocks of keys and values in flight; warps of a program
 _SHARED_BYTES = 96 * 1024  # for these blocks: two programs to a processor of an H100
-_SHARED_PART = 0.75  # of what a program may have on this GPU
-_MIN_PART = 256  # keys below which a head's are not split
-_PROGRAMS_PER_PROCESSOR = 8  # that are wanted: with less the memory waits
+_SHARED_PART = 0.75  # share of the shared memory that a program may have on this GPU
+_MIN_PART = 256  # the fewest keys of a part
+_PROGRAMS_PER_PROCESSOR = 8  # that saturate the memory
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """(b, h, 1, d) in q's dtype. Keys and values (b, h, t, d) are each head's own.
+    """(b, h, 1, d) in q's dtype. Every head has its own keys and values, (b, h, t, d).
 
-    A program goes through a part of the keys of a head. Where rows and heads are too few to keep the GPU busy, the keys of each are
-    split among several, and what these find is put together.
+    A program works through one part of the keys of a head. If rows and heads are too few to keep the GPU busy, the keys of a head are split
+    into several parts, whose results a second kernel combines.
     """
     batch, heads, _, head_dim = q.shape
     length = k.shape[2]
@@ -36,7 +36,7 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: f
     num_keys = _num_keys(block_d * k.dtype.itemsize, q.device)
     part_length = _part_length(batch * heads, length, num_keys, q.device)
     num_parts = triton.cdiv(length, part_length)
-    found, weights = output, output  # what a part finds is the output where there is one part
+    found, weights = output, output  # a single part writes the output itself
     if num_parts > 1:
         found = torch.empty((batch, heads, num_parts, head_dim), dtype=torch.float32, device=q.device)
         weights = torch.empty((batch, heads, num_parts, 2), dtype=torch.float32, device=q.device)
@@ -70,7 +70,7 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: f
 
 
 def _num_keys(bytes_per_key: int, device: torch.device) -> int:
-    """Of a block, so that the blocks of keys and values that are under way fit into a processor; of heads of up to 512 bytes."""
+    """Keys in a block, such that all blocks in flight fit into the shared memory of a multiprocessor. Heads have at most 512 bytes."""
     room = _SHARED_BYTES
     if device.type == "cuda":
         most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
@@ -82,7 +82,7 @@ def _num_keys(bytes_per_key: int, device: torch.device) -> int:
 
 
 def _part_length(num_heads: int, length: int, num_keys: int, device: torch.device) -> int:
-    """Keys that a program goes through, whole blocks of them."""
+    """The number of keys in a part, a multiple of the block."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors, num_heads)
     num_parts = max(1, min(wanted, length // _MIN_PART))
@@ -118,7 +118,7 @@ def _attend_part(
     block_d: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Keys t ≡ i (mod block_t) have a maximum, a sum and an output of their own until the end, so that none waits for another's."""
+    """Each lane i keeps a maximum, a sum and an output for the keys t ≡ i (mod block_t), combined at the end, so that lanes do not wait."""
     place, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = place // heads, place % heads
     d = tl.arange(0, block_d)
@@ -173,7 +173,7 @@ def _join_parts(
     block_parts: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """A program puts together what the parts of a head's keys gave."""
+    """A program combines the results of all parts of one head."""
     place = tl.program_id(0).to(tl.int64)
     part, d = tl.arange(0, block_parts), tl.arange(0, block_d)
     in_parts, in_d = part < num_parts, d < head_dim

@@ -11,7 +11,7 @@ from tests.ops.ssd.cases import assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
 from tests.tolerances import assert_close
 from transxssm.ops.csrc import compiled_library, has_bf16_gemm
-from transxssm.ops.ssd import chunked, fused, ssd_chunk_scan
+from transxssm.ops.ssd import chunked, cpp, ssd_chunk_scan
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no C++ compiler here")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -20,8 +20,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @DTYPES
 def test_they_are_what_a_scan_on_a_cpu_takes(dtype, monkeypatch):
     taken = []
-    monkeypatch.setattr(chunked, "forward_fused", lambda backend, *arguments: taken.append("forward"))
-    monkeypatch.setattr(chunked, "backward_fused", lambda backend, *arguments: taken.append("backward"))
+    monkeypatch.setattr(chunked, "forward_by_kernels", lambda backend, *arguments: taken.append("forward"))
+    monkeypatch.setattr(chunked, "backward_by_kernels", lambda backend, *arguments: taken.append("backward"))
     case = make_case(length=9, dtype=dtype)
     case.scan(ssd_chunk_scan)
     x = case.x.clone().requires_grad_()
@@ -31,7 +31,7 @@ def test_they_are_what_a_scan_on_a_cpu_takes(dtype, monkeypatch):
 
 def test_a_format_that_the_cpu_does_not_multiply_becomes_float32(monkeypatch):
     """bfloat16 on a CPU that has no products of it."""
-    monkeypatch.setattr(fused, "has_fast_products", lambda device_type, dtype: False)
+    monkeypatch.setattr(cpp, "has_fast_products", lambda device_type, dtype: False)
     case = make_case(batch=2, documents=(9, 7, 5), dtype=torch.bfloat16)
 
     def by_passes(case):
@@ -129,10 +129,8 @@ FUSED_PRODUCTS = pytest.mark.skipif(not has_bf16_gemm(), reason="this processor 
 
 
 def names_of_passes(case, monkeypatch):
-    names, run = [], fused._Scan.run
-    monkeypatch.setattr(
-        fused._Scan, "run", lambda scan, name, *tensors: names.append(name) or run(scan, name, *tensors)
-    )
+    names, run = [], cpp._Scan.run
+    monkeypatch.setattr(cpp._Scan, "run", lambda scan, name, *tensors: names.append(name) or run(scan, name, *tensors))
     x = case.x.clone().requires_grad_()
     replace(case, x=x).scan(ssd_chunk_scan)[0].sum().backward()
     return set(names)

@@ -1,8 +1,8 @@
-"""The chunked scan on a CPU, with everything between its matrix products in compiled kernels (ops/csrc/scan.cpp). Where the library has a
-bfloat16 GEMM of its own, the products are fused into the kernels as well (ops/csrc/scan_bf16.cpp).
+"""The backends "cpp" and "cpp_gemm" of the scan: everything between its matrix products is done by C++ kernels (ops/csrc/scan.cpp).
+"cpp_gemm" fuses the products into the kernels as well, by a bfloat16 GEMM of its own (ops/csrc/scan_bf16.cpp).
 
 The same blocks and products as in chunked.py, whose docstring has the letters; the joint axis a has the chunks outermost here, (m, b),
-as do the states that are kept for the backward pass: (chunks, b, g, n, r p).
+as in the states that are saved for the backward pass: (chunks, b, g, n, r p).
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ _WORKSPACES = (
 
 
 def refusal(inputs: ScanInputs) -> str | None:
-    """Why this scan is none for the C++ kernels, or None if it is one. They run inside the operator, where all tensors have memory."""
+    """Why the C++ kernels are not meant for this scan, or None if they are. They run inside the operator, where all tensors have memory."""
     if any(each is not None and each.device.type != "cpu" for each in inputs):
         return ON_CPU
     if inputs.x.dtype not in (torch.float32, torch.bfloat16):
@@ -45,7 +45,7 @@ def refusal(inputs: ScanInputs) -> str | None:
 
 
 def gemm_refusal(inputs: ScanInputs) -> str | None:
-    """Why this scan is none for the C++ kernels with their own GEMM, or None if it is one."""
+    """Why the C++ kernels with their own GEMM are not meant for this scan, or None if they are."""
     x, state_size = inputs.x, inputs.B.shape[-1]
     if x.dtype != torch.bfloat16 or _operand(x) != torch.bfloat16:
         return "its matrix products are in bfloat16"
@@ -64,7 +64,9 @@ def _operand(x: Tensor) -> torch.dtype:
     return x.dtype if has_fast_products(x.device.type, x.dtype) else torch.float32
 
 
-def forward_fused(backend: str, inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int) -> None:
+def forward_by_kernels(
+    backend: str, inputs: ScanInputs, y: Tensor, state: Tensor, states: Tensor, chunk_size: int
+) -> None:
     """Fills y; carries the state (b, g, n, r p), in place, to the end; fills the states that chunks begin with, unless empty."""
     scan = _Scan(backend, inputs, chunk_size)
     kept = states if states.numel() else None  # (chunks, b, g, n, r p)
@@ -91,7 +93,7 @@ def forward_fused(backend: str, inputs: ScanInputs, y: Tensor, state: Tensor, st
         scan.run("finish_outputs", from_states, inside, y)
 
 
-def backward_fused(
+def backward_by_kernels(
     backend: str,
     inputs: ScanInputs,
     grad_y: Tensor,
@@ -142,12 +144,12 @@ def backward_fused(
 
 
 class _Scan:
-    """The inputs as the passes want them, and the memory that they and the products work in, which all blocks share."""
+    """The inputs in the layout that the kernels take, and the workspace of kernels and products, which all blocks share."""
 
     def __init__(self, backend: str, inputs: ScanInputs, chunk_size: int, grad_y: Tensor | None = None) -> None:
         x, B = inputs.x, inputs.B
         self._operand = _operand(x)
-        self._passes = kernels_of(x.dtype, self._operand)
+        self._kernels = kernels_of(x.dtype, self._operand)
         self._blocks = blocks_of(x, chunk_size)
         self._with_gradients = grad_y is not None
         batch, length, heads, head_dim = x.shape
@@ -172,7 +174,7 @@ class _Scan:
             for name, tensor in rows.items()
             for d, axis in enumerate(("row", "token"))
         }
-        self._block = self._passes.structure(
+        self._block = self._kernels.structure(
             "Block",
             batch=batch,
             heads=heads,
@@ -189,7 +191,7 @@ class _Scan:
         self.max_tasks = max((block.chunks.stop - block.chunks.start) * batch * groups for block in self._blocks)
 
     def blocks(self, *, backwards: bool = False) -> Iterator[Block]:
-        """The blocks one after the other, each with `work` cut to its size."""
+        """Iterates over the blocks, and sets `work` to the size of each."""
         known: tuple[int, int] | None = None
         for block in reversed(self._blocks) if backwards else self._blocks:
             size = (block.chunks.stop - block.chunks.start, block.chunk_length)
@@ -199,8 +201,8 @@ class _Scan:
             yield block
 
     def run(self, name: str, *tensors: Tensor) -> None:
-        """A pass over the block."""
-        self._passes.run(name, self._block, *tensors)
+        """Runs a kernel on the current block."""
+        self._kernels.run(name, self._block, *tensors)
 
     def _workspace(self, num_chunks: int, chunk_length: int) -> dict[str, Tensor]:
         batch, heads, groups, head_dim, state_size = self._shape
@@ -233,7 +235,7 @@ class _Scan:
             numbers |= {"grad_log_decay": by_head[:2], "grad_log_across": by_head[:1]}
         if not self.has_fused_products:
             operands |= products
-        # Named in full: a default dtype or device that somebody has set is not what the passes expect.
+        # dtype and device are named, since the user may have set other defaults.
         work = {name: torch.empty(shape, dtype=self._operand, device="cpu") for name, shape in operands.items()}
         work |= {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in numbers.items()}
         if self.has_fused_products:
@@ -245,7 +247,7 @@ class _Scan:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(b, t, heads or groups, …) whose last two axes lie one after the other, without a copy where they already do."""
+    """(b, t, heads or groups, …) whose last two axes are contiguous, copied only if necessary."""
     if tensor.stride(3) == 1 and (tensor.stride(2) == tensor.shape[3] or tensor.shape[2] == 1):
         return tensor
     return tensor.contiguous()

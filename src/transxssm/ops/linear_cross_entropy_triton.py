@@ -1,6 +1,6 @@
-"""Cross-entropy of a block of logits on a GPU, and its gradient written over them: each row is read twice and written once.
+"""The "triton" backend of `linear_cross_entropy`: each row of logits is read twice, and its gradient is written over it.
 
-Letters: n tokens, v vocabulary. Contract: `transxssm.ops.linear_cross_entropy`.
+Letters: n tokens, v vocabulary.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from transxssm.ops.devices import launched_on
 
-_BLOCK = 4096  # logits of a row that a program holds at once
+_BLOCK = 4096  # logits of a row that a program loads at once
 
 
 def cross_entropy_over_logits(logits: Tensor, labels: Tensor, ignore_index: int, *, differentiate: bool) -> Tensor:
-    """The loss of each token, (n,) float32; 0 at ignored ones, NaN where a label is no entry of the vocabulary.
+    """The loss of each token, (n,) float32; 0 for ignored ones, NaN for a label outside the vocabulary.
 
     Args:
         logits: (n, v), contiguous; where `differentiate`, replaced by the gradient of the sum of the losses.
@@ -34,7 +34,7 @@ def cross_entropy_over_logits(logits: Tensor, labels: Tensor, ignore_index: int,
 
 @triton.jit
 def _cross_entropy(logits, labels, losses, vocabulary, ignored, differentiate: tl.constexpr, block: tl.constexpr):
-    """Every lane has a maximum and a sum of its own until the row has been read, so that none waits for another's."""
+    """Each lane keeps its own maximum and sum until the row has been read, so that lanes do not wait for one another."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     counts = label != ignored

@@ -1,6 +1,6 @@
-"""One token of the recurrence on a GPU: S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x, the state read and written once.
+"""The "triton" backend of `ssd_step_`, S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x, which reads and writes the state once.
 
-Letters: b batch, h heads, g groups, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step_`.
+Letters: b batch, h heads, g groups, p head_dim, n state size.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transxssm.ops.devices import launched_on, power_of_2
 
-# Of the state, that a program holds at once: 64 numbers for each of its 128 threads.
+# Numbers of the state that a program holds at once: 64 for each of its 128 threads.
 _ELEMENTS = 8192
 
 
@@ -24,12 +24,12 @@ def step_over_state(
     rotary: tuple[Tensor, Tensor] | None,
     D: Tensor | None,
 ) -> Tensor:
-    """y (b, h, p) in x's dtype; the new state is written over the old one, which must be contiguous and float32."""
+    """Writes the new state over the old one, which must be contiguous and float32, and returns y (b, h, p) in x's dtype."""
     batch, heads, head_dim = x.shape
     groups, state_size = B.shape[1:]
     x, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, B, C))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cos, sin = A, A  # A stands for what is not read
+    cos, sin = A, A  # placeholders for pointers that are not read
     if rotary is not None:
         cos, sin = (table.contiguous() for table in torch.broadcast_tensors(*rotary))
     block_n = power_of_2(state_size)
