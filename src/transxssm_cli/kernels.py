@@ -1,5 +1,6 @@
 """`transxssm kernels`: which implementation of each op a model takes on this machine."""
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
 from transxssm.ops import explain
 from transxssm.ops.dispatch import Choice, cpp_shortfall, triton_shortfall
 from transxssm.ops.explain import OPS
-from transxssm.training.report import device_name as name_of_device
 from transxssm_cli.dtypes import read_dtype
 from transxssm_cli.tables import show, table_of
 
@@ -58,11 +58,17 @@ def show_kernels(model: str, folder: Path | None, *, dtype_name: str, device_nam
     show(*tables(config, f"{model} in {dtype_name}", dtype, device, length))
 
 
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
 def tables(
     config: TransXSSMConfig, title: str, dtype: torch.dtype, device: torch.device, length: int
 ) -> Iterator[str | Table]:
     """What the command shows: the machine, the implementations that there are, and what a model takes."""
-    yield f"{title} on {name_of_device(device)}, rows of {length:,} tokens"
+    yield f"{title} on {_name_of(device)}, rows of {length:,} tokens"
     if device.type == "cpu":
         yield f"C++ kernels: {cpp_shortfall() or 'compiled'}"
     else:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from tests.models.tiny import tiny_config
 from tests.tolerances import assert_close
 from transxssm import TransXSSMForCausalLM
-from transxssm.models.attention import TransXSSMAttention
+from transxssm.models.attention import TransXSSMAttention, without_cudnn_attention
 from transxssm.models.positions import Positions
 from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies, single_query_attention
 
@@ -120,6 +121,33 @@ def test_eager_attention_gives_its_weights_for_one_token_too(attention):
     assert (weights is not None) == (attention == "eager")
 
 
+def backends() -> dict[str, bool]:
+    cuda = torch.backends.cuda
+    return {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("allowed", "cudnn_inside"),
+    [
+        ([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], False),
+        ([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], False),
+        ([SDPBackend.MATH], False),
+        ([SDPBackend.CUDNN_ATTENTION], True),
+    ],
+)
+def test_cudnn_is_left_out_where_another_backend_is_allowed(allowed, cudnn_inside):
+    with sdpa_kernel(allowed):
+        before = backends()
+        with without_cudnn_attention():
+            assert backends() == before | {"cudnn": cudnn_inside}
+        assert backends() == before
+
+
 def test_a_token_decoded_on_a_gpu_does_without_cudnn(device):
     """The prompt may take it: one plan for many tokens."""
     if device.type != "cuda":
@@ -131,4 +159,5 @@ def test_a_token_decoded_on_a_gpu_does_without_cudnn(device):
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             model(tokens[:, :1], past_key_values=cache)
     names = {event.key for event in profiled.key_averages()}
+    assert "aten::scaled_dot_product_attention" in names
     assert "aten::_cudnn_attention_forward" not in names

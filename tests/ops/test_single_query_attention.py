@@ -46,7 +46,7 @@ def test_any_block(elements, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["blocks", "products", "sdpa"])
+@pytest.mark.parametrize("backend", ["blocks", "sdpa"])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_every_implementation_equals_the_formula(backend, key_heads, dtype, device):
     """Asked for past the table, which would not take all of them on this device."""
@@ -56,7 +56,7 @@ def test_every_implementation_equals_the_formula(backend, key_heads, dtype, devi
     for seen in (None, mask, mask[:1]):
         output = SINGLE_QUERY_ATTENTION.named(backend).forward(q, k, v, seen, SCALING)
         assert output.dtype == dtype
-        assert_close(output, formula(q, k, v, seen), dtype, num_ops=2)
+        assert_close(output, formula(q, k, v, seen), dtype)
     blind = torch.zeros_like(mask)
     mean = v.double().mean(-2, keepdim=True).repeat_interleave(4 // key_heads, dim=1)
     assert_close(SINGLE_QUERY_ATTENTION.named(backend).forward(q, k, v, blind, SCALING), mean, dtype)

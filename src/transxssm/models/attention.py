@@ -3,7 +3,8 @@
 Letters: b batch, t time, h heads, d head_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -93,17 +94,19 @@ class TransXSSMAttention(nn.Module):
             attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
-            output, weights = attend(
-                self,
-                q,
-                k,
-                v,
-                attention_mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                **kwargs,
-            )
+            is_decoding_on_gpu = q.device.type == "cuda" and q.shape[2] == 1 and not torch.compiler.is_compiling()
+            with without_cudnn_attention() if is_decoding_on_gpu else nullcontext():
+                output, weights = attend(
+                    self,
+                    q,
+                    k,
+                    v,
+                    attention_mask,
+                    dropout=dropout,
+                    scaling=self.scaling,
+                    sliding_window=self.sliding_window,
+                    **kwargs,
+                )
         output = output.reshape(*hidden_states.shape[:2], -1)
         if self.g_proj is not None:
             output = output * torch.sigmoid(apply_linear(self.g_proj, hidden_states))
@@ -143,3 +146,21 @@ def has_kernels_for_rows(
     is_causal = getattr(config, "is_causal", True) and options.get("is_causal") is not False
     has_dropout = is_training and config.attention_dropout > 0
     return config._attn_implementation == "sdpa" and is_causal and not has_dropout and has_attention_kernels(q, k, v)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """SDPA by another backend than cuDNN, where another is allowed.
+
+    torch prefers cuDNN on Hopper, which makes a plan for every new length of the keys: a decoded token waits 65 ms for it on an H200.
+    """
+    cuda = torch.backends.cuda
+    has_another = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    if not (has_another and cuda.cudnn_sdp_enabled()):
+        yield
+        return
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(True)

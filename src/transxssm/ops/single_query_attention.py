@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.dispatch import COMPILED, ON_CPU, ON_GPU, Backend, Op, eager_triton_refusal, triton_shortfall
+from transxssm.ops.dispatch import COMPILED, ON_CPU, Backend, Op, eager_triton_refusal, triton_shortfall
 
 # Keys or values that are upcast to float32 at once, over all heads and rows: 4 MiB.
 BLOCK_ELEMENTS = 2**20
@@ -23,8 +23,6 @@ def single_query_attention(
         "triton": split-KV decoding attention (Flash-Decoding) on a GPU, for heads with keys of their own. Keys and values are read once.
         "blocks": half precision on a CPU. Blocks of keys are upcast to float32, which a product then reads from the cache: three times as
             fast as torch's attention.
-        "products": a GPU, for heads that share keys, wide heads, or without Triton. Two matrix products, which read shared keys once.
-            torch's attention would have cuDNN make a plan for each new number of keys, which takes 65 ms on an H200.
         "sdpa": torch's `scaled_dot_product_attention`, everywhere else and in a compiled graph.
 
     Args:
@@ -96,41 +94,15 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: fl
     return output.view(batch, heads, 1, head_dim).to(q.dtype)
 
 
-def _products_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.device.type != "cuda":
-        return ON_GPU
-    if torch.compiler.is_compiling():
-        return COMPILED
-    if not q.dtype == k.dtype == v.dtype:
-        return "it takes one dtype"
-    return "its products in half precision with float32 results are CUDA's" if torch.version.hip is not None else None
-
-
-def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    batch, heads, _, head_dim = q.shape
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        queries = q.reshape(batch * k.shape[1], -1, head_dim)  # (b k, r, d)
-        scores = _product(queries, k.flatten(0, 1).mT).mul_(scaling)  # (b k, r, t)
-        if mask is not None:
-            scores.view(batch, heads, -1).masked_fill_(~mask[:, 0], torch.finfo(scores.dtype).min)
-        output = _product(scores.softmax(-1).to(v.dtype), v.flatten(0, 1))
-    return output.view(batch, heads, 1, head_dim).to(q.dtype)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """(b, m, i) @ (b, i, n), in float32 for half types: CUDA has such products, elsewhere the operands are upcast."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
-        return left @ right
-    if left.device.type != "cuda":
-        return left.float() @ right.float()
-    return torch.bmm(left, right, out_dtype=torch.float32)
-
-
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     if q.shape[1] != k.shape[1]:
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
-    if mask is not None:  # additive, so that a row that sees no key does not become NaN
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    if mask is not None:
+        q = q * mask.any(-1, keepdim=True).to(
+            q.dtype
+        )  # equal scores for a row that sees no key, so that it gets the mean of v
+        # Not the least number, which kernels multiply by log2(e): it would become −∞ and the mean NaN or 0.
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min / 2)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, scale=scaling)
 
@@ -153,7 +125,6 @@ SINGLE_QUERY_ATTENTION = Op(
     (
         Backend("triton", _by_kernel, refusal=_kernel_refusal, shortfall=triton_shortfall),
         Backend("blocks", _in_blocks, refusal=_blocks_refusal),
-        Backend("products", _by_products, refusal=_products_refusal),
         Backend("sdpa", _by_torch),
     ),
     call=lambda q, k, v, *others, **options: (q, k, v),
