@@ -5,10 +5,12 @@ import functools
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 from tests.models.tiny import gradients_of, tiny_config, tokens
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
+from transxssm.models.masks import next_token_masks
 from transxssm.ops import causal_attention, has_attention_kernels
 
 WIDE_HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "sdpa"}
@@ -175,3 +177,29 @@ def test_a_mask_of_all_pairs_cannot_say_what_a_state_forgets(variant):
         model(tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
     assert not model.is_backend_compatible()
     assert model._is_stateful
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+def test_the_next_token_behind_a_static_cache_sees_what_transformers_says(pads):
+    config = tiny_config("hybrid", attn_implementation="sdpa")
+    model, ids, places = TransXSSMForCausalLM(config).eval(), tokens(2, 9), 16
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :pads] = 0
+    cache = StaticCache(config=config, max_cache_len=places)
+    with torch.no_grad():
+        model(ids, attention_mask=mask[:, :-1], past_key_values=cache)
+    arguments = config, torch.empty(2, 1, 0), mask, cache
+    masks, expected = model.create_masks_for_generate(*arguments), create_masks_for_generate(*arguments)
+    assert next_token_masks(config, 1, mask, cache) is not None
+    assert masks["linear_attention"] is None
+    assert torch.equal(masks["full_attention"], expected["full_attention"])
+
+
+def test_which_tokens_get_their_masks_from_transformers():
+    mask = torch.ones(1, 6, dtype=torch.long)
+    for variant, length, implementation in [("hybrid", 2, "sdpa"), ("hybrid", 1, "eager"), ("sliding", 1, "sdpa")]:
+        config = tiny_config(variant, attn_implementation=implementation)
+        assert next_token_masks(config, length, mask, StaticCache(config=config, max_cache_len=8)) is None
+    config = tiny_config("hybrid", attn_implementation="sdpa")
+    assert next_token_masks(config, 1, mask, DynamicCache(config=config)) is None
+    assert next_token_masks(config, 1, None, StaticCache(config=config, max_cache_len=8)) is None

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_tracing
 
@@ -203,6 +204,25 @@ def attention_masks(
         for kind in create
         if kind in config.layer_types
     }
+
+
+def next_token_masks(
+    config: TransXSSMConfig, length: int, attention_mask: Tensor | None, cache: Cache | None
+) -> dict[str, Tensor | None] | None:
+    """The masks by layer type of one token a row behind a static cache, in one operation where transformers, for any number of tokens,
+    takes some twenty, one after the other before each token. None where that would not be the mask.
+
+    Args:
+        length: the number of new tokens.
+        attention_mask: (b, cached + 1), 0 at pads.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or length != 1 or not isinstance(cache, StaticCache):
+        return None
+    if set(config.layer_types) != {SSD_LAYER_TYPE, "full_attention"} or config._attn_implementation != "sdpa":
+        return None
+    places = cache.layers[config.layer_types.index("full_attention")].max_cache_len
+    seen = F.pad(attention_mask.bool(), (0, places - attention_mask.shape[1]))
+    return {SSD_LAYER_TYPE: None, "full_attention": seen[:, None, None]}
 
 
 def _is_in_window(window: int | None, keys: WindowedKeys) -> Callable[..., Tensor]:

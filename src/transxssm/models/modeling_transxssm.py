@@ -47,6 +47,7 @@ from transxssm.models.masks import (
     attention_masks,
     documents_of,
     first_keys_by_kind,
+    next_token_masks,
     padding_of,
     refusal_of_documents,
     refusal_of_pads_between,
@@ -601,9 +602,11 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         refusal = refusal_of_pads_between(config, past_key_values)
         if refusal is not None and attention_mask is not None and has_pads_between(attention_mask).any():
             raise ValueError(refusal)
-        masks = create_masks_for_generate(
-            config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
-        )
+        masks = next_token_masks(config, inputs_embeds.shape[1], attention_mask, past_key_values)
+        if masks is None:
+            masks = create_masks_for_generate(
+                config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
+            )
         if (
             attention_mask is not None and SSD_LAYER_TYPE in masks
         ):  # transformers drops it where there is one token, which may be a pad
