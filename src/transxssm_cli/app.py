@@ -224,6 +224,36 @@ def info(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="PRESET|CHECKPOINT", help="tiny, small, 320m, 1.3b, … or a folder.")],
+    gpus: Annotated[int, typer.Option(help="GPUs in all, eight a machine.")] = 8,
+    tokens: Annotated[str, typer.Option(help="To train on, such as 100B.")] = "100B",
+    length: Annotated[int, typer.Option(help="Tokens in a row.")] = 4096,
+    rows: Annotated[int, typer.Option(help="Rows in a step of each GPU, or of those that share one.")] = 4,
+    cp: Annotated[int, typer.Option(help="GPUs that share each row (context parallelism).")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100 or h200.")] = "h100",
+    link: Annotated[float, typer.Option(help="GB/s that a GPU sends to others of its machine.")] = 300.0,
+    node_link: Annotated[float, typer.Option(help="GB/s that a GPU sends to other machines.")] = 40.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of a table.")] = False,
+) -> None:
+    """Show what a training run takes on many GPUs: memory by kind, seconds of a step, days and GPU-hours, for each parallelism.
+
+    Examples: [cyan]transxssm plan 1.3b --gpus 64 --tokens 100B[/], [cyan]transxssm plan 1.3b --gpus 8 --length 524288 --rows 1 --cp 8[/]
+    """
+    folder = require_model(model)
+    from transxssm_cli.plan import describe, tables
+
+    sizes = {"gpus": gpus, "length": length, "rows": rows, "cp": cp, "gpu": gpu}
+    description = describe(model, folder, tokens=tokens, link_gigabytes=(link, node_link), **sizes)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+        return
+    console = Console(highlight=False)
+    for part in tables(description):
+        console.print(part)
+
+
+@app.command()
 def kernels(
     preset: Annotated[str, typer.Option(help="tiny, small, 320m, 1.3b, …, or a checkpoint's folder.")] = "small",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")] = "bfloat16",

@@ -1,0 +1,98 @@
+"""`transxssm plan`."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from transxssm.inspection.training_plan import GPU_BYTES, Links, plan_training
+from transxssm.models import TransXSSMConfig, read_config
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_tokens(text: str) -> float:
+    """The number that "100B", "2.5T" or "1000000" says.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"--tokens: got {text!r}, expected a number of tokens such as 100B")
+    return float(found[1]) * _SUFFIXES[found[2]]
+
+
+def describe(
+    model: str, folder: Path | None, *, tokens: str, link_gigabytes: Sequence[float], **sizes: Any
+) -> dict[str, Any]:
+    """The plans as plain values, the quickest that fits first.
+
+    Args:
+        link_gigabytes: a second, inside a machine and between machines.
+        sizes: as for `plan_training`.
+
+    Raises:
+        ValueError: no TransXSSM, or sizes that do not fit.
+    """
+    config = TransXSSMConfig.from_preset(model) if folder is None else read_config(folder)
+    if not isinstance(config, TransXSSMConfig):
+        raise ValueError(f"{model}: got a {config.model_type}, expected a TransXSSM")
+    if min(link_gigabytes) <= 0:
+        raise ValueError(f"links: got {min(link_gigabytes)} GB/s, expected more than 0")
+    links = Links(*(1e9 * rate for rate in link_gigabytes))
+    plans = plan_training(config, num_tokens=parse_tokens(tokens), links=links, **sizes)
+    return {
+        "model": model,
+        "tokens": parse_tokens(tokens),
+        **sizes,
+        "gpu_bytes": GPU_BYTES[sizes["gpu"]],
+        "plans": [{**asdict(plan), "memory": {**plan.memory._asdict(), "total": plan.memory.total}} for plan in plans],
+    }
+
+
+def tables(description: dict[str, Any]) -> Iterator[str | Table]:
+    """What `describe` returns, for the terminal."""
+    gpus, rows, length = description["gpus"], description["rows"], description["length"]
+    yield (
+        f"[bold]{description['model']}[/] on {gpus} {description['gpu'].upper()}, {description['tokens']:.3g} tokens in rows of "
+        f"{length:,}, {rows} in a step of {'each GPU' if description['cp'] == 1 else 'every ' + str(description['cp']) + ' GPUs'}"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    names = ("weights", "optimizer", "gathered", "activations")
+    for column in ("parallelism", *names, "in all", "fits", "step", "waits", "tokens/s", "days", "GPU-hours"):
+        table.add_column(column, justify="left" if column == "parallelism" else "right")
+    for plan in description["plans"]:
+        memory = plan["memory"]
+        table.add_row(
+            plan["data"] + (", checkpointing" if plan["is_checkpointing"] else ""),
+            *(f"{memory[name] / 1e9:,.1f}" for name in (*names, "total")),
+            "yes" if plan["fits"] else "no",
+            f"{plan['step_seconds']:.3g} s",
+            f"{plan['exposed_seconds']:.2g} s",
+            f"{plan['tokens_per_second']:,.0f}",
+            f"{plan['days']:,.1f}",
+            f"{plan['gpu_hours']:,.0f}",
+        )
+    yield table
+    best = description["plans"][0]
+    if not best["fits"]:
+        yield (
+            f"Nothing fits into {description['gpu_bytes'] / 1e9:.0f} GB: take more GPUs, fewer rows or a larger --cp."
+        )
+        return
+    settings = [f"training.per_device_train_batch_size={rows}"]
+    if best["data"] != "ddp" or description["cp"] > 1:
+        cp = f", cp: {description['cp']}" if description["cp"] > 1 else ""
+        settings.append(f'"training.parallelism={{data: {best["data"]}{cp}}}"')
+    if best["is_checkpointing"]:
+        settings.append("training.gradient_checkpointing=true")
+    yield f"The first row, in a recipe: {' '.join(settings)}"
+    yield (
+        "Memory in GB. Steps are computed at the rate that 1.3b has on one H100; smaller models reach less of it. Rates of links are "
+        "assumed (--link, --node-link)."
+    )
