@@ -1,10 +1,14 @@
 """An op's table of implementations: what is asked for, what is taken by itself, what is said of it, and what the tables ask of a call."""
 
 import logging
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,6 +85,21 @@ def test_what_is_slower_for_want_of_something_is_said_once_where_users_see_it(ca
     assert "slower than it could: no compiler" in message
 
 
+def test_a_program_without_a_compiler_says_so_in_one_line(tmp_path):
+    """Whatever logging the program has set up, and however many ops would have taken the kernels."""
+    code = (
+        "import torch; from transxssm.ops import rms_norm, ssd_chunk_scan, swiglu; x = torch.randn(600, 700); rms_norm(x, x[0], 1e-6); "
+        "swiglu(x, x); ssd_chunk_scan(torch.ones(1, 2, 1, 2), torch.ones(1, 2, 1), -torch.ones(1), *torch.ones(2, 1, 2, 1, 2))"
+    )
+    environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    lines = [line for line in done.stderr.splitlines() if "slower than it could" in line]
+    assert len(lines) == 1
+    assert "C++ kernels could not be made" in lines[0]
+
+
 def test_a_table_explains_itself():
     choice = OP.explain(call(odd=True))
     assert (choice.op, choice.backend) == ("op", "plain")
@@ -133,6 +152,28 @@ class TestTriton:
         answers = []
         torch.vmap(lambda row: answers.append(eager_triton_refusal(row)) or row)(torch.zeros(2, 2, device=device))
         assert answers == [dispatch.WATCHED]
+
+
+LARGE = 600, 700  # numbers beyond which ops do not leave a call to torch for being small
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(x.expand(2, *LARGE) * torch.tensor([1.0, -2.0])[:, None, None]),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.flip(0),))[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (lambda x: rms_norm(x, x[0], 1e-6), lambda x: F.rms_norm(x, (LARGE[1],), x[0], 1e-6)),
+        (lambda x: swiglu(x, x.flip(1)), lambda x: F.silu(x) * x.flip(1)),
+    ],
+    ids=["rms_norm", "swiglu"],
+)
+def test_function_transforms_see_torchs_operations(op, expected, transform):
+    x = torch.randn(LARGE)
+    torch.testing.assert_close(transform(op, x), transform(expected, x))
 
 
 @pytest.mark.parametrize("width", [8, 2048])
