@@ -4,10 +4,8 @@ import json
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from transxssm_cli.app import app
 from transxssm_lab.benchmarking import parse_length
 from transxssm_lab.benchmarking.decode import DecodeSettings
 from transxssm_lab.benchmarking.throughput import ThroughputSettings
-from transxssm_lab.studies import contenders_of, load_study
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts" / "gpu"
@@ -164,76 +161,3 @@ def test_an_archive_has_no_weights(tmp_path):
     assert "summary.json" in listed
     assert "safetensors" not in listed
     assert "checkpoint" not in listed
-
-
-def test_studies_at_once(noting_python, tmp_path, monkeypatch):
-    python3, commands = noting_python
-    monkeypatch.setattr(sys, "executable", str(python3))
-    script = runpy.run_path(str(SCRIPTS / "studies.py"))
-    cells = ("table2-gpu:hybrid-rope", "table2-gpu:ssd-rope", "length-gpu:rope,yarn")
-    assert script["main"]([str(tmp_path / "out"), *cells, "training.max_steps=8"]) == 0
-    runs = [command for command in commands() if "--report" not in command]
-    assert len(commands()) == len(runs) + 2  # and a report of each study in the end
-    parsed = [parse(command) for command in runs]
-    assert sorted(options["only"] for options in parsed) == [["hybrid-rope"], ["rope", "yarn"], ["ssd-rope"]]
-    for options in parsed:
-        recipe, *overrides = options["arguments"]
-        study = load_study(recipe, overrides)
-        assert study.training["max_steps"] == 8
-        assert study.output_dir == tmp_path / "out" / recipe
-        assert {contender.cell for contender in contenders_of(study, options["only"])} == set(options["only"])
-    assert (tmp_path / "out/logs/table2-gpu-ssd-rope.txt").exists()
-
-
-def run_studies(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPTS / "studies.py", *arguments], capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["{folder}", "training.max_steps=8"], "got 0 cells"),
-        (["{folder}", "table2-gpu"], "expected STUDY:CELL"),
-        (["{folder}", "table2-gpu:hybrid-rop"], "error: table2-gpu:hybrid-rop: "),
-        (["{folder}", "table9:hybrid-rope"], "error: table9:hybrid-rope: "),
-    ],
-    ids=["no cells", "no cell of a study", "no such cell", "no such study"],
-)
-def test_mistakes_with_studies_at_once(arguments, words, tmp_path):
-    done = run_studies(*(argument.format(folder=tmp_path) for argument in arguments))
-    assert done.returncode == 2
-    assert words in done.stderr.splitlines()[-1]
-
-
-def test_ctrl_c_reaches_every_process(tmp_path):
-    """The second waits for the first one's data; both are gone, and the run that had begun can be resumed."""
-    study = tmp_path / "mini.yaml"
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for index in range(8):
-        (corpus / f"{index}.py").write_text(f"value = {index}\n" * 200)
-    study.write_text(
-        "cells: {one: {}, two: {}}\n"
-        "model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2}\n"
-        f"data: {{corpus: {corpus}, tokenizer: bytes, sequence_length: 32, held_out_fraction: 0.25, cache_dir: {tmp_path / 'cache'}}}\n"
-        "training: {max_steps: 100000, per_device_train_batch_size: 1, logging_steps: 1, use_cpu: true, bf16: false, eval_steps: 100000}\n"
-    )
-    folder = tmp_path / "out"
-    command = [sys.executable, SCRIPTS / "studies.py", folder, f"{study}:one", f"{study}:two"]
-    ignoring = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job that a shell has put into the background
-    try:
-        running = subprocess.Popen(command)
-    finally:
-        signal.signal(signal.SIGINT, ignoring)
-    with running:
-        while len(list(folder.rglob("metrics.jsonl"))) < 2:
-            assert running.poll() is None
-            time.sleep(0.2)
-        running.send_signal(signal.SIGINT)
-        try:
-            assert running.wait() == 130
-        finally:
-            running.terminate()  # or it would be waited for
-    assert len(list(folder.rglob("checkpoint-*"))) == 2

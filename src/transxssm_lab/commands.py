@@ -190,17 +190,33 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report", help="Write the tables of what has been run, run nothing.")
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Spread the cells over GPUs, a process each. Default: one after the other.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs_per_gpu: Annotated[int, typer.Option(min=1, help="Processes on a GPU at a time, with --gpus.")] = 1,
 ) -> None:
     """Train and evaluate a grid of models alike: same data in the same order, tuned learning rates, one table.
 
     Ctrl-C keeps what was run; the same command goes on from there.
 
-    Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/]
+    Examples: [cyan]transxssm study[/], [cyan]transxssm study table2-cpu --list[/], [cyan]transxssm study table2-cpu --budget-minutes 60[/],
+    [cyan]transxssm study table2-gpu --gpus all --jobs-per-gpu 3[/]
     """
     started = time.monotonic()
     if arguments:
         require_recipe("study", arguments[0], arguments[1:])
-    from transxssm_lab.study_command import list_studies, report_command, run_study_command, show_plan
+    from transxssm_lab.study_command import (
+        list_studies,
+        report_command,
+        run_study_command,
+        show_plan,
+        spread_study_command,
+    )
 
     if list_only and report_only:
         raise ValueError("--list shows the plan and --report the tables: leave one out")
@@ -212,5 +228,9 @@ def study(
         if only or budget_minutes is not None:
             raise ValueError("--report writes the tables of all that is there: leave out --only and --budget-minutes")
         report_command(arguments[0], arguments[1:])
+    elif gpus is not None:
+        if budget_minutes is not None:
+            raise ValueError("--budget-minutes is for a study in one process: leave out it or --gpus")
+        spread_study_command(arguments[0], arguments[1:], only=only or [], gpus=gpus, jobs_per_gpu=jobs_per_gpu)
     else:
         run_study_command(arguments[0], arguments[1:], only=only or [], budget_minutes=budget_minutes, started=started)

@@ -1,5 +1,6 @@
 """`transxssm study`: shows the plan, then the progress over its runs, then the tables."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
 from transxssm.evaluation import ResultTable
+from transxssm_cli.launch import number_of_processes
 from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
 from transxssm_lab.studies import (
@@ -27,6 +29,7 @@ from transxssm_lab.studies import (
 from transxssm_lab.studies.outcome import read_outcome
 from transxssm_lab.studies.plan import duration
 from transxssm_lab.studies.runner import Notify
+from transxssm_lab.studies.spread import jobs_of, spread
 from transxssm_lab.studies.tables import notes_of
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -71,6 +74,35 @@ def run_study_command(
     with _progress(study) as notify:
         report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify, started=started)
     _print_report(study, report)
+
+
+def spread_study_command(
+    recipe: str, overrides: Sequence[str], *, only: Sequence[str], gpus: str, jobs_per_gpu: int
+) -> None:
+    """Runs a study's cells beside each other and shows its tables.
+
+    Args:
+        gpus: a number, or "all"; under training.use_cpu=true the processes are the CPU's, so many at a time.
+
+    Raises:
+        ValueError: see `load_study`, `jobs_of`, `number_of_processes`, `spread`.
+        KeyboardInterrupt: after Ctrl-C; says how to go on.
+    """
+    study = load_study(recipe, overrides)
+    jobs = jobs_of(study, only)
+    on_cpu = study.training.get("use_cpu") is True
+    number = number_of_processes(gpus, on_cpu=on_cpu)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(number)))
+    _print_plan(study, only, stderr=True)
+    try:
+        places = [""] if on_cpu else visible.split(",")[:number]
+        at_once = number * jobs_per_gpu if on_cpu else jobs_per_gpu
+        spread(study, [recipe, *overrides], jobs, gpus=places, jobs_per_gpu=at_once)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was run is in {study.output_dir}; the same command goes on from there") from None
+    _print_report(
+        study, report_study(study)
+    )  # once more: processes that ended together each wrote it without the other
 
 
 def report_command(recipe: str, overrides: Sequence[str]) -> None:
