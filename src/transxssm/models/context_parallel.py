@@ -24,6 +24,22 @@ _all_gather = getattr(_collectives, "all_gather_single_autograd", None) or _coll
 _all_to_all = _collectives.all_to_all_single_autograd
 
 
+class _DenseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def with_dense_gradient(tensor: Tensor) -> Tensor:
+    """The tensor, whose gradient will be contiguous: NCCL sends no other, and the gradient of a sum is one number seen many times."""
+    dense: Tensor = _DenseGradient.apply(tensor)
+    return dense
+
+
 class SequencePart(NamedTuple):
     """The part of each row that this process has."""
 
@@ -38,8 +54,7 @@ class SequencePart(NamedTuple):
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """(r, …) the tensors of all processes. Its gradient is the sum of what all of them have for this process's."""
-        gathered: Tensor = _all_gather(tensor[None].contiguous(), 0, self.group)
-        return gathered
+        return with_dense_gradient(_all_gather(tensor[None].contiguous(), 0, self.group))
 
     def sum(self, scalar: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -219,7 +234,7 @@ def _moved(part: SequencePart, pieces: Tensor, *, back: bool) -> Tensor:
     sent_sizes, received_sizes = (
         [places.count(process) for process in range(part.size)] for places in (destinations, sources)
     )
-    received: Tensor = _all_to_all(sent.contiguous(), received_sizes, sent_sizes, part.group)
+    received = with_dense_gradient(_all_to_all(sent.contiguous(), received_sizes, sent_sizes, part.group))
     # From one process in the order of their numbers, and so are processes: sources of a lower piece come first unless back.
     arrival = sorted(range(2), key=lambda index: (sources[index], (own if back else computed)[index]))
     return received if arrival == [0, 1] else received.flip(0)
