@@ -64,7 +64,7 @@ def tables(description: dict[str, Any]) -> Iterator[str | Table]:
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names = ("weights", "optimizer", "gathered", "activations")
-    for column in ("parallelism", *names, "in all", "fits", "step", "waits", "tokens/s", "days", "GPU-hours"):
+    for column in ("parallelism", *names, "in all", "fits", "step", "links", "tokens/s", "days", "GPU-hours"):
         table.add_column(column, justify="left" if column == "parallelism" else "right")
     for plan in description["plans"]:
         memory = plan["memory"]
@@ -73,7 +73,7 @@ def tables(description: dict[str, Any]) -> Iterator[str | Table]:
             *(f"{memory[name] / 1e9:,.1f}" for name in (*names, "total")),
             "yes" if plan["fits"] else "no",
             f"{plan['step_seconds']:.3g} s",
-            f"{plan['exposed_seconds']:.2g} s",
+            f"{plan['communication_seconds']:.2g} s",
             f"{plan['tokens_per_second']:,.0f}",
             f"{plan['days']:,.1f}",
             f"{plan['gpu_hours']:,.0f}",

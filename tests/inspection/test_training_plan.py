@@ -43,6 +43,17 @@ def test_memory_is_near_the_measured(entry, mode, length):
     assert memory.weights + memory.activations == pytest.approx(cell["peak_bytes"], rel=CLOSE)
 
 
+@pytest.mark.parametrize("entry", ["large-1", "large-2"])
+def test_steps_and_memory_are_near_the_measured_with_one_gpu_and_two(entry):
+    found = json.loads(MEASURED.with_name("scaling.json").read_text())[entry]
+    sizes = {"gpus": found["gpus"], "length": found["length"], "rows": found["batch"], "gpu": "h200"}
+    data = "ddp" if found["sharding"] == "none" else found["sharding"]
+    plan = plans(**sizes)[data, False]
+    assert plan.memory.total == pytest.approx(found["peak_bytes"], rel=CLOSE)
+    assert plan.step_seconds == pytest.approx(found["step_seconds"], rel=CLOSE)
+    assert plan.tokens_per_second == pytest.approx(found["tokens_per_second"], rel=CLOSE)
+
+
 def plans(**changes):
     sizes = {"gpus": 8, "num_tokens": 1e11, "length": 4096, "rows": 4} | changes
     found = plan_training(CONFIG, **sizes)
@@ -80,7 +91,7 @@ def test_what_fits_comes_first_and_slow_links_are_waited_for():
         plan_training(CONFIG, gpus=64, num_tokens=1e11, length=4096, rows=1, links=Links(3e11, rate))[0]
         for rate in (4e10, 1e8)
     )
-    assert quick.exposed_seconds < slow.exposed_seconds
+    assert quick.communication_seconds < slow.communication_seconds
 
 
 @pytest.mark.parametrize(

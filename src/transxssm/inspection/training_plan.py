@@ -1,7 +1,7 @@
 """What a run on many GPUs takes before it is begun: memory of a GPU by kind, seconds of a step, days. From rates that were measured.
 
 A step is computed at the rate at which the model of 1.3B parameters trains on one GPU, and communicates over links at rates that are
-assumed (`Links`). Both go on at the same time, so that only what takes longer than computing counts.
+assumed (`Links`). Communication counts in full: it goes on beside computing, but by measurement on two GPUs slows it by as much.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class TrainingPlan:
         data: "ddp", "fsdp" or "hsdp".
         is_checkpointing: whether layers are computed again in the backward pass.
         fits: whether a GPU has the memory.
-        step_seconds: of which `exposed_seconds` wait for communication.
+        step_seconds: of which `communication_seconds` go to other GPUs.
     """
 
     data: str
@@ -67,7 +67,7 @@ class TrainingPlan:
     memory: MemoryPlan
     fits: bool
     step_seconds: float
-    exposed_seconds: float
+    communication_seconds: float
     tokens_per_second: float
     days: float
     gpu_hours: float
@@ -136,8 +136,8 @@ def _plan(
     passes = TRAINING_PER_FORWARD + is_checkpointing
     compute = passes * flops_per_token(config, length).total * local_tokens / MEASURED_RATE
     optimizer = ADAMW_BYTES * parameters / shards / HBM_BYTES_PER_SECOND
-    exposed = max(0.0, _communication_seconds(FLOAT32 * parameters, data, gpus, shards, links) - compute)
-    step = compute + optimizer + exposed
+    communication = _communication_seconds(FLOAT32 * parameters, data, gpus, shards, links)
+    step = compute + optimizer + communication
     speed = gpus * local_tokens / step
     seconds = num_tokens / speed
     return TrainingPlan(
@@ -146,7 +146,7 @@ def _plan(
         memory=memory,
         fits=memory.total <= GPU_BYTES[gpu],
         step_seconds=step,
-        exposed_seconds=exposed,
+        communication_seconds=communication,
         tokens_per_second=speed,
         days=seconds / 86400,
         gpu_hours=gpus * seconds / 3600,
