@@ -106,7 +106,7 @@ piped = stat.S_ISFIFO(os.fstat(0).st_mode)
 with open({log!r}, "a") as log:
     log.write(json.dumps([sys.argv[0], sys.argv[1:], sys.stdin.read() if piped else None]) + "\\n")
 """
-PROGRAMS = ("transxssm", "make", "git", "python", "torchrun", "accelerate", "pre-commit")
+PROGRAMS = ("transxssm", "make", "pip", "git", "python", "torchrun", "accelerate", "pre-commit")
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def check_command(program: str, arguments: list[str]) -> None:
             check_transxssm(options.training_script_args)
         case "python", [script, *_]:
             assert (ROOT / script).is_file()
-        case ("git", ["clone" | "diff", *_]) | ("pre-commit", ["install"]):
+        case ("git", ["clone" | "diff", *_]) | ("pre-commit", ["install"]) | ("pip", ["install", "."]):
             pass
         case _:
             raise AssertionError(f"{program} {arguments}")
@@ -247,3 +247,7 @@ class TestCommandsThatDoNotExist:
 def check_block(text: str, folder: Path) -> None:
     for program, arguments, _ in commands_of(text, folder):
         check_command(program, arguments)
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 800
