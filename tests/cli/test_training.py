@@ -1,13 +1,17 @@
 """`transxssm train`: the recipe and its overrides, the way to resume, and every mistake in one line."""
 
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from transxssm.data import held_out
+from transxssm.data.held_out import is_held_out
 from transxssm.training import SaveError
 from transxssm_cli import training
 from transxssm_cli.places import split_arguments
@@ -186,6 +190,71 @@ def test_a_mistyped_folder_is_not_resumed(error_of, recipe, tmp_path):
         assert words.startswith(f"nothing to resume in {tmp_path / name}: it ")
         assert f"(did you mean {tmp_path / 'run'}?)" in words
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "rum", "run"]
+
+
+@pytest.fixture
+def begun(run, recipe, corpus, tmp_path):
+    """A run of two steps on a copy of the corpus, and the arguments by which it goes on to four."""
+    own = tmp_path / "own"
+    shutil.copytree(corpus, own)
+    arguments = ["train", recipe, f"data.corpus={own}"]
+    assert run(*arguments, "training.max_steps=2").exit_code == 0
+    return own, [*arguments, "--resume"]
+
+
+def test_a_run_goes_on_with_the_same_text_wherever_and_whenever_it_was_written(run, begun):
+    own, arguments = begun
+    for path in own.iterdir():
+        os.utime(path, (0, 0))
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "data.json" not in result.stderr
+
+
+@pytest.mark.parametrize("split", ["held out", "trained on"])
+def test_a_run_whose_files_have_changed_does_not_go_on(run, begun, tmp_path, split):
+    """One file of one split has other text of the same length; the error names that split and no other."""
+    own, arguments = begun
+    held_out = {name for name in (path.name for path in own.iterdir()) if is_held_out(name, 0.25)}
+    changed = min(path for path in own.iterdir() if (path.name in held_out) == (split == "held out"))
+    before, record = changed.read_text(), tmp_path / "run" / "data.json"
+    changed.write_text(before.swapcase())
+    recorded = json.loads(record.read_text())
+    words = run(*arguments)
+    assert (words.exit_code, words.stdout) == (2, "")
+    (line,) = [line for line in words.stderr.splitlines() if line.startswith("error: ")]
+    other = ({*recorded} - {split}).pop()
+    assert f"the text {split} was {recorded[split]} and is " in line
+    assert f"the text {other} was" not in line
+    assert f"remove {record} to go on" in line
+    assert json.loads(record.read_text()) == recorded
+
+    changed.write_text(before)
+    assert run(*arguments).exit_code == 0
+
+
+def test_another_way_to_cut_a_text_is_noticed(run, recipe, tmp_path, monkeypatch):
+    text = tmp_path / "one.txt"
+    text.write_text("\n".join(f"line {index} of a single file" for index in range(4000)))
+    arguments = ["train", recipe, f"data.corpus={text}"]
+    assert run(*arguments, "training.max_steps=2").exit_code == 0
+    monkeypatch.setattr(held_out, "PIECES", 2)
+    result = run(*arguments, "--resume")
+    assert result.exit_code == 2
+    assert "the text held out was " in result.stderr
+    assert "the text trained on was " in result.stderr
+
+
+def test_a_run_without_a_record_of_its_text_is_warned_of(run, begun, tmp_path):
+    """As earlier versions left it, or as somebody removed it."""
+    _, arguments = begun
+    record = tmp_path / "run" / "data.json"
+    record.unlink()
+    result = run(*arguments)
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if "data.json" in line]
+    assert "losses before and after cannot be compared" in line
+    assert not record.exists()
 
 
 def test_the_corrected_command_needs_no_other_folder(run, error_of, recipe, tmp_path):

@@ -60,6 +60,7 @@ def test_a_finished_run_leaves_everything_in_its_folder(finished_run):
         "checkpoint-15",
         "checkpoint-20",
         "config.json",
+        "data.json",
         "generation_config.json",
         "loss.png",
         "metrics.jsonl",
@@ -289,7 +290,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_removes_the_half_one(recipe
             train(recipe("training.save_total_limit=1"))
     assert "\n" not in str(caught.value)
     run_dir = recipe().output_dir
-    assert {path.name for path in run_dir.iterdir()} == {"checkpoint-5", "metrics.jsonl", "recipe.yaml", "tensorboard"}
+    kept = {"checkpoint-5", "data.json", "metrics.jsonl", "recipe.yaml", "tensorboard"}
+    assert {path.name for path in run_dir.iterdir()} == kept
     train(recipe("training.save_total_limit=1"), resume=True)
     assert_same_run(run_dir, finished_run)
 

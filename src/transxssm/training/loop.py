@@ -88,7 +88,8 @@ def train(
         tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte (of text only), and where it ran.
 
     Raises:
-        ValueError: bad settings, data that cannot be read, a folder that holds another run, or no run to resume.
+        ValueError: bad settings, data that cannot be read, a folder that holds another run or began with other text, or no run to
+            resume.
         NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
         SaveError: a checkpoint could not be written; the one before is kept.
         BudgetSpentError: the time was up, when the checkpoint has been saved, or while the data was prepared.
@@ -170,6 +171,8 @@ def _train(
     with arguments.main_process_first(local=False), stopped_at(deadline):
         data = source(recipe)
     prepare_seconds = time.perf_counter() - started
+    if checkpoint is not None:
+        run_folder.check_same_data(run_dir, data.contents, say)
     shown = display or ProgressDisplay()
     trainer = _build_trainer(recipe, arguments, data, checkpoint, shown)
     if isinstance(shown, ProgressDisplay):
@@ -180,6 +183,8 @@ def _train(
         if is_main:
             run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
             write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
+            if checkpoint is None and data.contents:
+                run_folder.write_data(run_dir, data.contents)
         try:
             was_asked_to_stop = _run(trainer, checkpoint, deadline)
         except (NonFiniteError, BudgetSpentError):  # results of a kind

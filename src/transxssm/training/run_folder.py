@@ -1,17 +1,21 @@
 """One run, one folder: what it may contain before a run starts, and whether a resumed run is still the same one."""
 
 import difflib
+import json
 import logging
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transxssm.training.recipe import Recipe, load_recipe
+from transxssm.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
+DATA = "data.json"
 METRICS = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
@@ -55,7 +59,8 @@ def remove_start(run_dir: Path, *, was_there: bool) -> None:
         run_dir: the folder.
         was_there: whether it was, empty, before the run; else it goes too.
     """
-    run_dir.joinpath(RECIPE).unlink(missing_ok=True)
+    for name in (RECIPE, DATA):
+        run_dir.joinpath(name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
     if not was_there:
         with suppress(OSError):  # not empty: somebody else wrote into it
@@ -85,6 +90,47 @@ def check_same_run(run_dir: Path, recipe: Recipe) -> None:
     changed = _differences(before, now, "training")
     if changed:
         logger.warning("resuming with other training settings than before: %s", "; ".join(changed))
+
+
+def write_data(run_dir: Path, contents: Mapping[str, str]) -> None:
+    """Records what a run that begins trains on and holds out (`TrainingData.contents`)."""
+    write_text_whole(run_dir / DATA, json.dumps(dict(contents), indent=2) + "\n")
+
+
+def check_same_data(run_dir: Path, contents: Mapping[str, str], say: Callable[..., None] = logger.warning) -> None:
+    """Checks that a run that goes on reads the text that it began with: its recipe names files, which may have changed.
+
+    A folder without a record, of a run that an earlier version began, is warned of.
+
+    Args:
+        run_dir: the run's folder.
+        contents: of the data as it is now (`TrainingData.contents`).
+        say: takes the warning, as a logger's method does.
+
+    Raises:
+        ValueError: one split or both are not the same, each named with what it was and is.
+    """
+    path = run_dir / DATA
+    if not path.is_file():
+        if contents:
+            say(
+                "%s has no %s, by which a run knows its text again: if files or the version of transxssm have changed, other "
+                "text is held out now, and losses before and after cannot be compared",
+                run_dir,
+                DATA,
+            )
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differing = [
+        f"the text {name} was {before.get(name, 'a stream')} and is {contents.get(name, 'a stream')}"
+        for name in sorted({*before, *contents})
+        if before.get(name) != contents.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{run_dir} began with other text, since files or the version of transxssm have changed: {'; '.join(differing)}. "
+            f"Restore the files, start anew in another training.output_dir, or remove {path} to go on with this text all the same"
+        )
 
 
 def has_same_training(run_dir: Path, recipe: Recipe) -> bool:
