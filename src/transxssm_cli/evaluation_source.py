@@ -126,7 +126,10 @@ def open_text(options: TextOptions, recipe: Recipe | None, default: str | None) 
 
 
 def training_length_of(given: int | None, recipe: Recipe | None, config: PreTrainedConfig) -> int | None:
-    """Tokens in a row of the model's training: as given, or as the recipe says, or another model's configuration; None: unknown."""
+    """The number of tokens in a row of the model's training: given, from the recipe, or from another model's configuration.
+
+    Returns None if none of them says it.
+    """
     if given is not None:
         return given
     if recipe is not None:

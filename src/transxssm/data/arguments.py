@@ -25,7 +25,7 @@ class DataArguments:
         vocab_size: tokens of `bpe`, specials included; a small corpus may give fewer.
         sequence_length: tokens in a packed row.
         seed: order of the training documents.
-        cache_dir: where prepared data is kept; None is the cache of `datasets`.
+        cache_dir: where prepared data is kept. Defaults to the cache of `datasets`.
         validation: a file or folder of one's own that is held out whole; None holds out a part of the corpus.
         max_bytes: use only about so much text, of documents drawn at random, the same each time; None uses all.
 

@@ -53,8 +53,8 @@ def harness_plans(
         model, tokenizer: prompts begin with what the tokenizer puts there, as with lm-eval's own `hf` backend.
         tasks: from `expand_groups`.
         include_path: a folder of YAML tasks, which go before lm-eval's own.
-        num_fewshot: examples before each question; None: as each task says.
-        limit: questions of each task, the first so many; None: all.
+        num_fewshot: examples before each question. Defaults to what each task says.
+        limit: how many questions of each task to ask, from its first on. Defaults to all.
         batch_size: sequences that the model reads at once.
 
     Raises:

@@ -20,7 +20,7 @@ class ScanLayer(NamedTuple):
     """Sizes of a state-space layer.
 
     Args:
-        chunk_size: of its scan; None: whatever the device likes.
+        chunk_size: of its scan, or None for what is best for the device.
         conv_state_size: inputs of the convolution that are kept between two tokens.
     """
 

@@ -43,7 +43,7 @@ class TransXSSMCache(DynamicCache):
                 self.layers[index] = SlidingLayer(sliding_window=layer.sliding_window)
             elif type(layer) is LinearAttentionLayer:
                 self.layers[index] = StateLayer(number_of_states=layer.number_of_states)
-        self.document_start: Tensor | None = None  # (b,) index of the last document's first token; None: 0 everywhere
+        self.document_start: Tensor | None = None  # (b,) index of the last document's first token, 0 everywhere if None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of cached tokens, pads included."""

@@ -43,7 +43,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
 
     Args:
         folder: as `save_pretrained` leaves it.
-        dtype: of the weights (A_log, dt_bias and D stay float32); None: as they were saved.
+        dtype: of the weights (A_log, dt_bias and D stay float32). Defaults to the dtype in which they were saved.
         device: from `read_device`.
 
     Raises:

@@ -74,29 +74,29 @@ class TransXSSMConfig(PreTrainedConfig):
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in Llama; the FFN is a SwiGLU.
         num_attention_heads, num_key_value_heads, head_dim: attention layers; key-value heads default to all heads.
-        layer_types: one name per layer, "linear_attention" (SSD), "full_attention" or "sliding_attention". None: 7 SSD layers to 1
-            full attention layer; with fewer than 8 layers the last one is the attention layer.
+        layer_types: one name per layer, "linear_attention" (SSD), "full_attention" or "sliding_attention". Defaults to 7 SSD layers
+            to 1 full attention layer; with fewer than 8 layers the last one is the attention layer.
         sliding_window: tokens that a "sliding_attention" layer sees, itself included.
-        ssd_num_heads, ssd_head_dim: SSD heads; default hidden_size / head_dim heads as wide as attention's.
-        ssd_state_size: n, default 2 · head_dim.
-        ssd_num_groups: groups of heads that share B and C; default half the heads, so that the SSD layer's projections cost
+        ssd_num_heads, ssd_head_dim: SSD heads. Defaults to hidden_size / head_dim heads as wide as attention's.
+        ssd_state_size: n. Defaults to 2 · head_dim.
+        ssd_num_groups: groups of heads that share B and C. Defaults to half the heads, so that the SSD layer's projections cost
             what an attention layer's do.
-        ssd_chunk_size: tokens in a chunk of the scan; None: best for the device.
+        ssd_chunk_size: tokens in a chunk of the scan. Defaults to what is best for the device.
         ssd_position_embedding: "rope" rotates C and B (Unified RoPE); "none" leaves positions to the recurrence.
-        ssd_partial_rotary_factor: part of the state's pairs that rotates, those of the highest frequencies; the others stand still.
-        ssd_conv_kernel_size: width of a short causal convolution with SiLU on x, B and C, as in Mamba-2; 0: none.
+        ssd_partial_rotary_factor: part of the state's pairs that rotates, those of the highest frequencies. The others are not rotated.
+        ssd_conv_kernel_size: width of a short causal convolution with SiLU on x, B and C, as in Mamba-2; 0 leaves it out.
         ssd_skip: adds D x to an SSD layer's output, as in Mamba-2.
         ssd_norm_BC: an RMSNorm over the state on every group's B and C, before their bias and rotation, as in Mamba-3.
         ssd_bias_BC: a bias for every group and channel on B and C, before their rotation; starts at 1, as in Mamba-3.
         ssd_output_gate: multiplies an SSD layer's output with silu(z), a projection more, and normalises it, as in Mamba-2.
-        ssd_scan_in_fp32: raises x, B and C to float32 for the scan of a model in half precision; slower, its products are those of float32.
+        ssd_scan_in_fp32: upcasts x, B and C to float32 for the scan of a model in half precision. Slower: its products are float32 too.
         attention_position_embedding: "rope" rotates Q and K (Unified RoPE); "none" leaves positions to the SSD layers (NoPE).
         qk_norm: an RMSNorm on every head of Q and K before their rotation, as in Qwen3.
         attention_output_gate: multiplies every channel of the heads' output with sigmoid(g), a projection more, as in Qwen3-Next.
         ssd_A_min, ssd_A_max: A starts uniform in −[min, max].
         ssd_dt_min, ssd_dt_max, ssd_dt_floor: time steps start log-uniform in [min, max], at least floor.
         length_scaling_base: base of the factor max(1, log_base n) on C and Q at position n − 1 (Appendix A, end); the mean length
-            in training. None: no scaling.
+            in training. Defaults to no scaling.
         rope_parameters: Hugging Face's; rope_type "default", "linear", "llama3" or "yarn".
 
     Raises:

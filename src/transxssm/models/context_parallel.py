@@ -66,7 +66,7 @@ class ContextPart(NamedTuple):
 
     part: SequencePart
     joins: Tensor  # (b or 1, r), whether an earlier part ends in the document in which this one begins
-    continues: Tensor | None  # (b, t of all) whether a token is of that document; None: rows are one document each
+    continues: Tensor | None  # (b, t of all) whether a token is of that document; None where each row is one document
 
 
 def part_of_group(group: dist.ProcessGroup) -> SequencePart:
@@ -82,7 +82,7 @@ def refusal_of_parts(
     Args:
         length: of the rows, tokens.
         smallest: number of tokens in a part.
-        implementation: of attention; None: there is none.
+        implementation: of attention. None where the model has no attention.
     """
     if has_cache:
         return (
@@ -152,12 +152,12 @@ def inputs_before(context: ContextPart, inputs: Tensor, number: int) -> Tensor:
 def mask_of_part(
     context: ContextPart, length: int, seq_idx: Tensor | None, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """(b or 1, 1, t of this part, t of all): which keys each query sees. None: all up to its own.
+    """(b or 1, 1, t of this part, t of all): which keys each query sees. Returns None where each query sees all keys up to its own.
 
     Args:
         length: of the whole rows.
         seq_idx: (b, t) documents of the whole rows.
-        window: number of last tokens that are seen. None: all.
+        window: number of last tokens that each query sees, or None for all of them.
     """
     if seq_idx is None and (window is None or window >= length):
         return None

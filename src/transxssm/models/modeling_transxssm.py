@@ -292,7 +292,7 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         then those of one process.
 
         Args:
-            group: those who share rows. None: each process computes its rows alone, as before.
+            group: the processes that share rows. With None each process computes its own rows again.
         """
         self.sequence_part = None if group is None or dist.get_world_size(group) == 1 else part_of_group(group)
 
@@ -462,9 +462,9 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (b, t) token ids, −100 where a token doesn't count; label t is predicted from token t − 1.
-            logits_to_keep: number of last positions to compute logits for, or their indices; 0: all.
+            logits_to_keep: number of last positions to compute logits for, or their indices. 0 computes all of them.
             skip_logits: where there are labels, return the loss alone, for which the (tokens × vocabulary) logits are never formed.
-            num_items_in_batch: divides the summed loss; None: the mean over the labels that count.
+            num_items_in_batch: divides the summed loss. Defaults to the number of labels that count, which gives their mean.
             shift_labels: (b, t) labels that are shifted already, in place of labels. Named here alone: Trainer takes every
                 argument with "label" in its name for one that each batch has.
         """

@@ -28,7 +28,7 @@ def stopped_at(deadline: float | None) -> Iterator[None]:
     Outside the main thread, and where the system has no such timer, the block is only not begun too late.
 
     Args:
-        deadline: in `time.monotonic`'s seconds; None: never.
+        deadline: in seconds of `time.monotonic`. With None there is no deadline.
 
     Raises:
         BudgetSpentError: the time was up, before the block or inside it.
@@ -67,7 +67,7 @@ class Interrupt(TrainerCallback):
 
     Args:
         deadline: in `time.monotonic`'s seconds. The run ends in the same way before a step that would end later, if it took as long as
-            the longest one so far, with what was evaluated and saved after it; one step is always made. None: never.
+            the longest one so far, with what was evaluated and saved after it; one step is always made. Defaults to no deadline.
     """
 
     def __init__(self, deadline: float | None = None) -> None:

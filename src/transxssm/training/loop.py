@@ -80,8 +80,8 @@ def train(
         resume: continue the run in the recipe's folder from its last whole checkpoint; from scratch if it ended before its first one;
             nothing happens if it has finished.
         source: makes the data; not called if the run has finished.
-        display: shows the run's progress; None: `ProgressDisplay`.
-        budget_seconds: of wall time, the preparation of data included, within which the run stops with a checkpoint; None: no limit.
+        display: shows the run's progress. Defaults to `ProgressDisplay`.
+        budget_seconds: of wall time, the preparation of data included, within which the run stops with a checkpoint. Defaults to no limit.
 
     Returns:
         The summary, as in summary.json: parameters, steps, train_tokens, train_seconds (data preparation and evaluation left out),

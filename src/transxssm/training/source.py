@@ -26,8 +26,8 @@ class TrainingData:
         train, held_out: what `Trainer` takes for a data set.
         collate: rows to a batch: `input_ids` and `labels`, (b, t) int64, and what else a model may take. What the model's
             `forward` does not name is left out.
-        held_out_bytes: UTF-8 bytes that the labelled tokens of `held_out` stand for; None: they are no text.
-        tokenizer: goes into the run folder, and gives the model its vocabulary; None: the recipe gives it.
+        held_out_bytes: UTF-8 bytes that the labelled tokens of `held_out` stand for, or None if the data is not text.
+        tokenizer: goes into the run folder, and gives the model its vocabulary. Defaults to what the recipe says.
         description: what is trained on and what is held out, in a line.
         contents: by the name of a split, its number of rows and a hash of its tokens, by which a run that is resumed knows its
             data again. Streams and data that a recipe alone determines have no entry.
