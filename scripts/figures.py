@@ -10,6 +10,8 @@ from scripts.results import RESULTS, ROOT, read_entries, relative_to
 from transxssm.plotting import (
     BLUE,
     GREY,
+    ORANGE,
+    VERMILLION,
     draw_heat_map,
     draw_line,
     label_lines,
@@ -37,6 +39,9 @@ GPU = (
     "figure4-eager",
     "figure4-decode-graph",
 )
+# Runs with the scan's Triton kernels, whose reference is the model that is not compiled; they count before those above.
+KERNELS = ("kernels-train-1k", "kernels-train-4k", "kernels-prefill-4k")
+ZEN4 = ("small-bfloat16-4k", "small-bfloat16-16k")
 COMPARED = ("llama", "llama-compiled", "llama-eager", "llama-static", "llama-graph", "mamba2", "jamba")
 
 
@@ -46,8 +51,7 @@ def figure4(path: Path) -> None:
         for column, (machine, part, entries) in enumerate(
             (("CPU: two cores, 30M parameters", "cpu", CPU), ("GPU: one H200 or H100, 1.3B parameters", "gpu", GPU))
         ):
-            reports = read_entries(RESULTS / part / "throughput.json")
-            reports = {name: reports[name] for name in entries if name in reports}
+            reports = reports_of(part, entries)
             for row, (modes, title) in enumerate(
                 (
                     (("train", "train-checkpointed"), "Training"),
@@ -66,6 +70,13 @@ def figure4(path: Path) -> None:
                     axes.set_xlabel("length (tokens)")
                 if column == 0:
                     axes.set_ylabel("speed relative to TransXSSM")
+
+
+def reports_of(part: str, entries: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Throughput reports by their names, those with the newest kernels first; on a GPU relative to the compiled model."""
+    reports = read_entries(RESULTS / part / "throughput.json")
+    newest = {name: relative_to(reports[name], "transxssm-compiled") for name in KERNELS if name in reports}
+    return newest | {name: reports[name] for name in entries if name in reports}
 
 
 def relative_speeds(
@@ -214,20 +225,29 @@ def length(path: Path) -> None:
 def overview(path: Path) -> None:
     """Speed over length and quality, side by side."""
     with picture(path, columns=2, width=12, height=4.5) as (speed, bits):
-        for part, entries, label, line in (("cpu", CPU, "CPU", "-"), ("gpu", GPU, "GPU", "--")):
-            reports = read_entries(RESULTS / part / "throughput.json")
-            reports = {name: reports[name] for name in entries if name in reports}
-            speeds = relative_speeds(reports.values(), ("train", "train-checkpointed"))
-            for name in [name for name in ("llama", "mamba2", "jamba") if name in speeds]:
+        for part, entries, names, label, line in (
+            ("cpu", CPU, ("llama",), "Zen 5", "-"),
+            ("cpu", ZEN4, ("llama",), "Zen 4", "-"),
+            ("gpu", GPU, ("llama-compiled", "mamba2", "jamba"), "GPU", "--"),
+        ):
+            speeds = relative_speeds(reports_of(part, entries).values(), ("train", "train-checkpointed"))
+            for name in names:
                 low, median, high = zip(*speeds[name].values(), strict=True)
                 look = looks_of([name])[name]
-                look = look._replace(name=f"{look.name} ({label})", line=line)
-                draw_line(speed, look, list(speeds[name]), median, low, high)
+                draw_line(
+                    speed,
+                    look._replace(name=f"{look.name} ({label})", line=line),
+                    list(speeds[name]),
+                    median,
+                    low,
+                    high,
+                )
         speed.axhline(1, color=BLUE, linewidth=2.5)
-        speed.text(LENGTHS[0], 1.05, "TransXSSM", color=BLUE, fontsize=9)
+        speed.text(LENGTHS[-1], 1.06, "TransXSSM", color=BLUE, fontsize=9, ha="right")
         speed.set_yscale("log")
         set_ticks(speed, LENGTHS)
-        speed.set_yticks([0.1, 0.2, 0.5, 1])
+        speed.set_yticks([0.1, 0.2, 0.5, 1, 2])
+        speed.set_ylim(0.1, 2.2)  # the spread of the short steps on a GPU, which are bound by launches, goes further
         short_ticks(speed, "y")
         speed.set_title("Training speed over length (higher is faster)")
         speed.set_ylabel("speed relative to TransXSSM")
@@ -235,6 +255,66 @@ def overview(path: Path) -> None:
         label_lines(speed)
         draw_scale(bits, _contenders("table3-gpu"))
         bits.set_title("Held-out bits per byte after 210M tokens (lower is better)")
+
+
+def architecture(path: Path) -> None:
+    """A block of the model: seven SSD layers and one attention layer, one rotation for both, and both kinds of cache."""
+    ssd, attention, rotation = ORANGE, VERMILLION, BLUE
+    with picture(path, width=11, height=5.6) as axes:
+        axes.set_xlim(0, 11)
+        axes.set_ylim(0, 5.6)
+        axes.axis("off")
+        for layer in range(8):
+            is_attention = layer == 7
+            name = "attention + FFN" if is_attention else "SSD + FFN"
+            _box(axes, (0.5, 0.55 + 0.52 * layer), (2.3, 0.42), name, attention if is_attention else ssd)
+        axes.annotate("", (1.65, 5.3), (1.65, 4.66), arrowprops={"arrowstyle": "->", "color": GREY})
+        axes.annotate("", (1.65, 0.53), (1.65, 0.12), arrowprops={"arrowstyle": "->", "color": GREY})
+        axes.text(1.85, 0.22, "embeddings", color=GREY, fontsize=9, va="center")
+        axes.text(1.85, 5.0, "next block, or the head", color=GREY, fontsize=9, va="center")
+        axes.text(0.3, 2.35, "7 : 1", rotation=90, ha="center", va="center", fontsize=12, fontweight="bold")
+
+        _box(axes, (4.1, 2.3), (2.2, 0.95), "one rotary table\ncos, sin by position", rotation)
+        _box(axes, (4.1, 4.12), (2.2, 0.62), "Q, K, V", attention)
+        _box(axes, (4.1, 0.85), (2.2, 0.62), "C, B, x, dt", ssd)
+        for start, end, text in (
+            ((5.2, 3.27), (5.2, 4.1), "rotates Q and K"),
+            ((5.2, 2.28), (5.2, 1.49), "rotates C and B"),
+        ):
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": rotation, "linewidth": 2})
+            axes.text(5.32, (start[1] + end[1]) / 2, text, color=rotation, fontsize=9, va="center")
+        for height, target, colour in ((4.40, 4.43, attention), (1.16, 1.16, ssd)):
+            axes.annotate("", (4.08, target), (2.82, height), arrowprops={"arrowstyle": "->", "color": colour})
+            axes.annotate("", (7.48, target), (6.32, target), arrowprops={"arrowstyle": "->", "color": colour})
+
+        axes.text(7.5, 5.3, "cache of an attention layer: grows with the text", fontsize=9.5, va="center")
+        for token in range(9):
+            for row in range(2):
+                _box(
+                    axes,
+                    (7.5 + 0.34 * token, 4.08 + 0.42 * row),
+                    (0.28, 0.34),
+                    "",
+                    attention,
+                    alpha=0.18 + 0.05 * token,
+                )
+        axes.text(7.5, 3.8, "K and V of every token", color=GREY, fontsize=9, va="center")
+        axes.text(7.5, 2.1, "cache of an SSD layer: always the same size", fontsize=9.5, va="center")
+        _box(axes, (7.5, 0.75), (1.5, 1.05), "state\n(h, p, n)", ssd)
+        axes.text(9.15, 1.28, "$S_t = e^{dt A} S_{t-1} + dt\\, x_t B_t^{\\top}$", fontsize=10, va="center")
+        axes.text(7.5, 0.45, "float32, one for each head", color=GREY, fontsize=9, va="center")
+
+
+def _box(
+    axes: Any, corner: tuple[float, float], size: tuple[float, float], text: str, colour: str, alpha: float = 0.22
+) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    style = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(
+        FancyBboxPatch(corner, *size, boxstyle=style, facecolor=(colour, alpha), edgecolor=colour, linewidth=1.2)
+    )
+    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", fontsize=10)
 
 
 def _contenders(study: str) -> dict[str, dict[str, Any]]:
@@ -251,6 +331,7 @@ DRAWN: dict[str, Callable[[Path], None]] = {
     "encodings": encodings,
     "needle": needle,
     "length": length,
+    "architecture": architecture,
 }
 
 

@@ -235,7 +235,8 @@ class TestCommandsThatDoNotExist:
             ("accelerate launch --config_file absent.yaml -m transxssm train small", "absent.yaml"),
             ("make demonstration", "demonstration"),
             ("python scripts/absent.py", "absent.py"),
-            ("pip install x", "command not found"),
+            ("pip install x", "pip ['install', 'x']"),
+            ("conda install x", "command not found"),
         ],
     )  # fmt: skip
     def test_they_are_found(self, workplace, text, words):

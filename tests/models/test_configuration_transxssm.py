@@ -232,6 +232,14 @@ def test_what_does_not_fit_is_refused_when_a_model_is_built_of_it(fields, messag
         TransXSSMForCausalLM(config)
 
 
+def test_a_table_of_rotation_alone_is_checked_too():
+    """As generic code builds it, without a model that would have checked its configuration."""
+    config = TransXSSMConfig(hidden_size=32, num_attention_heads=2)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="cannot be rotated again"):
+        TransXSSMRotaryEmbedding(config)
+
+
 @pytest.mark.parametrize("fields", [{"rope_type": "linear", "factor": 2.0}, {"rope_theta": 500.0}, {}], ids=str)
 def test_scaling_that_is_set_later_is_completed_as_in_construction(fields):
     config = TransXSSMConfig(**SIZES)

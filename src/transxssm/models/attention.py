@@ -17,7 +17,7 @@ from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.context_parallel import attention_in_parts
 from transxssm.models.linear import apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
-from transxssm.models.positions import Positions
+from transxssm.models.positions import FirstKeys, Positions
 from transxssm.ops import (
     apply_rotary,
     causal_attention,
@@ -59,7 +59,7 @@ class TransXSSMAttention(nn.Module):
         self,
         hidden_states: Tensor,
         positions: Positions,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | FirstKeys | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -79,17 +79,17 @@ class TransXSSMAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx, **pads)
         weights = None
         dropout = self.attention_dropout if self.training else 0.0
-        if positions.context is not None:
+        if isinstance(attention_mask, FirstKeys):
+            output = causal_attention(q, k, v, attention_mask.numbers, scaling=self.scaling).transpose(1, 2)
+        elif positions.context is not None:
             parts = attention_in_parts(
                 positions.context, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout
             )
             output = parts.transpose(1, 2)
         elif self._is_for_single_query(q, k, v, attention_mask):
             output = single_query_attention(q, k, v, attention_mask, scaling=self.scaling).transpose(1, 2)
-        elif positions.first_keys is not None or self._is_causal_for_kernels(q, k, v, attention_mask, kwargs):
-            kind = self.config.layer_types[self.layer_idx]
-            first_keys = None if positions.first_keys is None else positions.first_keys[kind]
-            output = causal_attention(q, k, v, first_keys, scaling=self.scaling).transpose(1, 2)
+        elif self._is_causal_for_kernels(q, k, v, attention_mask, kwargs):
+            output = causal_attention(q, k, v, scaling=self.scaling).transpose(1, 2)
         else:
             attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward

@@ -227,7 +227,12 @@ class TransXSSMConfig(PreTrainedConfig):
         return max(self._rotated_widths(), default=0)
 
     def rotary_frequencies(self) -> tuple[list[float], float]:
-        """The table's angular frequencies (Eq. 3) after static scaling, and yarn's factor for attention (1 elsewhere)."""
+        """The table's angular frequencies (Eq. 3) after static scaling, and yarn's factor for attention (1 elsewhere).
+
+        Raises:
+            ValueError: `rope_parameters`, which may have been set since the configuration was made, name a scaling that is not static.
+        """
+        self._check_rope()
         rope = self.rope_parameters or {}
         with torch.device("cpu"):  # real numbers even while a model is laid out on the meta device
             if rope.get("rope_type", "default") == "default":

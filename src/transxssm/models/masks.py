@@ -17,6 +17,7 @@ from transxssm.models.attention import has_kernels_for_rows
 from transxssm.models.cache_transxssm import TransXSSMCache
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
 from transxssm.models.positions import (
+    FirstKeys,
     WindowedKeys,
     documents_from_positions,
     first_keys_in,
@@ -59,9 +60,9 @@ def first_keys_by_kind(
     inputs_embeds: Tensor,
     seq_idx: Tensor | None,
     padding: Tensor | None,
-) -> dict[str, Tensor | None] | None:
-    """The first key that each token sees, (b, t), for each kind of attention layer, in place of masks; None: kernels are not there,
-    or a token sees other keys than a range.
+) -> dict[str, FirstKeys] | None:
+    """The first key that each token sees, for each kind of attention layer. None if masks are needed: there are no kernels that take first
+    keys, or a token sees other keys than a range.
 
     Args:
         options: of the attention function.

@@ -5,7 +5,7 @@ Letters: b batch, t time, n state size, d head_dim of attention.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ from transxssm.models.masks import (
 )
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import (
+    FirstKeys,
     Positions,
     Rotary,
     default_positions,
@@ -185,7 +186,7 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         positions: Positions,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | FirstKeys | None = None,
         past_key_values: Cache | LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -353,7 +354,7 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             position_ids = default_positions(tokens, past_length, padding, seq_idx, start)
 
         context: ContextPart | None = None
-        masks: dict[str, Tensor | None] = {}
+        masks: Mapping[str, Tensor | FirstKeys | None] = {}
         if part is not None:
             self._check_parts(part, length, attention_mask, past_key_values)
             context = context_part(part, seq_idx, tokens.device)
@@ -371,29 +372,29 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         is_whole = past_key_values is None or (
             isinstance(past_key_values, DynamicCache) and seq_idx is None and past_length == 0
         )
-        first_keys: dict[str, Tensor | None] | None = None
         if isinstance(attention_mask, dict):
             masks = attention_mask
         elif context is None:
+            first_keys = None
             if is_whole and (attention_mask is None or padding is not None):
                 first_keys = first_keys_by_kind(self.config, self.training, kwargs, inputs_embeds, seq_idx, padding)
-            if first_keys is None:
-                masks = attention_masks(
-                    self.config, inputs_embeds, attention_mask, past_key_values, past_length, seq_idx
-                )
+            masks = (
+                attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, past_length, seq_idx)
+                if first_keys is None
+                else first_keys
+            )
         dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
         ssd_rotary, attention_rotary = self.rotary_emb.tables(position_ids, dtype)
         positions = Positions(
             ssd_rotary=ssd_rotary,
             attention_rotary=attention_rotary,
             length_scale=length_scale(position_ids, self.config.length_scaling_base, dtype),
-            padding_mask=masks.get(SSD_LAYER_TYPE)
+            padding_mask=attention_mask.get(SSD_LAYER_TYPE)
             if isinstance(attention_mask, dict)
             else local_padding(padding, length)
             if context is None
             else None,
             seq_idx=seq_idx,
-            first_keys=first_keys,
             context=context,
         )
         hidden_states = inputs_embeds
@@ -402,7 +403,7 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
-                attention_mask=None if is_ssd or first_keys is not None else masks[layer_type],
+                attention_mask=None if is_ssd else masks[layer_type],
                 past_key_values=ssd_state_of(past_key_values, index) if is_ssd else past_key_values,
                 **kwargs,
             )

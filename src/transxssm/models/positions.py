@@ -17,6 +17,12 @@ from transxssm.models.context_parallel import ContextPart
 Rotary = tuple[Tensor, Tensor]
 
 
+class FirstKeys(NamedTuple):
+    """What attention layers get in place of a mask: each token sees the keys from its first one to itself."""
+
+    numbers: Tensor | None  # (b, t) int32; None if the first key of every token is the first of the row
+
+
 class Positions(NamedTuple):
     """What the layers need to know of their tokens' positions and documents; computed once per forward."""
 
@@ -25,8 +31,6 @@ class Positions(NamedTuple):
     length_scale: Tensor | None  # (b or 1, t) factor on C and Q
     padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
     seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
-    # By kind of attention layer, (b, t) first key that each token sees (None: the first of all); None: masks say what is seen.
-    first_keys: dict[str, Tensor | None] | None = None
     context: ContextPart | None = None  # other parts of the rows, where processes share them
 
 
@@ -61,9 +65,8 @@ def document_begins(seq_idx: Tensor, index: Tensor) -> Tensor:
 
 def first_keys_in(
     window: int | None, seq_idx: Tensor | None, num_left_pads: Tensor | None, hidden_states: Tensor
-) -> Tensor | None:
-    """(b, t) int32: the first token that each one sees of its own document, behind the pads on the left and among the last `window`;
-    None: the first of all. A pad there sees itself."""
+) -> FirstKeys:
+    """The first key that each token sees: of its document, after the pads on the left, and among the last `window`. A pad sees itself."""
     batch, length = hidden_states.shape[:2]
     index = torch.arange(length, device=hidden_states.device)[None]
     bounds = []
@@ -74,8 +77,8 @@ def first_keys_in(
     if window is not None and window < length:
         bounds.append(index - window + 1)
     if not bounds:
-        return None
-    return functools.reduce(torch.maximum, bounds).expand(batch, length).to(torch.int32)
+        return FirstKeys(None)
+    return FirstKeys(functools.reduce(torch.maximum, bounds).expand(batch, length).to(torch.int32))
 
 
 def left_pads(padding: Tensor) -> Tensor | None:
