@@ -31,7 +31,8 @@ PACKAGES = ("transxssm", "transxssm_lab")  # whose messages are shown as they ar
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 # OpenMP's threads wait for one another at the end of every operator, and libgomp, which torch's wheels for Linux bring, lets them spin
 # 300,000 times there. A thread that another program has put aside is then waited for at full load: with one busy loop beside them two
-# threads trained at a quarter of their speed. 1000 is libgomp's own count where there are more threads than processors.
+# threads trained at a quarter of their speed. 1000 is libgomp's own count where there are more threads than processors. On an idle machine
+# it costs two threads that decode a small model a third of their speed, so that benchmarks, which want an idle one, do without.
 SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def configure(
+    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the libraries' own messages and warnings too.")
     ] = False,
@@ -68,7 +70,8 @@ def configure(
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    if "OMP_WAIT_POLICY" not in os.environ:  # a choice of the user's, as the variable itself is
+    # OMP_WAIT_POLICY is a choice of the user's, as the variable itself is.
+    if context.invoked_subcommand != "benchmark" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -133,7 +133,9 @@ def test_killed_interrupted_and_resumed_by_another_number_of_processes(tmp_path)
     until_step(killed, 12)
     workers = [child for child in psutil.Process(killed.pid).children() if child.environ().get("RANK") == "1"]
     workers[0].kill()
-    _, said = killed.communicate(timeout=120)  # seconds on an idle machine; a process that waits for the dead one waits for ever
+    _, said = killed.communicate(
+        timeout=120
+    )  # seconds on an idle machine; a process that waits for the dead one waits for ever
     assert killed.returncode == 1
     assert said.splitlines()[-1].startswith("error: process 1 of 2 ended (SIGKILL)")
     assert "Traceback" not in said
@@ -143,7 +145,7 @@ def test_killed_interrupted_and_resumed_by_another_number_of_processes(tmp_path)
     interrupted.send_signal(signal.SIGINT)
     _, said = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130, said
-    assert said.splitlines()[-1].startswith("interrupted: stopped after step")
+    assert said.splitlines()[-1].startswith("interrupted: ")  # the step too, where the first process could still say it
     assert "Traceback" not in said
 
     last = start("--resume")
