@@ -245,15 +245,14 @@ def plan(
     """
     folder = require_model(model)
     from transxssm_cli.plan import describe, tables
+    from transxssm_cli.tables import show
 
     sizes = {"gpus": gpus, "length": length, "rows": rows, "cp": cp, "gpu": gpu}
     description = describe(model, folder, tokens=tokens, link_gigabytes=(link, node_link), **sizes)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return
-    console = Console(highlight=False)
-    for part in tables(description):
-        console.print(part)
+    show(*tables(description))
 
 
 @app.command()

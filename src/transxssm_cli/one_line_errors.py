@@ -46,7 +46,9 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:  # Typer would drop its words
             typer.echo(f"interrupted: {stop}" if str(stop) else "interrupted", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from stop
+            # The launcher ends all processes when one fails, and the first must come to its own end to be heard.
+            is_first = LAUNCHER_VARIABLE not in os.environ or os.environ.get("RANK", "0") == "0"
+            raise typer.Exit(EXIT_INTERRUPTED if is_first else 0) from stop
 
 
 def is_users(error: Exception) -> bool:

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from transxssm.inspection.training_plan import GPU_BYTES, Links, plan_training
 from transxssm.models import TransXSSMConfig, read_config
+from transxssm_cli.tables import table_of
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -19,7 +19,7 @@ def parse_tokens(text: str) -> float:
     """The number that "100B", "2.5T" or "1000000" says.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such a number.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper())
     if found is None or float(found[1]) == 0:
@@ -62,23 +62,24 @@ def tables(description: dict[str, Any]) -> Iterator[str | Table]:
         f"[bold]{description['model']}[/] on {gpus} {description['gpu'].upper()}, {description['tokens']:.3g} tokens in rows of "
         f"{length:,}, {rows} in a step of {'each GPU' if description['cp'] == 1 else 'every ' + str(description['cp']) + ' GPUs'}"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names = ("weights", "optimizer", "gathered", "activations")
-    for column in ("parallelism", *names, "in all", "fits", "step", "links", "tokens/s", "days", "GPU-hours"):
-        table.add_column(column, justify="left" if column == "parallelism" else "right")
-    for plan in description["plans"]:
-        memory = plan["memory"]
-        table.add_row(
-            plan["data"] + (", checkpointing" if plan["is_checkpointing"] else ""),
-            *(f"{memory[name] / 1e9:,.1f}" for name in (*names, "total")),
-            "yes" if plan["fits"] else "no",
-            f"{plan['step_seconds']:.3g} s",
-            f"{plan['communication_seconds']:.2g} s",
-            f"{plan['tokens_per_second']:,.0f}",
-            f"{plan['days']:,.1f}",
-            f"{plan['gpu_hours']:,.0f}",
-        )
-    yield table
+    headings = ("parallelism", *names, "in all", "fits", "step", "links", "tokens/s", "days", "GPU-hours")
+    yield table_of(
+        headings,
+        (
+            (
+                plan["data"] + (", checkpointing" if plan["is_checkpointing"] else ""),
+                *(f"{plan['memory'][name] / 1e9:,.1f}" for name in (*names, "total")),
+                "yes" if plan["fits"] else "no",
+                f"{plan['step_seconds']:.3g} s",
+                f"{plan['communication_seconds']:.2g} s",
+                f"{plan['tokens_per_second']:,.0f}",
+                f"{plan['days']:,.1f}",
+                f"{plan['gpu_hours']:,.0f}",
+            )
+            for plan in description["plans"]
+        ),
+    )
     best = description["plans"][0]
     if not best["fits"]:
         yield (

@@ -145,7 +145,11 @@ def test_killed_interrupted_and_resumed_by_another_number_of_processes(tmp_path)
     interrupted.send_signal(signal.SIGINT)
     _, said = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130, said
-    assert said.splitlines()[-1].startswith("interrupted: ")  # the step too, where the first process could still say it
+    lines = said.splitlines()
+    assert lines[-1].startswith("interrupted: stopped after step")
+    assert (
+        sum("continue with the same command" in line for line in lines) == 1
+    )  # the first process says it, and nobody again
     assert "Traceback" not in said
 
     last = start("--resume")

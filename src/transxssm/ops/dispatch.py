@@ -117,7 +117,7 @@ class Op:
         """The backend of this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the op has no backend of that name.
         """
         for backend in self.backends:
             if backend.name == name:

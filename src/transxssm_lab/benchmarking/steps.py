@@ -29,8 +29,8 @@ class Entry:
         name: of the contender.
         build: a function of a module, called in the child as `build(*arguments, device=…)`; returns a `Step`.
         arguments: picklable.
-        num_tokens: that one run goes through; None: it goes through none.
-        flops: of one run, counted as `transxssm_lab.benchmarking.flops` does; None: it is not made of matrix products.
+        num_tokens: tokens that one run processes, or None where it processes no tokens.
+        flops: of one run, counted as `transxssm_lab.benchmarking.flops` does, or None where it has no matrix products.
         compiles: in its first run, which says nothing about the next.
     """
 

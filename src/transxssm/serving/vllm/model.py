@@ -133,7 +133,7 @@ class TransXSSMAttention(nn.Module):
 
         Args:
             rotary: cos and sin, each (n, d/2). None if queries and keys are not rotated.
-            scale: (n,) factor on queries. None if there is none.
+            scale: (n,) factor on queries. Defaults to no scaling.
         """
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.split_sizes, dim=-1)

@@ -186,7 +186,7 @@ class SSDLayer(MambaBase, nn.Module):
 
         Args:
             cos, sin: (n, s/2) of B's and C's rotation. None if they are not rotated.
-            length_scale: (n,) factor on C. None if there is none.
+            length_scale: (n,) factor on C. Defaults to no scaling.
         """
         projected, _ = self.in_proj(hidden_states)
         projected_dt, _ = self.dt_proj(hidden_states)

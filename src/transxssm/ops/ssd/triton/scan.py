@@ -3,6 +3,7 @@
 Letters: b batch, c chunks, h heads, p head_dim, n state size.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -167,9 +168,11 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: No
     )
 
 
-# The compiler sees and launches the kernels inside these operators. To autograd each is one operator.
-_scan: Any = torch.library.triton_op("transxssm::ssd_triton", _forward, mutates_args=())
+# The compiler sees and launches the kernels inside these operators. To autograd each is one operator. Where Triton is missing there are no
+# kernels to see, and `triton_op` would warn of that at every import.
+_operator = torch.library.triton_op if find_spec("triton") else torch.library.custom_op
+_scan: Any = _operator("transxssm::ssd_triton", _forward, mutates_args=())
 _scan.register_fake(_outputs)
-_scan_backward: Any = torch.library.triton_op("transxssm::ssd_triton_backward", _backward_of, mutates_args=())
+_scan_backward: Any = _operator("transxssm::ssd_triton_backward", _backward_of, mutates_args=())
 _scan_backward.register_fake(_gradients)
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
