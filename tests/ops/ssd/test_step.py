@@ -182,3 +182,74 @@ def test_it_can_be_mapped():
     y = torch.func.vmap(lambda state, x, dt, B, C: ssd_step_(state, x, dt, A, B, C))(*batched)
     assert_close(y.flatten(0, 1), expected_y, torch.float32)
     assert_close(state, expected_state, torch.float32)
+
+
+@pytest.fixture
+def slots(device):
+    """A cache of seven slots that lie apart, as in a serving engine's memory, for a case's heads; the gaps hold a number of their own."""
+
+    def make(case):
+        size = case.initial_state[0].numel()
+        memory = torch.full((7, size + 5), 3.5, dtype=case.initial_state.dtype, device=device)
+        cache = memory[:, :size].unflatten(1, case.initial_state.shape[1:])
+        cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(2)))
+        return memory, cache
+
+    return make
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_states_in_slots(
+    index_dtype, groups, heads_per_group, head_dim, state_size, dtype, device, slots, with_and_without_kernels
+):
+    """One call with slots is a call for each row, bit by bit; no other slot, and nothing between two of them, is touched."""
+    sizes = {"groups": groups, "heads_per_group": heads_per_group, "head_dim": head_dim, "state_size": state_size}
+    case = make_case(length=1, batch=3, dtype=dtype, device=device, **sizes)
+    (x, dt, A, B, C), options = token_of(case)
+    memory, cache = slots(case)
+    before, named = memory.clone(), [5, 0, 3]
+    expected = [
+        ssd_step(cache[slot, None], x[i, None], dt[i, None], A, B[i, None], C[i, None], D=options["D"],
+                 rotary=tuple(table[i, None] for table in options["rotary"]))
+        for i, slot in enumerate(named)
+    ]  # fmt: skip
+    y = ssd_step_(cache, x, dt, A, B, C, **options, state_indices=torch.tensor(named, dtype=index_dtype, device=device))
+    assert_close(y, torch.cat([y for y, _ in expected]), dtype, "y")
+    for slot, (_, state) in zip(named, expected, strict=True):
+        assert_close(cache[slot], state[0], torch.float64 if dtype == torch.float64 else torch.float32, "state")
+        before[slot, : state.numel()] = cache[slot].flatten()
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 7, 1], r"slots 0 … 6: got 7"),
+        ([0, -1, 1], r"slots 0 … 6: got -1"),
+        ([4, 2, 4], r"none twice: got slot 4"),
+        ([0, 1], r"\(3,\) int32 or int64, a slot for each state: got \(2,\)"),
+        ([0.0, 1.0, 2.0], r"\(3,\) int32 or int64, a slot for each state: got \(3,\) torch.float32"),
+    ],
+)
+def test_slots_that_are_not_there_are_refused(indices, message, slots):
+    case = make_case(length=1, batch=3, dtype=torch.float32)
+    arguments, options = token_of(case)
+    memory, cache = slots(case)
+    before = memory.clone()
+    with pytest.raises(ValueError, match=message):
+        ssd_step_(cache, *arguments, **options, state_indices=torch.tensor(indices))
+    assert torch.equal(memory, before)
+
+
+def test_compiled_it_finds_its_slots(slots):
+    case = make_case(length=1, batch=3, dtype=torch.float32)
+    arguments, options = token_of(case)
+    _, cache = slots(case)
+    expected, indices = cache.clone(), torch.tensor([6, 1, 2])
+    expected_y = ssd_step_(expected, *arguments, **options, state_indices=indices)
+    with torch.no_grad():
+        y = torch.compile(ssd_step_, fullgraph=True)(cache, *arguments, **options, state_indices=indices)
+    assert_close(y, expected_y, torch.float32, "y")
+    assert_close(cache, expected, torch.float32, "states")

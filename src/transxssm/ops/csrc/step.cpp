@@ -8,18 +8,20 @@
 #include "library.h"
 #include "numbers.h"
 
-// All arrays are contiguous. x, B, C and y have the number format of the function's name.
+// All arrays but the states are contiguous. x, B, C and y have the number format of the function's name.
 struct Step {
     static constexpr const char* NAME = "Step";
 
     int64_t batch, heads, groups, head_dim, state_size, rotary_rows, threads;
+    int64_t state_slot;      // distance of two slots of `state`, in numbers
+    const int64_t* slots;    // (batch): which of the states is a row's, or null if row i has number i
     const void* x;           // (batch, heads, head_dim)
     const float* dt;         // (batch, heads)
     const float* A;          // (heads)
     const void *B, *C;       // (batch, groups, state_size)
     const float *cos, *sin;  // (rotary_rows, state_size / 2), or null
     const float* D;          // (heads), or null
-    float* state;            // (batch, heads, head_dim, state_size), updated in place
+    float* state;            // (slots, heads, head_dim, state_size), each contiguous, updated in place
     void* y;                 // (batch, heads, head_dim)
 };
 
@@ -54,6 +56,7 @@ void update(const Step& step) {
 #pragma omp for
         for (int64_t task = 0; task < step.batch * step.groups; ++task) {
             const int64_t row = task / step.groups, first_head = task % step.groups * R;
+            float* states = step.state + (step.slots ? step.slots[row] : row) * step.state_slot;
             load_rotated(step, row, static_cast<const T*>(step.B) + task * N, B);
             load_rotated(step, row, static_cast<const T*>(step.C) + task * N, C);
             for (int64_t head = first_head; head < first_head + R; ++head) {
@@ -63,7 +66,7 @@ void update(const Step& step) {
                 const T* x = static_cast<const T*>(step.x) + place * P;
                 T* y = static_cast<T*>(step.y) + place * P;
                 for (int64_t i = 0; i < P; ++i) {
-                    float* state = step.state + (place * P + i) * N;
+                    float* state = states + (head * P + i) * N;
                     const float input = to_float(x[i]), added = dt * input;
                     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -89,6 +92,8 @@ void describe_step(std::string& to) {
     TRANSXSSM_FIELD(Step, state_size);
     TRANSXSSM_FIELD(Step, rotary_rows);
     TRANSXSSM_FIELD(Step, threads);
+    TRANSXSSM_FIELD(Step, state_slot);
+    TRANSXSSM_FIELD(Step, slots);
     TRANSXSSM_FIELD(Step, x);
     TRANSXSSM_FIELD(Step, dt);
     TRANSXSSM_FIELD(Step, A);

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.dispatch import EXPORTED, Backend, Op, cpp_shortfall, is_exporting
+from transxssm.ops.sequences import check_slots
 from transxssm.ops.ssd import cpp as scan_cpp
 from transxssm.ops.ssd.blocks import ScanInputs
 from transxssm.ops.ssd.chunked import ssd_chunked
@@ -155,7 +156,7 @@ def ssd_chunk_scan(
     batch, length = x.shape[:2]
     if length == 0:
         raise ValueError(f"the sequence must have at least one token: got x of shape {tuple(x.shape)}")
-    _check_shapes(x, dt, A, B, C, rotary, D, initial_state, time=(length,))
+    _check_shapes(x, dt, A, B, C, rotary, D, initial_state, time=(length,), num_states=batch)
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"seq_idx must have shape {(batch, length)}: got {tuple(seq_idx.shape)}")
 
@@ -190,7 +191,7 @@ def ssd_step(
     Raises:
         ValueError: shapes do not fit.
     """
-    token = _token(state, x, dt, A, B, C, rotary, D)
+    token = _token(state, x, dt, A, B, C, rotary, D, None)
     with torch.autocast(device_type=x.device.type, enabled=False):
         y, new_state = SSD_STEP.choose(None, state, token).forward(state, token)
     return y, new_state
@@ -206,25 +207,29 @@ def ssd_step_(
     *,
     rotary: tuple[Tensor, Tensor] | None = None,
     D: Tensor | None = None,
+    state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`ssd_step` over the old state: the new one is written into `state`. For decoding: nothing here is differentiable.
 
-    Backends, in order of preference: "triton" on a GPU and "cpp" on a CPU read and write the state once; "torch" on any device.
+    Backends, in order of preference: "triton" on a GPU and "cpp" on a CPU read and write the state once, where it lies in the cache;
+    "torch" on any device, which copies states out of a cache of slots and back.
 
     Args:
-        state: (b, h, p, n), float32, float64 for float64 inputs.
+        state: (b, h, p, n), float32, float64 for float64 inputs; with `state_indices` a cache (slots, h, p, n), whose slots may lie any
+            distance apart. Slots that are not named stay as they are.
         x, dt, A, B, C, rotary, D: as in `ssd_step`.
+        state_indices: (b,) int32 or int64, the slot of each row's state, none of them twice. Defaults to row i's being number i.
         backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         y: (b, h, p) in x's dtype.
 
     Raises:
-        ValueError: shapes or the state's dtype do not fit, gradients are on for one of the inputs, or the requested backend does not
-            take the call.
+        ValueError: shapes or the state's dtype do not fit, a slot is not there or named twice (seen on a CPU alone), gradients are on
+            for one of the inputs, or the requested backend does not take the call.
     """
-    token = _token(state, x, dt, A, B, C, rotary, D)
+    token = _token(state, x, dt, A, B, C, rotary, D, state_indices)
     if state.dtype != token.accumulate:
         raise ValueError(f"the state must be {token.accumulate} to be written in place: got {state.dtype}")
     given = (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,)))
@@ -244,11 +249,16 @@ def _token(
     C: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     D: Tensor | None,
+    state_indices: Tensor | None,
 ) -> TokenInputs:
     if x.dim() != 3:
         raise ValueError(f"x must have shape (b, h, p): got {tuple(x.shape)}")
-    _check_shapes(x, dt, A, B, C, rotary, D, state, time=())
-    return TokenInputs(x, dt, A, B, C, rotary, D)
+    num_states = len(x)
+    if state_indices is not None:
+        num_states = len(state)
+        check_slots(state_indices, len(x), num_states)
+    _check_shapes(x, dt, A, B, C, rotary, D, state, time=(), num_states=num_states)
+    return TokenInputs(x, dt, A, B, C, rotary, D, state_indices)
 
 
 def _check_shapes(
@@ -261,6 +271,7 @@ def _check_shapes(
     D: Tensor | None,
     state: Tensor | None,
     time: tuple[int, ...],
+    num_states: int,
 ) -> None:
     batch, heads, head_dim = x.shape[0], x.shape[-2], x.shape[-1]
     if B.dim() != len(time) + 3 or B.shape[:-2] != (batch, *time):
@@ -276,7 +287,7 @@ def _check_shapes(
         ("dt", dt, (batch, *time, heads)),
         ("A", A, (heads,)),
         ("D", D, (heads,)),
-        ("state", state, (batch, heads, head_dim, state_size)),
+        ("state", state, (num_states, heads, head_dim, state_size)),
     ]
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:

@@ -1,6 +1,7 @@
 """One token of the recurrence (selective state update): in torch's operations, and over the old state in one pass by kernels.
 
 Letters: b batch, h heads, g groups, r = h/g heads of a group, p head_dim, n state size. Contracts: `transxssm.ops.ssd.ssd_step`.
+The state is (b, h, p, n), or a cache (slots, h, p, n) of which `TokenInputs.state_indices` names a row's slot.
 """
 
 from typing import Any, NamedTuple
@@ -32,11 +33,12 @@ class TokenInputs(NamedTuple):
     C: Tensor  # (b, g, n)
     rotary: Rotary | None  # cos, sin (b or 1, n/2)
     D: Tensor | None  # (h,)
+    state_indices: Tensor | None = None  # (b,) the slot of each row's state; None: row i's is number i
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors, in no particular order."""
-        return (*self[:5], self.D, *(self.rotary or ()))
+        return (*self[:5], self.D, self.state_indices, *(self.rotary or ()))
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -54,6 +56,11 @@ def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
 
 def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
     """Writes the new state over the old one and returns y. Not differentiable."""
+    if token.state_indices is not None:
+        own = state.index_select(0, token.state_indices)
+        y = step_in_place(own, token._replace(state_indices=None))
+        state.index_copy_(0, token.state_indices.long(), own)
+        return y
     decay, x_dt, B, C = _operands(token)
     grouped = state.view(*x_dt.shape[:-1], state.shape[-1])
     if torch.compiler.is_compiling():
@@ -95,9 +102,19 @@ def _finished(y: Tensor, token: TokenInputs) -> Tensor:
 def _kernel_refusal(state: Tensor, token: TokenInputs) -> str | None:
     if not token.x.dtype == token.B.dtype == token.C.dtype:
         return "it takes x, B and C of one dtype"
-    if state.dtype != torch.float32 or not state.is_contiguous():
-        return "it takes a contiguous float32 state"
+    if state.dtype != torch.float32 or not _is_dense_in_slots(state):
+        return "it takes float32 states, each of them contiguous"
     return eager_cpp_refusal(token.x, state, *token.tensors)
+
+
+def _is_dense_in_slots(state: Tensor) -> bool:
+    """Whether each slot's state is contiguous; the slots may lie apart."""
+    expected = 1
+    for size, stride in zip(reversed(state.shape[1:]), reversed(state.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
@@ -107,7 +124,9 @@ def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
     tensors = {"x": token.x, "B": token.B, "C": token.C}
     tensors |= {name: tensor.float() for name, tensor in numbers.items() if tensor is not None}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    batch, heads, head_dim, state_size = state.shape
+    if token.state_indices is not None:
+        tensors["slots"] = token.state_indices.long().contiguous()
+    batch, heads, head_dim = token.x.shape
     kernels = kernels_of(token.x.dtype)
     call = kernels.structure(
         "Step",
@@ -115,7 +134,8 @@ def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
         heads=heads,
         groups=token.B.shape[1],
         head_dim=head_dim,
-        state_size=state_size,
+        state_size=state.shape[-1],
+        state_slot=state.stride(0),
         rotary_rows=1 if cos is None else cos.shape[0],
         threads=torch.get_num_threads(),
         state=state,
@@ -128,9 +148,9 @@ def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
 
 
 def _triton_refusal(state: Tensor, token: TokenInputs) -> str | None:
-    return (
-        eager_triton_refusal(state, *token.tensors) if state.is_contiguous() else "the kernel takes a contiguous state"
-    )
+    if not _is_dense_in_slots(state):
+        return "the kernel takes states, each of them contiguous"
+    return eager_triton_refusal(state, *token.tensors)
 
 
 def _by_triton(state: Tensor, token: TokenInputs) -> Tensor:
@@ -152,9 +172,10 @@ def _call(
     *,
     rotary: Rotary | None = None,
     D: Tensor | None = None,
+    state_indices: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, TokenInputs]:
-    return state, TokenInputs(x, dt, A, B, C, rotary, D)
+    return state, TokenInputs(x, dt, A, B, C, rotary, D, state_indices)
 
 
 SSD_STEP = Op("ssd_step", (Backend("torch", step),), call=_call)

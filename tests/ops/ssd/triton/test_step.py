@@ -105,3 +105,22 @@ def test_every_input_is_asked_about(index, device, kernels, monkeypatch):
     *arguments, D, cos, sin = given
     ssd_step_(case.initial_state.clone(), *arguments, D=D, rotary=(cos, sin))
     assert not calls
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_states_in_slots(index_dtype, device, kernels, monkeypatch):
+    """Slots that lie apart, as in a serving engine's memory; what is not named stays as it is, bit by bit."""
+    calls = counted(monkeypatch, kernels.step, "step_over_state")
+    case = make_case(length=1, batch=3, head_dim=5, state_size=6, dtype=torch.float32, device=device)
+    arguments, options = step_of(case)
+    named = torch.tensor([5, 0, 3], dtype=index_dtype, device=device)
+    memory = torch.randn(7, case.initial_state[0].numel() + 5, device=device)
+    cache = memory[:, :-5].unflatten(1, case.initial_state.shape[1:])
+    before = memory.clone()
+    expected_y, expected_state = ssd_step(cache[named.long()], *arguments, **options)
+    assert_close(ssd_step_(cache, *arguments, **options, state_indices=named), expected_y, torch.float32, "y")
+    assert_close(cache[named.long()], expected_state, torch.float32, "state")
+    before[named.long()] = memory[named.long()]
+    assert torch.equal(memory, before)
+    assert torch.equal(memory[:, -5:], before[:, -5:])
+    assert len(calls) == 1

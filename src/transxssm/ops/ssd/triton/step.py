@@ -23,8 +23,14 @@ def step_over_state(
     C: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     D: Tensor | None,
+    state_indices: Tensor | None = None,
 ) -> Tensor:
-    """Writes the new state over the old one, which must be contiguous and float32, and returns y (b, h, p) in x's dtype."""
+    """Writes the new state over the old one and returns y (b, h, p) in x's dtype.
+
+    Args:
+        state: (slots, h, p, n) float32, each slot contiguous.
+        state_indices: (b,) the slot of each row. Defaults to row i's being number i.
+    """
     batch, heads, head_dim = x.shape
     groups, state_size = B.shape[1:]
     x, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, B, C))
@@ -39,6 +45,8 @@ def step_over_state(
     with launched_on(x.device):
         _step[(batch * heads, triton.cdiv(head_dim, block_p))](
             *(x, dt, A.contiguous(), B, C, cos, sin, A if D is None else D.contiguous(), state, y),
+            A if state_indices is None else state_indices.contiguous(),
+            state.stride(0),
             *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2]),
             0 if cos.shape[0] == 1 else state_size // 2,
             heads=heads,
@@ -47,6 +55,7 @@ def step_over_state(
             state_size=state_size,
             has_rotary=rotary is not None,
             has_D=D is not None,
+            has_slots=state_indices is not None,
             block_p=block_p,
             block_n=block_n,
         )
@@ -79,6 +88,8 @@ def _step(
     D,
     state,
     y,
+    slots,
+    state_slot,
     x_row,
     x_head,
     dt_row,
@@ -94,12 +105,16 @@ def _step(
     state_size: tl.constexpr,
     has_rotary: tl.constexpr,
     has_D: tl.constexpr,
+    has_slots: tl.constexpr,
     block_p: tl.constexpr,
     block_n: tl.constexpr,
 ):
     """A program holds block_p rows of one head's state, (block_p, n)."""
     place = tl.program_id(0).to(tl.int64)  # of a head in a row of the batch; the state outgrows 32 bits
     row, head = place // heads, place % heads
+    slot = row
+    if has_slots:
+        slot = tl.load(slots + row).to(tl.int64)
     group = head // heads_per_group
     p = tl.program_id(1) * block_p + tl.arange(0, block_p)
     n = tl.arange(0, block_n)
@@ -107,7 +122,7 @@ def _step(
     inside = in_p[:, None] & in_n[None, :]
     half: tl.constexpr = state_size // 2
 
-    numbers = state + (place * head_dim + p[:, None]) * state_size + n[None, :]
+    numbers = state + slot * state_slot + (head * head_dim + p[:, None]) * state_size + n[None, :]
     old = tl.load(numbers, mask=inside, other=0.0)
     turned_B = _turned(
         B + row * B_row + group * B_group, n, in_n, cos + row * rotary_row, sin + row * rotary_row, half, has_rotary
