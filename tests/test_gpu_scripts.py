@@ -90,6 +90,44 @@ def test_figure_4(commands_of, tmp_path):
     assert len({options["output"] for options in parsed}) == len(commands) == 4
 
 
+def test_scaling(commands_of, tmp_path):
+    """Every measurement has its command, on one GPU or on two, and the summary comes last."""
+    *commands, last = commands_of("scaling.sh", str(tmp_path))
+    parser = runpy.run_path(str(SCRIPTS / "scaling.py"))["parser"]()
+    measured = {}
+    for command in commands:
+        script = command.index("scripts/gpu/scaling.py")
+        options = parser.parse_args(command[script + 1 :])
+        launcher = command[:script]
+        assert not launcher or launcher[:4] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        measured[options.file.stem] = options.measurement, len(launcher) > 0
+    assert measured == {
+        "laws": ("laws", True),
+        "run-1": ("whole-run", False),
+        "run-2": ("broken-run", False),  # which launches processes itself
+        **{f"context-{gpus}": ("context", gpus == 2) for gpus in (1, 2)},
+        **{f"{size}-{gpus}": ("throughput", gpus == 2) for size in ("large", "memory", "small") for gpus in (1, 2)},
+    }
+    assert last[-2:] == ["summary", str(tmp_path)]
+
+
+def test_what_runs_on_two_gpus_say_of_one_on_one(tmp_path):
+    script = runpy.run_path(str(SCRIPTS / "scaling.py"))
+    steps = {"step": [1, 2], "tokens": [64, 128]}
+    whole = {**steps, "loss": [5.0, 4.0], "eval_loss": [None, 4.0]}
+    broken = {**steps, "loss": [5.0, 4.004], "eval_loss": [None, 4.0], "sharded": {"loss": [5.0005]}}
+    killed = dict.fromkeys(("seconds_after_kill", "exit_code_after_kill", "left_after_kill", "said_after_kill"), 1)
+    (tmp_path / "run-1.json").write_text(json.dumps(whole))
+    (tmp_path / "run-2.json").write_text(json.dumps(broken | killed))
+    script["summarize"](tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["logged losses, first 20 steps, 2 GPUs (FSDP2) against 1, largest relative difference"] == (
+        pytest.approx(1e-4)
+    )
+    assert summary["2, 1, 2 GPUs against 1, last loss, relative difference"] == pytest.approx(1e-3)
+    assert summary["2, 1, 2 GPUs against 1: steps and tokens are the same"] is True
+
+
 PROFILED = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--length", "64"]
 
 

@@ -2,25 +2,28 @@
 """A measurement of training on one GPU or on several: scaling.py MEASUREMENT FILE.json [options]; scaling.sh runs them all.
 
 Started alone it takes one GPU, by torchrun as many as there are processes; on a CPU processes speak through gloo. The first one writes
-what was found. Steps are whole ones: forward, backward, gradient norm, AdamW. Rows are random tokens.
+what was found. Steps are whole ones: forward, backward, gradient norm, AdamW. Rows are random tokens. `whole-run` and `broken-run` start
+`transxssm train` itself, and are started alone.
 """
 
 import argparse
 import json
-import math
 import os
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from transxssm import TransXSSMConfig, TransXSSMForCausalLM
@@ -30,20 +33,28 @@ from transxssm.training.sharding import compile_layers, shard
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 PEAK_FLOPS = 989e12  # of an H100 or H200, bfloat16 products
 KIB = 1024
+COMPARED_STEPS = (
+    20  # over which logged losses are compared: what is lost in precision shows, what chaos makes of it does not
+)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measurement", choices=[*MEASUREMENTS, "summary"])
     parser.add_argument("file", type=Path, help="to write; of a summary, the folder")
     parser.add_argument("--preset", default="1.3b")
     parser.add_argument("--sharding", choices=["none", "ddp", "fsdp"], default="none")
     parser.add_argument("--length", type=int, default=4096, help="tokens in a row")
-    parser.add_argument("--batch", type=int, default=4, help="rows of a process")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed, or whose losses are noted")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a process; of a run, of all of them")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed, or that a run has")
     parser.add_argument("--seconds", type=float, default=100, help="after which nothing more is begun")
+    parser.add_argument("--checkpointing", action="store_true", help="compute layers again in the backward pass")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.measurement == "summary":
         summarize(options.file)
         return
@@ -66,7 +77,9 @@ def note(options: argparse.Namespace, device: torch.device, results: dict[str, A
         "gpus": WORLD,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
-        **{name: getattr(options, name) for name in ("preset", "sharding", "length", "batch", "eager")},
+        **{
+            name: getattr(options, name) for name in ("preset", "sharding", "length", "batch", "eager", "checkpointing")
+        },
         **results,
     }
     if RANK == 0:
@@ -92,14 +105,14 @@ def start() -> torch.device:
 
 
 def new_model(
-    config: TransXSSMConfig, device: torch.device, sharding: str, *, eager: bool, checkpoints: bool = False
+    config: TransXSSMConfig, device: torch.device, sharding: str, *, eager: bool, checkpointing: bool = False
 ) -> Any:
     """The same weights in every process, float32."""
     torch.manual_seed(0)
     with device:
         model = TransXSSMForCausalLM(config).train()
     model.config.use_cache = False
-    if checkpoints:
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if sharding == "fsdp":
         shard(model, init_device_mesh(device.type, (WORLD,)))
@@ -156,7 +169,7 @@ def agreed(value: bool, device: torch.device) -> bool:
 def throughput(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Tokens a second, memory and use of the peak, of rows of one length."""
     config = TransXSSMConfig.from_preset(options.preset)
-    model = new_model(config, device, options.sharding, eager=options.eager)
+    model = new_model(config, device, options.sharding, eager=options.eager, checkpointing=options.checkpointing)
     optimizer = new_optimizer(model, device)
     generator = torch.Generator(device).manual_seed(RANK)
     ids = torch.randint(1, config.vocab_size, (options.batch, options.length), generator=generator, device=device)
@@ -174,6 +187,8 @@ def throughput(options: argparse.Namespace, device: torch.device) -> dict[str, A
         "tokens_per_second": WORLD * tokens / together,
         "model_flops_utilisation": flops / together / PEAK_FLOPS,
         "peak_bytes": peak_bytes(device),
+        # Between two steps: weights and moments. What the peak has above it are gradients, activations and gathered weights.
+        "held_bytes": torch.cuda.memory_allocated() if device.type == "cuda" else None,
     }
 
 
@@ -181,7 +196,8 @@ def context(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """Seconds of a step of one long row that the processes share, and the longest row that trains, with gradient checkpointing."""
     config = TransXSSMConfig.from_preset(options.preset)
     sharding = "fsdp" if WORLD > 1 else "none"
-    model = new_model(config, device, sharding, eager=options.eager, checkpoints=True)
+    options.checkpointing = True
+    model = new_model(config, device, sharding, eager=options.eager, checkpointing=True)
     if WORLD > 1:
         model.enable_context_parallel(dist.group.WORLD)
     optimizer = new_optimizer(model, device)
@@ -220,24 +236,29 @@ def context(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         tried.append(found)
         return found
 
+    def longest() -> int:
+        return max((each["length"] for each in tried if each["trains"]), default=0)
+
     whole = attempt(options.length, 2)  # the first, so that its graphs are made for its length
     note(options, device, timed(whole))
     half = attempt(options.length // 2, 0)
-    longest = max((each["length"] for each in tried if each["trains"]), default=0)
     if device.type == "cuda" and half["trains"] and whole["trains"]:
         per_token = (whole["peak_bytes"] - half["peak_bytes"]) / (whole["length"] - half["length"])
         limit = torch.cuda.get_device_properties(device).total_memory - 3 * 2**30  # the context, NCCL, fragments
         predicted = whole["length"] + (limit - whole["peak_bytes"]) / per_token
         unit = 4 * KIB * WORLD
-        for share in (0.98, 0.93, 0.88):
+        # Upwards, since nothing can be believed of a process group after one of its steps has failed.
+        for share in (0.85, 0.92, 0.97):
             length = int(predicted * share) // unit * unit
             seconds = whole["step_seconds"] * (length / whole["length"]) ** 1.6
-            if length <= whole["length"] or not agreed(time.monotonic() - started + seconds < options.seconds, device):
+            if length <= whole["length"]:
+                continue
+            if not agreed(time.monotonic() - started + seconds < options.seconds, device):
                 break
-            if attempt(length, 0)["trains"]:
-                longest = length
+            if not attempt(length, 0)["trains"]:
                 break
-    return timed(whole) | {"longest": longest, "tried": tried}
+            note(options, device, timed(whole) | {"longest": longest()})
+    return timed(whole) | {"longest": longest(), "tried": tried}
 
 
 def laws(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -286,25 +307,112 @@ def laws(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"errors": found}
 
 
-def losses(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Losses of the first steps, over the rows of all processes: the same rows whatever the number of processes."""
-    config = TransXSSMConfig.from_preset(options.preset)
-    model = new_model(config, device, options.sharding, eager=options.eager)
-    optimizer = new_optimizer(model, device)
-    generator, noted = torch.Generator(device).manual_seed(0), []
-    rows = options.batch
-    for _ in range(options.steps):
-        # Text that can be learned: every row counts upwards by its own stride.
-        start, stride = (torch.randint(1, 64, (rows, 1), generator=generator, device=device) for _ in range(2))
-        ids = (start + stride * torch.arange(options.length, device=device)) % (config.vocab_size - 1) + 1
-        own = ids[RANK * rows // WORLD : (RANK + 1) * rows // WORLD]
-        loss = step(model, optimizer, own).float()
-        if WORLD > 1:
-            dist.all_reduce(loss)
-        noted.append(loss.item() / WORLD)
-    assert all(math.isfinite(loss) for loss in noted)
-    weight = next(model.parameters())
-    return {"losses": noted, "is_sharded": isinstance(weight, DTensor)}
+class Run:
+    """A run of `transxssm train` on the source of Python's standard library, whose every step is logged.
+
+    Rows of a step are the same whatever the number of processes.
+    """
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, folder: Path) -> None:
+        self.options, self.device, self.folder, self.starts = options, device, folder, 0
+        self.settings = [
+            "small",
+            f"model.preset={options.preset}",
+            "data.corpus=python-stdlib",
+            "data.max_bytes=6000000",
+            f"data.sequence_length={options.length}",
+            f"training.output_dir={folder}",
+            f"training.max_steps={options.steps}",
+            f"training.eval_steps={options.steps}",
+            f"training.save_steps={COMPARED_STEPS // 2}",
+            "training.logging_steps=1",
+            "training.per_device_eval_batch_size=4",
+            f"training.use_cpu={str(device.type != 'cuda').lower()}",
+        ]
+
+    def start(self, processes: int, *arguments: str) -> subprocess.Popen[bytes]:
+        """On so many GPUs, which share the weights (FSDP2) where they are several."""
+        command = [sys.executable, "-m", "transxssm", "train", *self.settings]
+        # One process takes the rows of a step in as many parts as two have, so that all sums are over the same rows.
+        command += [f"training.per_device_train_batch_size={self.options.batch // 2}"]
+        command += [f"training.gradient_accumulation_steps={2 // processes}", "training.parallelism=fsdp", *arguments]
+        visible = dict(os.environ)
+        if processes > 1:
+            command += ["--gpus", str(processes)]
+        elif self.device.type == "cuda":
+            visible["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        self.starts += 1
+        self.log = self.options.file.parent / "logs" / f"{self.options.file.stem}-start-{self.starts}.txt"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=visible)
+
+    def last_line(self, process: subprocess.Popen[bytes]) -> str:
+        """What the process says last, when it has ended."""
+        process.wait(timeout=300)
+        return ([line for line in self.log.read_text().splitlines() if line.strip()] or [""])[-1]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, as far as it is written."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
+        while process.poll() is None:
+            try:
+                if any(row["step"] >= step for row in self.rows()):
+                    return
+            except json.JSONDecodeError:  # a line is being written
+                pass
+            time.sleep(0.02)
+        raise RuntimeError(f"the run ended before step {step}: {self.last_line(process)}")
+
+    def finish(self, process: subprocess.Popen[bytes]) -> None:
+        said = self.last_line(process)
+        if process.returncode:
+            raise RuntimeError(f"exit code {process.returncode}: {said}")
+
+
+def of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: [row.get(key) for row in rows] for key in ("step", "tokens", "loss", "grad_norm", "eval_loss")}
+
+
+def whole_run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Logged losses of a run of one process that nothing disturbs."""
+    with tempfile.TemporaryDirectory(prefix="transxssm-") as folder:
+        run = Run(options, device, Path(folder, "run"))
+        run.finish(run.start(1))
+        return of_rows(run.rows())
+
+
+def broken_run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The same run on two GPUs until one process is killed, then on one until it is interrupted, then on two to its end."""
+    with tempfile.TemporaryDirectory(prefix="transxssm-") as folder:
+        run = Run(options, device, Path(folder, "run"))
+        first = run.start(2)
+        run.wait_for_step(first, COMPARED_STEPS + 2)
+        rows = [row for row in run.rows() if row["step"] <= COMPARED_STEPS]
+        found: dict[str, Any] = {"sharded": of_rows(rows)}
+        workers = {child.environ().get("RANK"): child for child in psutil.Process(first.pid).children()}
+        workers["1"].send_signal(signal.SIGKILL)
+        killed = time.perf_counter()
+        found["said_after_kill"] = run.last_line(first)
+        found["seconds_after_kill"] = time.perf_counter() - killed
+        found["exit_code_after_kill"] = first.returncode
+        found["left_after_kill"] = sum(child.is_running() for child in workers.values())
+        second = run.start(1, "--resume")
+        run.wait_for_step(second, (COMPARED_STEPS + options.steps) // 2)
+        second.send_signal(signal.SIGINT)
+        found["said_after_interrupt"] = run.last_line(second)
+        found["exit_code_after_interrupt"] = second.returncode
+        run.finish(run.start(2, "--resume"))
+        return found | of_rows(run.rows())
+
+
+def furthest(values: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest relative difference, over as many as there are of both."""
+    return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=False))
 
 
 def summarize(folder: Path) -> None:
@@ -322,16 +430,27 @@ def summarize(folder: Path) -> None:
     ratio("tokens a second, large, 2 GPUs over 1", "tokens_per_second", "large-2", "large-1")
     ratio("tokens a second, small, 2 GPUs over 1", "tokens_per_second", "small-2", "small-1")
     ratio("memory of a GPU, large, 2 GPUs over 1", "peak_bytes", "large-2", "large-1")
+    ratio("memory of a GPU, large, gradient checkpointing, 2 GPUs over 1", "peak_bytes", "memory-2", "memory-1")
+    ratio("weights and moments of a GPU, large, 2 GPUs over 1", "held_bytes", "large-2", "large-1")
     ratio("seconds of a long step, 2 GPUs over 1", "step_seconds", "context-2", "context-1")
     ratio("longest row, 2 GPUs over 1", "longest", "context-2", "context-1")
     for name in ("large-1", "large-2", "small-1", "small-2", "context-1", "context-2"):
         for key in ("model_flops_utilisation", "first_step_seconds"):
             if found.get(name, {}).get(key) is not None:
                 summary[f"{key}, {name}"] = found[name][key]
-    losses = [found.get(f"losses-{gpus}", {}).get("losses") for gpus in (1, 2)]
-    if all(losses):
-        pairs = list(zip(*losses, strict=True))
-        summary["losses, 2 GPUs against 1, largest relative difference"] = max(abs(b - a) / abs(a) for a, b in pairs)
+    whole, broken = found.get("run-1"), found.get("run-2")
+    if whole and broken:
+        name = f"logged losses, first {COMPARED_STEPS} steps, 2 GPUs (FSDP2) against 1, largest relative difference"
+        summary[name] = furthest(broken["sharded"]["loss"], whole["loss"])
+        summary["2, 1, 2 GPUs against 1: steps and tokens are the same"] = all(
+            broken[key] == whole[key] for key in ("step", "tokens")
+        )
+        for key in ("loss", "eval_loss"):
+            summary[f"2, 1, 2 GPUs against 1, last {key}, relative difference"] = furthest(
+                broken[key][-1:], whole[key][-1:]
+            )
+        for key in ("seconds_after_kill", "exit_code_after_kill", "left_after_kill", "said_after_kill"):
+            summary[key] = broken[key]
     for name, errors in found.get("laws", {}).get("errors", {}).items():
         summary[f"parts against whole rows, {name}"] = errors
     text = json.dumps(summary, indent=1)
@@ -339,7 +458,13 @@ def summarize(folder: Path) -> None:
     sys.stdout.write(text + "\n")
 
 
-MEASUREMENTS = {"throughput": throughput, "context": context, "laws": laws, "losses": losses}
+MEASUREMENTS = {
+    "throughput": throughput,
+    "context": context,
+    "laws": laws,
+    "whole-run": whole_run,
+    "broken-run": broken_run,
+}
 
 if __name__ == "__main__":
     main()
