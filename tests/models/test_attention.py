@@ -12,6 +12,7 @@ from transxssm import TransXSSMForCausalLM
 from transxssm.models.attention import TransXSSMAttention, without_cudnn_attention
 from transxssm.models.positions import Positions
 from transxssm.ops import apply_rotary, rotary_cos_sin, rotary_frequencies, single_query_attention
+from transxssm.ops.csrc import compiled_library
 
 LENGTH = 9
 
@@ -58,8 +59,8 @@ def test_equals_its_formula(qk_norm, gated, rotates):
 
 
 @pytest.mark.parametrize("variant", ["hybrid", "grouped_queries", "sliding"])
-def test_a_token_decoded_in_half_precision_on_a_cpu(variant, monkeypatch):
-    """It takes the attention of its own, which agrees with SDPA to the rounding, pads included; eager and float32 do not."""
+def test_a_token_decoded_on_a_cpu(variant, monkeypatch):
+    """It takes the attention of its own, which agrees with SDPA to the rounding, pads included; eager does not."""
     attended = []
 
     def spy(q, k, v, mask, *, scaling):
@@ -67,7 +68,7 @@ def test_a_token_decoded_in_half_precision_on_a_cpu(variant, monkeypatch):
             *(t.double() for t in (q, k, v)), mask, scale=scaling, enable_gqa=True
         )
         output = single_query_attention(q, k, v, mask, scaling=scaling)
-        assert_close(output, expected, torch.bfloat16)
+        assert_close(output, expected, q.dtype)
         attended.append(k.shape[2])
         return output
 
@@ -86,10 +87,10 @@ def test_a_token_decoded_in_half_precision_on_a_cpu(variant, monkeypatch):
 
     num_layers = sum(kind != "linear_attention" for kind in tiny_config(variant).layer_types)
     for pads in (mask, None):
-        decode("sdpa", torch.bfloat16, pads)
-        assert len(attended) == num_layers
-        attended.clear()
-        decode("sdpa", torch.float32, pads)
+        for dtype in (torch.bfloat16, torch.float32) if compiled_library() else (torch.bfloat16,):
+            decode("sdpa", dtype, pads)
+            assert len(attended) == num_layers
+            attended.clear()
         decode("eager", torch.bfloat16, pads)
         assert not attended
 

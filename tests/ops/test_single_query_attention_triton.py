@@ -5,7 +5,8 @@ import torch
 
 from tests.gpu_kernels import DTYPES, TOLERANCE, counted
 from tests.tolerances import assert_close
-from transxssm.ops import has_single_query_attention, single_query_attention
+from transxssm.ops import single_query_attention
+from transxssm.ops.single_query_attention import SINGLE_QUERY_ATTENTION
 
 
 def by_formula(q, k, v, mask=None):
@@ -52,10 +53,10 @@ def test_attention_reads_queries_as_projections_lay_them(device, kernels):
     assert_close(single_query_attention(*apart, scaling=0.3), by_formula(q, k, v), torch.float32)
 
 
-def test_shared_keys_are_left_to_torch(device, kernels, monkeypatch):
+def test_shared_keys_are_left_to_others(device, kernels, monkeypatch):
     calls = counted(monkeypatch, kernels.single_query_attention, "attend_once")
     q, k = torch.randn(1, 4, 1, 8, device=device), torch.randn(1, 2, 5, 8, device=device)
-    assert not has_single_query_attention(q, k, k)
+    assert SINGLE_QUERY_ATTENTION.choose(None, q, k, k).name != "triton"
     expected = by_formula(q, *(k.repeat_interleave(2, dim=1),) * 2)
     assert_close(single_query_attention(q, k, k, scaling=0.3), expected, torch.float32)
     assert not calls

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transxssm.ops.dispatch import COMPILED, ON_CPU, Backend, Op, eager_triton_refusal, triton_shortfall
+from transxssm.ops.csrc import kernels_of
+from transxssm.ops.dispatch import (
+    COMPILED,
+    ON_CPU,
+    Backend,
+    Op,
+    cpp_shortfall,
+    eager_cpp_refusal,
+    eager_triton_refusal,
+    triton_shortfall,
+)
 
 # Keys or values that are upcast to float32 at once, over all heads and rows: 4 MiB.
 BLOCK_ELEMENTS = 2**20
@@ -21,8 +31,8 @@ def single_query_attention(
 
     Backends, in order of preference:
         "triton": split-KV decoding attention (Flash-Decoding) on a GPU, for heads with keys of their own. Keys and values are read once.
-        "blocks": half precision on a CPU. Blocks of keys are upcast to float32, which a product then reads from the cache: three times as
-            fast as torch's attention.
+        "cpp": float32 and bfloat16 on a CPU: split-KV decoding attention in C++. Keys and values are read once, in their own format.
+        "blocks": half precision on a CPU. Blocks of keys are upcast to float32, which a product then reads from the cache.
         "sdpa": torch's `scaled_dot_product_attention`, everywhere else and in a compiled graph.
 
     Args:
@@ -35,8 +45,14 @@ def single_query_attention(
         (b, h, 1, d) in q's dtype.
 
     Raises:
-        ValueError: a mask of another shape, or the requested backend does not take the call.
+        ValueError: shapes do not fit, or the requested backend does not take the call.
     """
+    batch, heads, queries, head_dim = q.shape
+    is_fit = k.shape == v.shape and k.shape[::3] == (batch, head_dim) and 0 not in k.shape[1:]
+    if not is_fit or queries != 1 or heads % k.shape[1]:
+        raise ValueError(
+            f"expected q (b, h, 1, d) and k, v (b, k, t, d), h a multiple of k: got {[*map(tuple, (q, k, v))]}"
+        )
     if mask is not None and (mask.shape[0] not in (1, len(q)) or mask.shape[1:] != (1, 1, k.shape[2])):
         raise ValueError(f"mask must have shape ({len(q)} or 1, 1, 1, {k.shape[2]}): got {tuple(mask.shape)}")
     output: Tensor = SINGLE_QUERY_ATTENTION.choose(backend, q, k, v).forward(q, k, v, mask, scaling)
@@ -46,6 +62,12 @@ def single_query_attention(
 def has_single_query_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether this is one query, and `single_query_attention` is faster than torch's attention."""
     return q.shape[2] == 1 and SINGLE_QUERY_ATTENTION.choose(None, q, k, v).name != "sdpa"
+
+
+def _cpp_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if not q.dtype == k.dtype == v.dtype:
+        return "it takes q, k and v of one dtype"
+    return eager_cpp_refusal(q, k, v)
 
 
 def _blocks_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -70,6 +92,41 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: fl
     from transxssm.ops.single_query_attention_triton import attend_once  # which imports Triton
 
     return attend_once(q.detach(), k.detach(), v.detach(), mask, scaling)
+
+
+def _by_cpp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    length, kernels = k.shape[2], kernels_of(q.dtype)
+    q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
+    output = q.new_empty(batch, heads, 1, head_dim)
+    partial = q.new_empty(batch, heads, kernels.num_splits(length), head_dim + 2, dtype=torch.float32)
+    call = kernels.structure(
+        "SingleQuery",
+        batch=batch,
+        heads=heads,
+        key_heads=k.shape[1],
+        length=length,
+        head_dim=head_dim,
+        threads=torch.get_num_threads(),
+        q_row=q.stride(0),
+        q_head=q.stride(1),
+        k_row=k.stride(0),
+        k_head=k.stride(1),
+        k_token=k.stride(2),
+        v_row=v.stride(0),
+        v_head=v.stride(1),
+        v_token=v.stride(2),
+        q=q,
+        k=k,
+        v=v,
+        partial=partial,
+        output=output,
+        scaling=scaling,
+    )
+    if mask is not None:
+        call.fill(mask_rows=len(mask), mask=mask.contiguous().view(torch.uint8))
+    kernels.run("attend_once", call)
+    return output
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -124,6 +181,7 @@ SINGLE_QUERY_ATTENTION = Op(
     "single_query_attention",
     (
         Backend("triton", _by_kernel, refusal=_kernel_refusal, shortfall=triton_shortfall),
+        Backend("cpp", _by_cpp, refusal=_cpp_refusal, shortfall=cpp_shortfall),
         Backend("blocks", _in_blocks, refusal=_blocks_refusal),
         Backend("sdpa", _by_torch),
     ),

@@ -125,6 +125,10 @@ class Kernels:
         """The number of tasks that a function of rows.cpp splits n rows into."""
         return int(self._library.functions["any"]["num_row_tasks"](num_rows))
 
+    def num_splits(self, num_keys: int) -> int:
+        """The number of parts that single_query.cpp splits the keys into."""
+        return int(self._library.functions["any"]["num_splits"](num_keys))
+
     def structure(self, name: str, **values: Tensor | int | float | None) -> Structure:
         """A structure with these fields; all others are 0."""
         made = self._library.structures[name]()

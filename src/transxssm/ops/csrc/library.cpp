@@ -10,6 +10,7 @@ extern "C" __attribute__((visibility("default"))) const char* describe_library()
         describe_scan(text);
         describe_scan_bf16(text);
         describe_attention(text);
+        describe_single_query(text);
         return text;
     }();
     return description.c_str();

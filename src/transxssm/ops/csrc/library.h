@@ -85,3 +85,4 @@ void describe_step(std::string& to);
 void describe_scan(std::string& to);
 void describe_scan_bf16(std::string& to);
 void describe_attention(std::string& to);
+void describe_single_query(std::string& to);

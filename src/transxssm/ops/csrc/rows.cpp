@@ -9,6 +9,10 @@
 #include "library.h"
 #include "numbers.h"
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t ROWS_PER_TASK =
@@ -125,21 +129,51 @@ void cross_entropy(
     }
 }
 
-// out = x · weightᵀ, (n, width): a matrix-vector product for each of so few rows that reading the weight (width, d)
-// takes all the time.
+// x · y over d numbers. Many partial sums at once hide the latency of additions; y is read from its start to its end,
+// as memory is read fastest.
+template <class T>
+inline float dot(int64_t d, const T* x, const T* y) {
+    constexpr int64_t SUMS = 64;
+    float sums[SUMS] = {};
+    int64_t i = 0;
+    for (; i + SUMS <= d; i += SUMS)
+#pragma omp simd
+        for (int64_t j = 0; j < SUMS; ++j) sums[j] += to_float(x[i + j]) * to_float(y[i + j]);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < SUMS; ++j) sum += sums[j];
+    for (; i < d; ++i) sum += to_float(x[i]) * to_float(y[i]);
+    return sum;
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+inline float dot(int64_t d, const bfloat16* x, const bfloat16* y) {
+    const auto load = [](const bfloat16* from) { return (__m512bh)_mm512_loadu_si512(from); };
+    __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 64 <= d; i += 64) {
+        first = _mm512_dpbf16_ps(first, load(x + i), load(y + i));
+        second = _mm512_dpbf16_ps(second, load(x + i + 32), load(y + i + 32));
+    }
+    for (; i < d; i += 32) {
+        const __mmask32 rest = d - i < 32 ? (1u << (d - i)) - 1u : ~0u;
+        first = _mm512_dpbf16_ps(
+            first, (__m512bh)_mm512_maskz_loadu_epi16(rest, x + i), (__m512bh)_mm512_maskz_loadu_epi16(rest, y + i)
+        );
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(first, second));
+}
+#endif
+
+// out = x · weightᵀ, (n, width), for so few rows that reading the weight (width, d) takes all the time. A small weight
+// is read by one thread.
 template <class T>
 void multiply_few(int64_t n, int64_t d, int64_t threads, int64_t width, const T* x, const T* weight, T* out) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t column = 0; column < width; ++column) {
-        const T* factors = weight + column * d;
-        for (int64_t row = 0; row < n; ++row) {
-            const T* from = x + row * d;
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < d; ++i) sum += to_float(from[i]) * to_float(factors[i]);
-            store(out[row * width + column], sum);
-        }
-    }
+    constexpr int64_t SMALL = 1 << 16;
+#pragma omp parallel for num_threads(threads) if (width * d > SMALL)
+    for (int64_t column = 0; column < width; ++column)
+        for (int64_t row = 0; row < n; ++row)
+            store(out[row * width + column], dot(d, x + row * d, weight + column * d));
 }
 
 template <class T>
