@@ -23,7 +23,7 @@ from typing import Any
 
 from transxssm.evaluation import ResultTable
 from transxssm.whole_files import write_text_whole
-from transxssm_lab.benchmarking.lengths import format_length
+from transxssm.wording import format_length
 from transxssm_lab.studies.archive import pack_study, rewrite_report
 from transxssm_lab.studies.tables import notes_of, tables_of
 

@@ -26,16 +26,15 @@ from transformers import PreTrainedConfig
 
 from transxssm.evaluation import ResultTable
 from transxssm.inspection import cache_bytes
+from transxssm.inspection.flops import step_flops
+from transxssm.machine import run_metadata
 from transxssm.models import read_device
 from transxssm.models.baselines import count_baseline_parameters, language_model_on_meta
 from transxssm_cli.one_line_errors import is_users, line_of
 from transxssm_lab.benchmarking import CONTENDERS, MODES, ThroughputSettings, parse_length
+from transxssm_lab.benchmarking.benchmark_run import SQUARE, measure_peak
 from transxssm_lab.benchmarking.contenders import build_prompt, build_step
-from transxssm_lab.benchmarking.decoding import DECODE_TOKENS
-from transxssm_lab.benchmarking.flops import step_flops
-from transxssm_lab.benchmarking.metadata import run_metadata
-from transxssm_lab.benchmarking.peak import SQUARE, measure_peak
-from transxssm_lab.benchmarking.steps import Step, seconds_of, synchronize
+from transxssm_lab.benchmarking.steps import DECODE_TOKENS, Step, seconds_of, synchronize
 from transxssm_lab.benchmarking.workers import Setup
 
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # what a copy of which says how fast memory is

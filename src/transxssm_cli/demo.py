@@ -5,7 +5,7 @@ import lzma
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from transxssm.data import EMBEDDED_CORPORA, DataArguments, load_corpus
 from transxssm.models import load_model, load_tokenizer
 from transxssm.serving import GenerationSettings, encode_prompt, generate_text
 from transxssm.training import Recipe, load_recipe, run_folder, train
-from transxssm.training.report import read_summary
-from transxssm_cli.chart import chart
+from transxssm.training.run_folder import read_summary
 from transxssm_cli.training import opening_words, quiet_progress_bars
 
 XZ_PRESET = 9
@@ -30,6 +29,8 @@ SHORTENED = ("training.max_steps", "training.eval_steps", "training.save_steps")
 # Prompts and seeds, fixed so that a demonstration can be repeated. For a text of one's own, its first words.
 COMPLETIONS = (("def fibonacci(", 0), ("import os\n\n\nclass ", 1))
 NEW_TOKENS = 120
+
+Point = tuple[float, float]
 
 
 def run_demo(recipe_name: str, overrides: list[str]) -> None:
@@ -139,3 +140,36 @@ Next:
   {command} info {run_dir}
   {command} train laptop data.corpus=my_texts/   # a text, JSONL, CSV or Parquet file of your own, or a folder of them: ten minutes"""
     )
+
+
+def chart(series: Mapping[str, Sequence[Point]], *, width: int = 64, height: int = 12) -> list[str]:
+    """Lines of text that show points over common axes.
+
+    Args:
+        series: points (x, y) by the one character they are drawn with; later ones cover earlier ones.
+        width, height: of the area for points, in characters.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    points = [point for line in series.values() for point in line]
+    if not points:
+        raise ValueError("a chart needs at least one point: got none")
+    (left, right), (bottom, top) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    rows = [[" "] * width for _ in range(height)]
+    for mark, line in series.items():
+        for x, y in line:
+            column = _place(x, left, right, width)
+            row = _place(y, top, bottom, height)
+            rows[row][column] = mark
+    labels = {0: f"{top:.2f}", height - 1: f"{bottom:.2f}"}
+    margin = max(map(len, labels.values()))
+    lines = [f"{labels.get(index, ''):>{margin}} ┤{''.join(row).rstrip()}" for index, row in enumerate(rows)]
+    lines.append(f"{'':{margin}} └{'─' * width}")
+    lines.append(f"{'':{margin}}  {left:<{width // 2},.0f}{right:>{width - width // 2},.0f}")
+    return lines
+
+
+def _place(value: float, first: float, last: float, size: int) -> int:
+    """Index of the cell, among `size` from `first` to `last`, that a value falls into."""
+    return round((value - first) / (last - first) * (size - 1)) if last != first else 0

@@ -1,20 +1,24 @@
-"""`transxssm evaluate`: from options to cells, and from cells to a table, Markdown and a picture."""
+"""`transxssm evaluate`: what its options mean, which model and text they name, and how cells become a table and a picture."""
 
+import hashlib
 import itertools
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from transxssm.data import Haystack, RecallTask
+from transxssm.data import DataArguments, Haystack, RecallTask, load_corpus
 from transxssm.evaluation import (
     CellPlan,
     Decoding,
@@ -39,26 +43,273 @@ from transxssm.evaluation import (
     require_harness,
     select_documents,
 )
-from transxssm.models import load_tokenizer
+from transxssm.machine import device_name, versions
+from transxssm.models import TransXSSMConfig, load_causal_lm, load_tokenizer, read_device
+from transxssm.models.checkpoint import read_dtype
+from transxssm.training import Recipe, load_recipe, run_folder
 from transxssm.whole_files import write_text_whole
-from transxssm_cli.evaluation_options import (
-    LONGEST_DEFAULT,
-    default_lengths,
-    read_numbers,
-    read_shares,
-    read_sizes,
-    read_stride,
-    require_positive,
-)
-from transxssm_cli.evaluation_source import Place, TextOptions, context_of_run, open_text, training_length_of
 from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
+
+EVALUATION_FOLDER = "evaluation"
+# What the figures depend on in a checkpoint folder.
+CHECKPOINT_FILES = ("config.json", "*.safetensors", "*.bin", "tokenizer.json")
+
+
+SHORTEST = 512  # of the default lengths, or the training's length where that is shorter
+EXTRAPOLATION = 4  # the longest default length, in training lengths
+LONGEST_DEFAULT = 65_536
+
 
 __all__ = ["Place", "TextOptions", "evaluate_harness", "evaluate_needle", "evaluate_perplexity", "evaluate_recall"]
 
 DEFAULT_HAYSTACK = "python-stdlib"
 HAYSTACK_PROMPTS = 8  # so many of the longest prompts the haystack is long, so that prompts differ
 SCANNED_DOCUMENTS = 10_000  # of a large corpus, to see how long its documents are
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model and the folder of its results, as the command line names them."""
+
+    checkpoint: Path
+    dtype: str
+    device: str
+    output_dir: Path | None
+
+    def load_model(self) -> PreTrainedModel:
+        """The model.
+
+        Raises:
+            ValueError: see `load_causal_lm`, `read_device`, `read_dtype`.
+        """
+        dtype = None if self.dtype == "auto" else read_dtype(self.dtype, "auto")
+        transformers_logging.disable_progress_bar()  # a bar over the loading of weights
+        return load_causal_lm(self.checkpoint, dtype=dtype, device=read_device(self.device))
+
+    def settings(self, model: PreTrainedModel) -> dict[str, str]:
+        """What identifies the model: a digest of its files, the numbers' type, the kind of device."""
+        digest = hashlib.sha256()
+        for path in sorted(path for pattern in CHECKPOINT_FILES for path in self.checkpoint.glob(pattern)):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return {
+            "checkpoint": digest.hexdigest()[:16],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+        }
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the run that the checkpoint belongs to, if it is one."""
+        run = self._run
+        return None if run is None else load_recipe(run / run_folder.RECIPE)
+
+    @property
+    def results_folder(self) -> Path:
+        """Where results go."""
+        if self.output_dir is not None:
+            return self.output_dir
+        checkpoint, run = self.checkpoint.resolve(), self._run
+        if run is None:
+            return Path("runs") / EVALUATION_FOLDER / checkpoint.name
+        if run.resolve() == checkpoint:
+            return run / EVALUATION_FOLDER
+        return run / EVALUATION_FOLDER / checkpoint.name
+
+    @property
+    def _run(self) -> Path | None:
+        """The run folder: the checkpoint itself or the folder around it."""
+        for folder in (self.checkpoint, self.checkpoint.resolve().parent):
+            if (folder / run_folder.RECIPE).is_file():
+                return folder
+        return None
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """At most one source of text."""
+
+    corpus: str | None
+    recipe: str | None
+    text_file: Path | None
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents, what they are called, and what identifies them."""
+
+    texts: Iterable[str]
+    name: str
+    identity: str
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"text": self.name, "text_identity": self.identity}
+
+
+def open_text(options: TextOptions, recipe: Recipe | None, default: str | None) -> TextSource:
+    """The text that the options name; the run's own held-out text if they name none; else that of the corpus `default`.
+
+    Raises:
+        ValueError: several texts; none; one that cannot be read.
+    """
+    named = [value for value in (options.corpus, options.recipe, options.text_file) if value is not None]
+    if len(named) > 1:
+        raise ValueError("got several texts: give one of --corpus, --recipe and --text-file")
+    if options.text_file is not None:
+        return _text_of_file(options.text_file)
+    if options.recipe is not None:
+        return _held_out_text(load_recipe(options.recipe).data)
+    if options.corpus is not None:
+        return _held_out_text(DataArguments(corpus=options.corpus))
+    if recipe is not None:
+        return _held_out_text(recipe.data)
+    if default is not None:
+        return _held_out_text(DataArguments(corpus=default))
+    raise ValueError(
+        "the checkpoint is no run that names a corpus: give --corpus (such as python-stdlib), --recipe, or --text-file"
+    )
+
+
+def training_length_of(given: int | None, recipe: Recipe | None, config: PreTrainedConfig) -> int | None:
+    """The number of tokens in a row of the model's training: given, from the recipe, or from another model's configuration.
+
+    Returns None if none of them says it.
+    """
+    if given is not None:
+        return given
+    if recipe is not None:
+        return recipe.data.sequence_length
+    if isinstance(
+        config, TransXSSMConfig
+    ):  # whose max_position_embeddings is a default that training need not have met
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def context_of_run(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a measurement ran."""
+    return {"device": device_name(torch.device(model.device)), "versions": versions()}
+
+
+def _text_of_file(path: Path) -> TextSource:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty: expected a text to evaluate on")
+    return TextSource([text], path.name, hashlib.sha256(content).hexdigest()[:16])
+
+
+def _held_out_text(data: DataArguments) -> TextSource:
+    corpus = load_corpus(data)
+    return TextSource(_Texts(corpus.held_out), f"held out of {data.corpus}", corpus.identity)
+
+
+class _Texts:
+    """The texts of a data set, read as they are asked for, as often as one likes."""
+
+    def __init__(self, documents: Any) -> None:
+        self.documents = documents
+
+    def __iter__(self) -> Iterator[str]:
+        return (document["text"] for document in self.documents)
+
+
+def default_lengths(training_length: int | None, longest: int) -> list[int]:
+    """Powers of two from 512 up to four times the training's length (64K where that is unknown), at most `longest`.
+
+    Raises:
+        ValueError: none fits.
+    """
+    first = SHORTEST if training_length is None else min(SHORTEST, training_length)
+    limit = LONGEST_DEFAULT if training_length is None else min(EXTRAPOLATION * training_length, LONGEST_DEFAULT)
+    lengths = [length for power in range(17) if (length := first * 2**power) <= min(limit, longest)]
+    if not lengths:
+        raise ValueError(
+            f"no text is as long as the shortest default window of {first} tokens: the longest has {longest}; choose --lengths"
+        )
+    return lengths
+
+
+def read_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers between commas, in ascending order; K means 1024.
+
+    Raises:
+        ValueError: something else, or a number below 1.
+    """
+    return sorted({_number(option, part) for part in text.split(",")})
+
+
+def read_shares(option: str, text: str) -> list[float]:
+    """Numbers from 0 to 1 between commas, in ascending order.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        shares = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"{option}: got {text!r}, expected numbers from 0 to 1, such as 0,0.5,1")
+    return shares
+
+
+def read_sizes(text: str) -> list[tuple[int, int]]:
+    """Lengths and numbers of pairs, such as 64/4,128/8.
+
+    Raises:
+        ValueError: something else.
+    """
+    sizes = []
+    for part in text.split(","):
+        length, slash, pairs = part.partition("/")
+        if not slash:
+            raise ValueError(f"--sizes: got {part!r}, expected tokens/pairs, such as 64/4,128/8")
+        sizes.append((_number("--sizes", length), _number("--sizes", pairs)))
+    return sizes
+
+
+def read_stride(text: str, length: int) -> int:
+    """Tokens from one window of a length to the next.
+
+    Raises:
+        ValueError: neither half, nor rolling, nor a number.
+    """
+    match text:
+        case "half":
+            return max(1, length // 2)
+        case "rolling":
+            return length - 1
+        case _:
+            try:
+                return _number("--stride", text)
+            except ValueError:
+                raise ValueError(f"--stride: got {text!r}, expected half, rolling or a number of tokens") from None
+
+
+def require_positive(**options: int | None) -> None:
+    """Checks numbers of options, named as in Python; None is an option that nobody gave.
+
+    Raises:
+        ValueError: one is below 1.
+    """
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1: got {value}")
+
+
+def _number(option: str, text: str) -> int:
+    digits = text.strip().upper()
+    factor = 1024 if digits.endswith("K") else 1
+    digits = digits.removesuffix("K")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise ValueError(f"{option}: got {text.strip()!r}, expected whole numbers from 1 on, such as 512,1K,64K")
+    return int(digits) * factor
 
 
 def evaluate_perplexity(

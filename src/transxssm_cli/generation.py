@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from transxssm.inspection import activation_bytes, available_bytes, cache_bytes
 from transxssm.models import TransXSSMForCausalLM, load_causal_lm, load_tokenizer, read_device
+from transxssm.models.checkpoint import read_dtype
 from transxssm.serving import Generation, GenerationSettings, encode_prompt, generate_text
 from transxssm.training import run_folder
-from transxssm_cli.dtypes import read_dtype
 
 
 def generate_to_stdout(

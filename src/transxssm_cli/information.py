@@ -20,7 +20,7 @@ from transxssm.inspection import (
     layers_of,
 )
 from transxssm.models import TransXSSMConfig, read_causal_lm_config
-from transxssm_cli.dtypes import read_dtype
+from transxssm.models.checkpoint import read_dtype
 
 CONTEXTS = tuple(1024 * 2**power for power in range(2, 8))  # 4K … 128K
 LAYER_LABELS = {"linear_attention": "SSD", "full_attention": "attention", "sliding_attention": "sliding attention"}

@@ -10,12 +10,11 @@ from rich.table import Table
 from torch import Tensor
 
 from transxssm.models import TransXSSMConfig, read_causal_lm_config
-from transxssm.models.checkpoint import read_device
+from transxssm.models.checkpoint import read_device, read_dtype
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
 from transxssm.ops import explain
 from transxssm.ops.dispatch import Choice, cpp_shortfall, triton_shortfall
 from transxssm.ops.explain import OPS
-from transxssm_cli.dtypes import read_dtype
 from transxssm_cli.tables import show, table_of
 
 SITUATIONS = ("training", "prefill", "decoding")

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from transxssm.models import read_device
-from transxssm_cli.dtypes import read_dtype
+from transxssm.models.checkpoint import read_dtype
+from transxssm.wording import parse_length
 from transxssm_cli.tables import show, table_of
 from transxssm_lab.benchmarking import (
     Budget,
@@ -27,8 +28,7 @@ from transxssm_lab.benchmarking import (
 from transxssm_lab.benchmarking import decode as decode_benchmark
 from transxssm_lab.benchmarking import ops as ops_benchmark
 from transxssm_lab.benchmarking import throughput as throughput_benchmark
-from transxssm_lab.benchmarking.decode_report import OVER_BATCH
-from transxssm_lab.benchmarking.lengths import parse_length
+from transxssm_lab.benchmarking.decode import OVER_BATCH
 from transxssm_lab.benchmarking.report import CONTENDER_HEADERS, OVER_LENGTH, Report, contender_rows, notes
 
 DEFAULT_FOLDER = Path("runs/benchmarks")

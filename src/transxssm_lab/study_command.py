@@ -27,8 +27,8 @@ from transxssm_lab.studies import (
     tables_of,
 )
 from transxssm_lab.studies.outcome import read_outcome
-from transxssm_lab.studies.plan import duration
 from transxssm_lab.studies.runner import Notify
+from transxssm_lab.studies.schedule import duration
 from transxssm_lab.studies.spread import jobs_of, spread
 from transxssm_lab.studies.tables import notes_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from transxssm.training import load_recipe
 from transxssm_cli import demo
-from transxssm_cli.demo import loss_points, xz_bits_per_byte
+from transxssm_cli.demo import chart, loss_points, xz_bits_per_byte
 from transxssm_cli.training import opening_words
 
 
@@ -110,3 +110,26 @@ def test_loss_points(tmp_path):
     path.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0, "eval_loss": 4.5}\n')
     assert loss_points(path, "loss") == [(1, 5.0), (2, 4.0)]
     assert loss_points(path, "eval_loss") == [(2, 4.5)]
+
+
+def test_points_lie_where_their_axes_say():
+    lines = chart({"·": [(0, 5.0), (10, 3.0), (20, 1.0)], "o": [(20, 2.0)]}, width=11, height=5)
+    assert lines == [
+        "5.00 ┤·",
+        "     ┤",
+        "     ┤     ·",
+        "     ┤          o",
+        "1.00 ┤          ·",
+        "     └───────────",
+        "      0        20",
+    ]
+
+
+def test_later_series_cover_earlier_ones():
+    assert chart({"·": [(1, 1.0)], "o": [(1, 1.0)]}, width=4, height=2)[0] == "1.00 ┤o"
+
+
+def test_one_point_is_enough_and_none_is_not():
+    assert "·" in "".join(chart({"·": [(7, 2.5)]}))
+    with pytest.raises(ValueError, match="at least one point"):
+        chart({"·": []})

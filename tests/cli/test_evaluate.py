@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.serving.checkpoints import byte_tokenizer
 from transxssm_cli import evaluation
-from transxssm_cli.evaluation_options import default_lengths, read_numbers, read_shares, read_sizes, read_stride
+from transxssm_cli.evaluation import default_lengths, read_numbers, read_shares, read_sizes, read_stride
 
 LINES = "".join(f"def function_{n}(): return {n}\n" for n in range(40))
 NEEDLE = ("--lengths", "300,400", "--depths", "0,1", "--examples", "1")

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from transxssm.data.embedded import EMBEDDED_CORPORA
+from transxssm.data.corpus import EMBEDDED_CORPORA
 from transxssm.models import PRESETS
 from transxssm.training import bundled_recipes
 from transxssm_cli import places

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from transxssm.data import held_out
-from transxssm.data.held_out import is_held_out
+from transxssm.data import corpus as corpora
+from transxssm.data.corpus import is_held_out
 from transxssm.training import SaveError
 from transxssm_cli import training
 from transxssm_cli.places import split_arguments
@@ -238,7 +238,7 @@ def test_another_way_to_cut_a_text_is_noticed(run, recipe, tmp_path, monkeypatch
     text.write_text("\n".join(f"line {index} of a single file" for index in range(4000)))
     arguments = ["train", recipe, f"data.corpus={text}"]
     assert run(*arguments, "training.max_steps=2").exit_code == 0
-    monkeypatch.setattr(held_out, "PIECES", 2)
+    monkeypatch.setattr(corpora, "PIECES", 2)
     result = run(*arguments, "--resume")
     assert result.exit_code == 2
     assert "the text held out was " in result.stderr

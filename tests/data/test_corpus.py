@@ -1,12 +1,27 @@
+import itertools
 import json
 import sysconfig
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from tests.data.conftest import random_text
-from transxssm.data import build_datasets, build_tokenizer, held_out, load_corpus
-from transxssm.data.held_out import is_held_out
+from transxssm.data import build_datasets, build_tokenizer, load_corpus
+from transxssm.data import corpus as corpora
+from transxssm.data.corpus import (
+    cut_and_chosen,
+    embedded_documents,
+    embedded_files,
+    is_held_out,
+    is_near,
+    is_table,
+    piece_bounds,
+)
+from transxssm.data.files import TextFile
+
+TEXTS = st.text(alphabet="ab. \n\ré\u0301🙂", max_size=300)
 
 
 def names(split) -> list[str]:
@@ -122,9 +137,9 @@ def test_of_ones_own_text_about_the_fraction_is_held_out_however_few_files_there
 def test_pieces_that_were_cut_otherwise_are_not_taken_from_the_cache(write, arguments, monkeypatch):
     data = arguments(write({"a.txt": random_text(0, 40_000)}), held_out_fraction=0.05)
     before = load_corpus(data)
-    monkeypatch.setattr(held_out, "LONGEST_PIECE", 5_000)
-    monkeypatch.setattr(held_out, "SHORTEST_PIECE", 1_000)
-    monkeypatch.setattr(held_out, "PIECES", 9)
+    monkeypatch.setattr(corpora, "LONGEST_PIECE", 5_000)
+    monkeypatch.setattr(corpora, "SHORTEST_PIECE", 1_000)
+    monkeypatch.setattr(corpora, "PIECES", 9)
     after = load_corpus(data)
     assert len(after.held_out) > len(before.held_out)
     assert sorted("".join([*after.held_out["text"], *after.train["text"]])) == sorted(random_text(0, 40_000))
@@ -233,3 +248,118 @@ def test_what_is_wrong_with_a_file_reaches_the_user_and_no_cache(write, argument
             load_corpus(arguments(path))
     path.write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(20)))
     assert len(load_corpus(arguments(path)).train) > 0
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> dict[str, str]:
+    documents = embedded_documents("python-stdlib", embedded_files("python-stdlib"))
+    return {document["name"]: document["text"] for document in documents}
+
+
+def test_the_standard_library_is_there_without_its_tests_and_packages(stdlib):
+    assert {"argparse.py", "json/decoder.py", "asyncio/events.py", "encodings/__init__.py"} <= stdlib.keys()
+    parts = {part for name in stdlib for part in name.split("/")}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    assert list(stdlib) == sorted(stdlib)
+    assert 5e6 < sum(len(text.encode()) for text in stdlib.values()) < 20e6
+
+
+def test_generated_tables_are_left_out(stdlib):
+    tables = {"encodings/cp1252.py", "encodings/mac_roman.py", "pydoc_data/topics.py", "html/entities.py"}
+    assert tables <= {file.name for file in embedded_files("python-stdlib")}
+    assert not tables & stdlib.keys()
+
+
+def test_documents_are_the_files_to_the_byte(stdlib):
+    file = next(file for file in embedded_files("python-stdlib") if file.name == "argparse.py")
+    assert stdlib["argparse.py"].encode() == file.path.read_bytes()
+
+
+def test_the_environment_has_what_is_installed():
+    names = {file.name for file in embedded_files("python-environment")}
+    assert {"torch/__init__.py", "transformers/__init__.py"} <= names
+    assert "argparse.py" not in names
+
+
+def test_platform_packages_in_a_folder_of_their_own_are_found_too(monkeypatch, write):
+    root = write({"lib/pure.py": "a = 1", "lib64/compiled.py": "b = 1"})
+    folders = {"purelib": str(root / "lib"), "platlib": str(root / "lib64")}
+    monkeypatch.setattr(sysconfig, "get_path", folders.__getitem__)
+    assert [file.name for file in embedded_files("python-environment")] == ["compiled.py", "pure.py"]
+
+
+@pytest.mark.parametrize(
+    ("source", "table"),
+    [
+        ("X = {\n" + "    0x80: 'a', # EURO SIGN\n" * 20 + "}\n", True),
+        ("X = (\n" + "    '\\x00'  #  0x00 -> NULL\n" * 20 + ")\n", True),
+        ("X = '" + "ab" * 400 + "'\n", True),
+        ("def f(x):\n    '''Say\n    something.'''\n    return [1, 2][x]\n" * 9, False),
+        ('"""Docstring."""\n' * 9, False),
+        ("colours = {\n    'red': 1,\n}\n\ndef colour_of(name):\n    return colours[name] # a dictionary\n", False),
+        ("", False),
+    ],
+)
+def test_a_table_is_a_file_that_is_mostly_data(source, table):
+    assert is_table(source.encode()) is table
+
+
+def test_copies_empty_and_unreadable_files_are_left_out_and_counted(write, caplog):
+    root = write({"a.py": "x = y\n", "b.py": "x = y\n", "empty.py": " \n", "latin.py": b"# \xe9\n", "nul.py": b"a\0"})
+    files = [TextFile(path.name, path) for path in sorted(root.iterdir())]
+    with caplog.at_level("INFO", logger="transxssm"):
+        documents = list(embedded_documents("python-environment", files))
+    assert documents == [{"name": "a.py", "text": "x = y\n"}]
+    assert "'copies': 1" in caplog.text
+    assert "'empty': 1" in caplog.text
+    assert "'unreadable': 2" in caplog.text
+
+
+@hypothesis.given(text=TEXTS, size=st.integers(1, 40))
+def test_pieces_are_the_text_and_none_is_blank(text, size):
+    bounds = piece_bounds(text, size)
+    assert "".join(text[begin:end] for begin, end in bounds) == text
+    assert all(begin < end for begin, end in bounds)
+    if text.strip():
+        assert all(text[begin:end].strip() for begin, end in bounds)
+
+
+@hypothesis.given(texts=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=6), fraction=st.floats(0.01, 0.99))
+def test_every_character_is_on_one_side_and_neither_is_empty(texts, fraction):
+    total = sum(map(len, texts))
+    names = [f"{n}.txt" for n in range(len(texts))]
+    try:
+        runs = cut_and_chosen(names, texts, total, fraction)
+    except ValueError:
+        assert len(texts) == 1
+        assert len(piece_bounds(texts[0], 1)) == 1
+        return
+    assert {run.is_held_out for run in runs} == {True, False}
+    for index, text in enumerate(texts):
+        own = [run for run in runs if run.document == index]
+        assert [run.begin for run in own] == [0, *(run.end for run in own[:-1])]
+        assert own[-1].end == len(text)
+        assert all(a.is_held_out != b.is_held_out for a, b in itertools.pairwise(own)), "neighbours are joined"
+    assert runs == cut_and_chosen(names, texts, total, fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.1, 0.5, 0.9, 0.99])
+def test_what_is_held_out_is_about_the_fraction(fraction):
+    texts = ["word " * 100_000, "another line\n" * 2_000, "x" * 40_000]
+    total = sum(map(len, texts))
+    runs = cut_and_chosen(["a", "b", "c"], texts, total, fraction)
+    assert is_near(sum(run.end - run.begin for run in runs if run.is_held_out), total, fraction)
+
+
+def test_copies_of_a_text_stay_on_one_side():
+    texts = ["first line of it\nsecond line of it\n" * 20] * 4 + ["something else\n" * 30]
+    names = ["copy"] * 4 + ["other"]
+    runs = cut_and_chosen(names, texts, sum(map(len, texts)), 0.2)
+    held = {(names[r.document], r.begin, r.end) for r in runs if r.is_held_out}
+    trained = {(names[r.document], r.begin, r.end) for r in runs if not r.is_held_out}
+    assert not held & trained
+
+
+@pytest.mark.parametrize(("held_out", "near"), [(49, True), (24, False), (101, False), (0, False), (100, True)])
+def test_near_is_between_half_and_twice(held_out, near):
+    assert is_near(held_out, 1000, 0.05) is near

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 
 from tests.serving.checkpoints import write_random_checkpoint
-from transxssm.evaluation import expand_groups, harness, harness_plans, harness_table
+from transxssm.evaluation import expand_groups, harness, harness_plans, harness_table, plot_harness
 from transxssm.models import load_causal_lm, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -174,3 +174,17 @@ class TestPaperGroup:
 
     def cell(self, **results):
         return {"results": results, "shots": dict.fromkeys(results, 0), "samples": {}, "versions": {}}
+
+
+HARNESS = {"piqa": {"results": {"piqa": {"acc": 0.5}}}}
+
+
+def test_the_harness_has_a_bar_a_task(drawn):
+    axes = drawn(plot_harness, HARNESS)
+    assert [bar.get_width() for bar in axes.patches] == [0.5]
+    assert [text.get_text() for text in axes.texts] == [" 50.0%"]
+
+
+def test_a_picture_of_harness_is_a_png(tmp_path):
+    plot_harness(tmp_path / "picture.png", HARNESS)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

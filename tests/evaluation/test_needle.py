@@ -9,7 +9,7 @@ from tests.evaluation.models import Oracle, random_model
 from tests.models.tiny import tiny_model
 from tests.serving.checkpoints import byte_tokenizer
 from transxssm.data import Haystack
-from transxssm.evaluation import Decoding, TokenScorer, judge_for, needle_plans, needle_table
+from transxssm.evaluation import Decoding, TokenScorer, judge_for, needle_plans, needle_table, plot_needle
 from transxssm.evaluation.needle import expects_answer, greedy_continuation, measure_needle
 
 TOKENIZER = byte_tokenizer()
@@ -99,3 +99,20 @@ def test_plans_and_table(haystack):
     assert steps == [1, 1, 1]
     assert table.headings == ["depth", "300", "400"]
     assert table.rows == [["0%", "100%", "100%"], ["50%", "100%", ""]]
+
+
+NEEDLE = [
+    {"length": 512, "depth": 0.0, "accuracy": 1.0},
+    {"length": 512, "depth": 1.0, "accuracy": 0.5},
+    {"length": 1024, "depth": 0.0, "accuracy": 0.0},
+]
+
+
+def test_needle_is_a_map(drawn):
+    axes = drawn(plot_needle, NEEDLE)
+    assert axes.get_images()[0].get_array().tolist() == [[1.0, 0.0], [0.5, None]]
+
+
+def test_a_picture_of_needle_is_a_png(tmp_path):
+    plot_needle(tmp_path / "picture.png", NEEDLE)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ from tests.evaluation.models import random_model
 from tests.serving.checkpoints import byte_tokenizer
 from tests.training.conftest import WORDS
 from transxssm.data import Corpus, DataArguments, build_tokenizer
-from transxssm.evaluation import TokenScorer, perplexity_plans, perplexity_table, select_documents
+from transxssm.evaluation import TokenScorer, perplexity_plans, perplexity_table, plot_perplexity, select_documents
 from transxssm.evaluation.perplexity import (
     TokenizedDocument,
     longest_document,
@@ -210,3 +210,29 @@ def test_losses_that_cannot_be_float64_where_they_are(monkeypatch):
         TokenScorer, "__call__", lambda *given: TokenScores(*(t.as_subclass(OnAppleGPU) for t in score(*given)))
     )
     assert measure(scorer, documents, 8, 4) == expected
+
+
+def place(low, high, error=0.1):
+    return {"from": low, "to": high, "tokens": 5, "nats_per_token": 2.0 / low, "standard_error": error}
+
+
+PERPLEXITY = [
+    {"length": 8, "positions": [place(1, 2), place(2, 8)]},
+    {"length": 4, "positions": [place(1, 2, None), place(2, 4, None)]},
+]
+
+
+@pytest.mark.parametrize("training_length", [6, None])
+def test_perplexity_has_a_line_a_window(drawn, training_length):
+    axes = drawn(plot_perplexity, PERPLEXITY, training_length)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["Window 4"].get_ydata() == pytest.approx([2.0, 1.0])
+    assert lines["Window 8"].get_xdata() == pytest.approx([1.0, 14**0.5])
+    assert axes.get_ylabel() == "loss (nats per token)"
+    marks = [line for line in axes.get_lines() if list(line.get_xdata()) == [6, 6]]
+    assert len(marks) == (training_length is not None)
+
+
+def test_a_picture_of_perplexity_is_a_png(tmp_path):
+    plot_perplexity(tmp_path / "picture.png", PERPLEXITY, 6)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

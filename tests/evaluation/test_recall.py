@@ -9,7 +9,7 @@ from tests.apple_gpu import OnAppleGPU
 from tests.evaluation.models import Oracle
 from tests.models.tiny import tiny_model
 from transxssm.data import RecallTask
-from transxssm.evaluation import TokenScorer, recall_plans, recall_table
+from transxssm.evaluation import TokenScorer, plot_recall, recall_plans, recall_table
 from transxssm.evaluation.recall import measure_recall
 from transxssm.evaluation.scoring import TokenScores
 
@@ -78,3 +78,20 @@ def test_scores_that_cannot_be_float64_where_they_are(monkeypatch):
         TokenScorer, "__call__", lambda *given: TokenScores(*(t.as_subclass(OnAppleGPU) for t in score(*given)))
     )
     assert measure(model) == expected
+
+
+RECALL = [
+    {"length": 64, "pairs": 8, "accuracy": 0.25, "standard_error": None},
+    {"length": 64, "pairs": 4, "accuracy": 0.5, "standard_error": 0.1},
+]
+
+
+def test_recall_has_a_bar_a_task(drawn):
+    axes = drawn(plot_recall, RECALL)
+    assert [bar.get_height() for bar in axes.patches] == [0.5, 0.25]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64\n4 pairs", "64\n8 pairs"]
+
+
+def test_a_picture_of_recall_is_a_png(tmp_path):
+    plot_recall(tmp_path / "picture.png", RECALL)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

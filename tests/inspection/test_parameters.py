@@ -4,7 +4,7 @@ import pytest
 from transformers import GPT2Config
 
 from tests.models.tiny import ALL_VARIANTS, tiny_config
-from transxssm.inspection import count_parameters
+from transxssm.inspection import AttentionLayer, ScanLayer, count_parameters, layers_of
 from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.models.baselines import BASELINES, count_baseline_parameters
 
@@ -53,6 +53,28 @@ def test_the_papers_sizes(preset, millions):
     )
 
 
-def test_another_kind_of_model_is_refused():
+def test_parameters_of_another_kind_of_model_are_not_counted():
     with pytest.raises(ValueError, match="got 'gpt2'"):
         count_parameters(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+
+
+def test_a_window_belongs_to_its_layer():
+    sliding, linear, full = layers_of(tiny_config("everything"))
+    assert isinstance(linear, ScanLayer)
+    assert linear.conv_state_size == 2  # a convolution of 3
+    assert isinstance(sliding, AttentionLayer)
+    assert sliding.window == 4
+    assert full == sliding._replace(window=None)
+
+
+def test_baselines():
+    config = tiny_config("hybrid")
+    assert [type(layer) for layer in layers_of(BASELINES["jamba"](config))] == [ScanLayer, AttentionLayer, ScanLayer]
+    assert {type(layer) for layer in layers_of(BASELINES["llama"](config))} == {AttentionLayer}
+    mamba2 = BASELINES["mamba2"](config)
+    assert layers_of(mamba2) == [ScanLayer(8, 8, 1, mamba2.state_size, 256, 4)] * mamba2.num_hidden_layers
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(ValueError, match="TransXSSM, Llama, Mamba-2 and Bamba: got 'gpt2'"):
+        layers_of(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))

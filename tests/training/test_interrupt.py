@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from transxssm.training import BudgetSpentError, train
 from transxssm.training.interrupt import Interrupt, stopped_at
-from transxssm.training.report import read_summary
+from transxssm.training.run_folder import read_summary
 
 STATE = TrainerState(global_step=5, max_steps=20)
 

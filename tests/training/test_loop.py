@@ -414,7 +414,7 @@ def test_a_stream_trains_and_resumes_like_a_table(recipe, monkeypatch):
         streams = {"train": rows.train.to_iterable_dataset(), "held_out": rows.held_out.to_iterable_dataset()}
         return dataclasses.replace(rows, **streams)
 
-    monkeypatch.setattr("transxssm.training.source.build_datasets", streamed)
+    monkeypatch.setattr("transxssm.training.loop.build_datasets", streamed)
     whole = recipe(f"training.output_dir={recipe().output_dir}-whole")
     train(whole)
     with monkeypatch.context() as patch:

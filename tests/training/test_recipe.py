@@ -3,7 +3,7 @@ import pytest
 from transxssm.models.baselines import count_baseline_parameters
 from transxssm.training import bundled_recipes, load_recipe
 from transxssm.training import recipe as recipe_module
-from transxssm.training.recipe_fields import _TRAINING_RANGES, known_fields
+from transxssm.training.schema import _TRAINING_RANGES, known_fields
 
 
 @pytest.mark.parametrize(

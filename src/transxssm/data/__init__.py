@@ -2,11 +2,9 @@
 
 from transxssm.data.arguments import DataArguments
 from transxssm.data.associative_recall import RecallBatch, RecallTask
-from transxssm.data.collator import PackedCollator
-from transxssm.data.corpus import Corpus, load_corpus, text_bytes
-from transxssm.data.embedded import EMBEDDED_CORPORA
+from transxssm.data.corpus import EMBEDDED_CORPORA, Corpus, load_corpus, text_bytes
 from transxssm.data.needle import Haystack, NeedleExample
-from transxssm.data.packing import PackedDatasets, build_datasets, tokenize_documents
+from transxssm.data.packing import PackedCollator, PackedDatasets, build_datasets, tokenize_documents
 from transxssm.data.tokenizer import build_tokenizer, document_bounds
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transxssm.data.labels import IGNORED_LABEL
+from transxssm.data.packing import IGNORED_LABEL
 
 
 class RecallBatch(NamedTuple):

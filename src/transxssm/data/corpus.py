@@ -1,12 +1,23 @@
-"""A corpus: named documents in two splits, one to train on and one that is held out."""
+"""A corpus: named documents in two splits, one to train on and one that is held out.
+
+Two corpora are embedded, text that every machine with Python already has: `python-stdlib` is the source of the standard library without
+its tests, about 10 MB; `python-environment` is everything installed in site-packages, hundreds of MB beside a machine-learning stack.
+Generated tables are left out of both.
+
+Whole documents are held out by a hash of their names, or pieces of them where documents are too few or too long for that.
+"""
 
 import difflib
+import hashlib
 import itertools
+import logging
 import re
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,11 +25,30 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from transxssm.data.arguments import DataArguments
 from transxssm.data.cache import fingerprint, generated_dataset
-from transxssm.data.embedded import EMBEDDED_CORPORA, embedded_documents, embedded_files
-from transxssm.data.files import JSONL_SUFFIXES, TextFile, local_documents, local_files
-from transxssm.data.held_out import Run, cut_and_chosen, hash_of, is_held_out, is_near
+from transxssm.data.files import JSONL_SUFFIXES, Advance, TextFile, cut_end, decode, local_documents, local_files
 from transxssm.data.hub import hub_documents, open_hub_dataset
 from transxssm.data.progress import progress
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_CORPORA = ("python-stdlib", "python-environment")
+
+_STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_ENVIRONMENT_EXCLUDED = frozenset({"__pycache__"})
+
+# A line of data: it begins, after brackets, with a number or a string (not a docstring's triple quote), or nobody typed it.
+_TABLE_LINE = re.compile(
+    rb"""^[ \t]*+[\[({]*+(?:[-+]?\d|[bBuUrRfF]{0,2}(?:'(?!'')|"(?!"")))[^\n]*+ | ^[^\n]{500,}+""",
+    re.MULTILINE | re.VERBOSE,
+)
+
+
+# Several pieces, spread over a text, stand for more of it than its end does; short ones leave a model no context to predict them from.
+PIECES = 4
+SHORTEST_PIECE, LONGEST_PIECE = 4 * 1024, 32 * 1024  # characters, where there are so many to hold out
+# How many times more or less than asked for the hash of names may take before documents are cut.
+FAR = 2
+
 
 DOCUMENT_FEATURES = Features({"name": Value("string"), "text": Value("large_string")})
 # A stream has no end to wait for: its held-out split is drawn from so many documents at its beginning.
@@ -28,6 +58,152 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_SUFFIXES = JSONL_SUFFIXES | {".txt", ".md", ".py", ".json", ".csv", ".tsv", ".parquet", ".gz"}
 # Part of a local corpus's fingerprint: raise it whenever its files would be read as other documents.
 _LOCAL_VERSION = 2
+
+
+def is_table(source: bytes) -> bool:
+    """Whether more than half of a Python file's bytes are lines of data: codec and Unicode tables, colour maps, word lists.
+
+    Such files are mostly generated, and teach a model little beyond themselves.
+    """
+    return sum(match.end() - match.start() for match in _TABLE_LINE.finditer(source)) > len(source) / 2
+
+
+def embedded_files(corpus: str) -> list[TextFile]:
+    """The .py files of an embedded corpus, named and ordered by their path below its root; tables are still among them."""
+    if corpus == "python-stdlib":
+        roots, excluded = {sysconfig.get_path("stdlib")}, _STDLIB_EXCLUDED
+    else:
+        roots, excluded = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}, _ENVIRONMENT_EXCLUDED
+    files = []
+    for root in map(Path, sorted(roots)):
+        for path in root.rglob("*.py"):
+            relative = path.relative_to(root)
+            if excluded.isdisjoint(relative.parts) and path.is_file():
+                files.append(TextFile(relative.as_posix(), path))
+    return sorted(files)
+
+
+def embedded_documents(
+    corpus: str, files: Sequence[TextFile], advance: Advance = lambda num_bytes: None
+) -> Iterator[dict[str, str]]:
+    """Name and text of each file that is text, no table, and no copy of an earlier one.
+
+    Copies (vendored packages) would put the same text into both splits.
+    """
+    seen: set[bytes] = set()
+    skipped: Counter[str] = Counter()
+    for file in files:
+        try:
+            source = file.path.read_bytes()
+            text = decode(source)
+        except (OSError, ValueError):
+            skipped["unreadable"] += 1
+            continue
+        advance(len(source))
+        digest = hashlib.sha256(source).digest()
+        if not text.strip():
+            skipped["empty"] += 1
+        elif digest in seen:
+            skipped["copies"] += 1
+        elif is_table(source):
+            skipped["tables"] += 1
+        else:
+            seen.add(digest)
+            yield {"name": file.name, "text": text}
+    logger.info("%s: left out of %d files: %s", corpus, len(files), dict(skipped))
+
+
+class Run(NamedTuple):
+    """Characters `begin` to `end` of a document, on one side of the split."""
+
+    document: int
+    begin: int
+    end: int
+    is_held_out: bool
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether the document of this name is held out: its hash, taken as a number in [0, 1), lies below `fraction`."""
+    return hash_of(name) < fraction * 2**64
+
+
+def hash_of(name: str) -> int:
+    """64 bits that look random and depend on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def is_near(held_out: int, total: int, fraction: float) -> bool:
+    """Whether so many characters of `total` are about `fraction` of it, and leave about the rest to train on."""
+    shares = ((held_out, fraction * total), (total - held_out, (1 - fraction) * total))
+    return all(expected / FAR <= share <= expected * FAR for share, expected in shares)
+
+
+def cut_and_chosen(names: Sequence[str], texts: Iterable[str], num_characters: int, fraction: float) -> list[Run]:
+    """All documents, cut as little as it takes to hold out about `fraction` of their characters.
+
+    Long documents are divided into pieces, at the ends of lines or sentences where there are any, and pieces and short documents
+    are held out in the order of their names' hash until the share is nearest to `fraction`; at least one is, and one is not. What
+    is left of a document between two held-out pieces stays in one.
+
+    Args:
+        names: of the documents.
+        texts: of the same documents, in their order.
+        num_characters: of all texts.
+        fraction: of the characters, between 0 and 1.
+
+    Raises:
+        ValueError: all the text is a single character.
+    """
+    wanted = fraction * num_characters
+    smaller = min(wanted, num_characters - wanted)
+    size = max(1, round(min(smaller, max(SHORTEST_PIECE, min(LONGEST_PIECE, smaller / PIECES)))))
+    # Copies have the same name, and so have their pieces: what is known by a name goes to one side.
+    lengths: dict[str, int] = {}
+    pieces: list[tuple[str, int, int, int]] = []
+    for index, (name, text) in enumerate(zip(names, texts, strict=True)):
+        bounds = piece_bounds(text, size)
+        for number, (begin, end) in enumerate(bounds):
+            piece = name if len(bounds) == 1 else f"{name}@{number}"
+            lengths[piece] = lengths.get(piece, 0) + end - begin
+            pieces.append((piece, index, begin, end))
+    if len(lengths) < 2:
+        raise ValueError("it is one character")
+    chosen = _nearest_in_order(lengths, wanted)
+
+    runs: list[Run] = []
+    for piece, index, begin, end in pieces:
+        side = piece in chosen
+        if runs and runs[-1].document == index and runs[-1].is_held_out == side:
+            runs[-1] = runs[-1]._replace(end=end)
+        else:
+            runs.append(Run(index, begin, end, side))
+    return runs
+
+
+def piece_bounds(text: str, size: int) -> list[tuple[int, int]]:
+    """Where the pieces of a text begin and end: about `size` characters each, none of them blank unless the text is."""
+    bounds: list[tuple[int, int]] = []
+    begin = 0
+    while begin < len(text):
+        # No small rest: the last piece is up to half as long again.
+        end = len(text) if len(text) - begin < 1.5 * size else cut_end(text, begin, begin + size)
+        if bounds and not text[begin:end].strip():
+            begin = bounds.pop()[0]
+        while end < len(text) and not text[begin:end].strip():
+            end = cut_end(text, end, end + size)
+        bounds.append((begin, end))
+        begin = end
+    return bounds
+
+
+def _nearest_in_order(lengths: dict[str, int], wanted: float) -> set[str]:
+    order = sorted(lengths, key=hash_of)
+    sums, total = [], 0
+    for name in order[:-1]:
+        total += lengths[name]
+        sums.append(total)
+    count = min(range(len(sums)), key=lambda index: abs(sums[index] - wanted)) + 1
+    return set(order[:count])
 
 
 @dataclass(frozen=True)

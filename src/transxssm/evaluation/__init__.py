@@ -1,10 +1,15 @@
 """Layer 2: what a trained model can do: perplexity over context, needles, associative recall, the standard tasks."""
 
-from transxssm.evaluation.harness import expand_groups, harness_plans, harness_table, require_harness
-from transxssm.evaluation.needle import Decoding, judge_for, needle_plans, needle_table
-from transxssm.evaluation.perplexity import longest_document, perplexity_plans, perplexity_table, select_documents
-from transxssm.evaluation.plots import plot_harness, plot_needle, plot_perplexity, plot_recall
-from transxssm.evaluation.recall import STANDARD_SIZES, recall_plans, recall_table
+from transxssm.evaluation.harness import expand_groups, harness_plans, harness_table, plot_harness, require_harness
+from transxssm.evaluation.needle import Decoding, judge_for, needle_plans, needle_table, plot_needle
+from transxssm.evaluation.perplexity import (
+    longest_document,
+    perplexity_plans,
+    perplexity_table,
+    plot_perplexity,
+    select_documents,
+)
+from transxssm.evaluation.recall import STANDARD_SIZES, plot_recall, recall_plans, recall_table
 from transxssm.evaluation.results import Cell, CellPlan, Results, ResultTable
 from transxssm.evaluation.scoring import TokenScorer, TokenScores
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
+from transxssm.plotting import BLUE, picture
 
 # The tasks of the paper's Table 3. Of ARC the paper does not say which part: both are run.
 PAPER_GROUP = "transxssm-paper"
@@ -175,3 +176,17 @@ def _task_manager(tasks: Iterable[str], include_path: Path | None) -> Any:
             f"unknown task {unknown[0]!r}: expected {', '.join(GROUPS)}, a name that `lm-eval ls tasks` shows, or one in --include-path"
         )
     return manager
+
+
+def plot_harness(path: Path, cells: Mapping[str, Cell]) -> None:
+    """Accuracy (exact match where a task has none) of every task."""
+    with picture(path) as axes:
+        values = [accuracy(task, cell) for task, cell in cells.items()]
+        axes.barh(list(cells), values, color=BLUE)
+        for row, value in enumerate(values):
+            axes.text(value, row, f" {value:.1%}", va="center", fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(False, axis="y")
+        axes.set_xlabel("accuracy")

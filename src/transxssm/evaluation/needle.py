@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from transxssm.data import Haystack, NeedleExample
-from transxssm.data.labels import IGNORED_LABEL
+from transxssm.data.packing import IGNORED_LABEL
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
+from transxssm.plotting import draw_heat_map, picture
 
 Judge = Callable[[NeedleExample], bool]
 
@@ -132,3 +134,11 @@ def needle_table(cells: Iterable[Cell]) -> ResultTable:
             for depth in sorted({depth for _, depth in accuracy})
         ],
     )
+
+
+def plot_needle(path: Path, cells: Iterable[Cell]) -> None:
+    """A map of the share of needles found, lengths to the right, depths downwards (the paper's Figure 5)."""
+    with picture(path) as axes:
+        image = draw_heat_map(axes, cells)
+        axes.set_ylabel("depth of the needle")
+        axes.figure.colorbar(image, label="found").ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -7,6 +7,7 @@ differs. A document is `[bos] + tokens + [eos]`, no window spans two, and every 
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transxssm.data import document_bounds
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
+from transxssm.plotting import GREY, draw_line, label_lines, looks_of, picture, set_ticks, tick
 
 BINS_PER_OCTAVE = 2  # of the loss per position
 
@@ -257,3 +259,30 @@ def _batches(jobs: list[tuple[int, Window]], batch_tokens: int) -> Iterable[list
     for size, numbered in by_size.items():
         rows = max(1, batch_tokens // size)
         yield from (numbered[first : first + rows] for first in range(0, len(numbered), rows))
+
+
+def plot_perplexity(path: Path, cells: Iterable[Cell], training_length: int | None) -> None:
+    """Loss over the number of tokens before the predicted one, a line a length, with bands of one standard error.
+
+    Args:
+        path: of the PNG.
+        cells: of `measure_length`.
+        training_length: is marked, where it is known.
+    """
+    cells = sorted(cells, key=lambda cell: cell["length"])
+    looks = looks_of(f"window {tick(cell['length'])}" for cell in cells)
+    with picture(path) as axes:
+        for cell, look in zip(cells, looks.values(), strict=True):
+            # A bin's middle in the logarithm of its first and last position.
+            middles = [(bin_["from"] * (bin_["to"] - 1)) ** 0.5 for bin_ in cell["positions"]]
+            means = np.array([bin_["nats_per_token"] for bin_ in cell["positions"]])
+            errors = np.array([bin_["standard_error"] or 0.0 for bin_ in cell["positions"]])
+            draw_line(axes, look, middles, list(means), list(means - errors), list(means + errors))
+        set_ticks(axes, [cell["length"] for cell in cells] + [1])
+        if training_length is not None:
+            axes.axvline(training_length, color=GREY, linestyle="--", linewidth=1)
+            top = axes.get_xaxis_transform()
+            axes.text(training_length, 1.0, " training length", transform=top, fontsize=8, va="bottom", ha="center")
+        axes.set_xlabel("tokens before the predicted one, in the window")
+        axes.set_ylabel("loss (nats per token)")
+        label_lines(axes)

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from transxssm.data import RecallTask
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
+from transxssm.plotting import BLUE, picture, tick
 
 # Length and number of pairs as in Zoology.
 STANDARD_SIZES = ((64, 4), (128, 8), (256, 16), (512, 64))
@@ -82,3 +84,20 @@ def recall_table(cells: Iterable[Cell]) -> ResultTable:
             for cell in sorted(cells, key=lambda cell: (cell["length"], cell["pairs"]))
         ],
     )
+
+
+def plot_recall(path: Path, cells: Iterable[Cell]) -> None:
+    """Accuracy of every task, with bars of one standard error."""
+    cells = sorted(cells, key=lambda cell: (cell["length"], cell["pairs"]))
+    with picture(path) as axes:
+        axes.bar(
+            [f"{tick(cell['length'])}\n{cell['pairs']} pairs" for cell in cells],
+            [cell["accuracy"] for cell in cells],
+            yerr=[cell["standard_error"] or 0.0 for cell in cells],
+            color=BLUE,
+        )
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(False, axis="x")
+        axes.set_xlabel("length (tokens), pairs of key and value")
+        axes.set_ylabel("accuracy")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from transxssm.data.labels import IGNORED_LABEL
+from transxssm.data.packing import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 

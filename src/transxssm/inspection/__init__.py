@@ -8,9 +8,8 @@ from transxssm.inspection.flops import (
     mean_keys,
     scan_flops,
 )
-from transxssm.inspection.layers import AttentionLayer, ScanLayer, layers_of
 from transxssm.inspection.memory import CacheBytes, activation_bytes, all_attention_bytes, available_bytes, cache_bytes
-from transxssm.inspection.parameters import count_parameters
+from transxssm.inspection.parameters import AttentionLayer, ScanLayer, count_parameters, layers_of
 
 __all__ = [
     "TRAINING_PER_FORWARD",

@@ -1,4 +1,7 @@
-"""Floating-point operations per token, two for a multiply-add, of every matrix product; elementwise work is left out.
+"""Floating-point operations, two for a multiply-add, of linear layers, causal attention and the scan: per token, and of whole steps.
+
+Elementwise work, norms, the convolution and the softmax are left out: the time that these FLOPs take at the measured peak of a
+matrix product is a floor for everything that multiplies in the same dtype.
 
 Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state size.
 """
@@ -8,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-from transxssm.inspection.layers import AttentionLayer, layers_of
+from transxssm.inspection.parameters import AttentionLayer, layers_of
 from transxssm.models.baselines import language_model_on_meta
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
@@ -85,3 +88,32 @@ def scan_flops(*, chunk_size: int, num_heads: int, num_groups: int, head_dim: in
     scores, within_chunk = 2 * q * g * n, 2 * q * h * p
     into_state = from_state = 2 * h * p * n
     return scores + within_chunk + into_state + from_state
+
+
+def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> Flops:
+    """FLOPs of a training step or a prefill over (batch, length) tokens, or of decoding one token in each row after `length`.
+
+    A prefill needs the head for its last token only. Gradient checkpointing repeats the layers' forward pass, not the head's. A
+    decoded token reads every key, and a state once in and once out.
+
+    Raises:
+        ValueError: a kind of model that is no contender.
+    """
+    forward = flops_per_token(config, length)
+    if mode == "decode":
+        attention = ssd = 0.0
+        for layer in layers_of(config):
+            if isinstance(layer, AttentionLayer):
+                num_keys = length + 1 if layer.window is None else min(length + 1, layer.window)
+                attention += attention_flops(layer.num_heads, layer.head_dim, num_keys)
+            else:
+                ssd += 4 * layer.num_heads * layer.head_dim * layer.state_size
+        return Flops(forward.linear, attention, ssd).times(batch)
+    whole = forward.times(length)
+    head = 2 * config.hidden_size * config.vocab_size
+    if mode == "prefill":
+        return whole._replace(linear=whole.linear - (length - 1) * head).times(batch)
+    if mode == "train-checkpointed":
+        repeated = whole.times(TRAINING_PER_FORWARD + 1)
+        return repeated._replace(linear=repeated.linear - length * head).times(batch)
+    return whole.times(TRAINING_PER_FORWARD * batch)

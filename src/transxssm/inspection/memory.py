@@ -10,7 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import Mamba2Config, PreTrainedConfig
 
-from transxssm.inspection.layers import AttentionLayer, attention_of, layers_of
+from transxssm.inspection.parameters import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
 from transxssm.ops.csrc import arena_bytes, has_bf16_gemm
 from transxssm.ops.devices import ELEMENTS_PER_BLOCK, has_fast_products

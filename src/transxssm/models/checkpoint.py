@@ -22,6 +22,8 @@ from transxssm.models.ssd_mixer import name_in_checkpoints
 CONFIG = "config.json"
 HEADER_LENGTH_BYTES = 8  # a safetensors file: the header's length, the header in JSON, the tensors
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def read_config(folder: Path) -> TransXSSMConfig:
     """The configuration in a checkpoint folder; no weight is read.
@@ -214,3 +216,18 @@ def _unfinished_hint(folder: Path) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_dtype(name: str, *others: str) -> torch.dtype:
+    """The type of a name.
+
+    Args:
+        name: as the user gave it.
+        others: what else would be accepted in its place, for the message.
+
+    Raises:
+        ValueError: no such type.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: expected one of {', '.join([*others, *DTYPES])}")
+    return DTYPES[name]

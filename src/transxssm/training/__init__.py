@@ -2,10 +2,9 @@
 
 from transxssm.training.checkpoints import SaveError
 from transxssm.training.interrupt import BudgetSpentError, stopped_at
-from transxssm.training.loop import train
+from transxssm.training.loop import TrainingData, text_data, train
 from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe, bundled_recipes, load_recipe, recipe_of
-from transxssm.training.source import TrainingData, text_data
 from transxssm.training.trainer import TransXSSMTrainer
 
 __all__ = [

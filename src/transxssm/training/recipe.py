@@ -11,12 +11,11 @@ from typing import Any
 from transformers import PreTrainedConfig, TrainingArguments
 
 from transxssm.data import DataArguments
+from transxssm.machine import has_accelerator, has_fast_bfloat16
 from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import BASELINES
-from transxssm.training.precision import has_accelerator, has_fast_bfloat16
-from transxssm.training.recipe_fields import ARCHITECTURES, check_sections
+from transxssm.training.schema import ARCHITECTURES, check_sections, dump_yaml, load_yaml
 from transxssm.training.sharding import Parallelism
-from transxssm.training.yaml_values import dump_yaml, load_yaml
 
 # What a silent recipe means: the optimiser and the schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
 TRAINING_DEFAULTS: dict[str, Any] = {

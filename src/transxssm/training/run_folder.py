@@ -1,4 +1,4 @@
-"""One run, one folder: what it may contain before a run starts, and whether a resumed run is still the same one."""
+"""One run, one folder: what it may hold before a run starts, whether a resumed run is still the same one, and what is left at its end."""
 
 import difflib
 import json
@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from transxssm.plotting import BLUE, VERMILLION, Look, draw_line, label_lines, picture, short_ticks
 from transxssm.training.recipe import Recipe, load_recipe
 from transxssm.whole_files import write_text_whole
 
@@ -19,6 +20,9 @@ DATA = "data.json"
 METRICS = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
+
+SUMMARY = "summary.json"
+TRAINING, HELD_OUT = Look("training", BLUE, "-"), Look("held out", VERMILLION, "-")
 
 
 def as_started(recipe: Recipe) -> Recipe:
@@ -161,3 +165,34 @@ def _differences(before: dict[str, Any], now: dict[str, Any], section: str) -> l
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     ]
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json; its presence says that the run has finished."""
+    write_text_whole(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None where there is none."""
+    try:
+        return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def plot_loss(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draws training and held-out loss over tokens.
+
+    Args:
+        path: of the PNG.
+        rows: of metrics.jsonl; losses in nats per token.
+    """
+    with picture(path) as axes:
+        for key, look, marker in (("loss", TRAINING, ""), ("eval_loss", HELD_OUT, "o")):
+            points = [(row["tokens"], row[key]) for row in rows if key in row]
+            if points:
+                draw_line(axes, look, *zip(*points, strict=True), marker=marker)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss (nats per token)")
+        short_ticks(axes, "x")
+        label_lines(axes)

@@ -32,7 +32,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
-from transxssm.data.labels import IGNORED_LABEL
+from transxssm.data.packing import IGNORED_LABEL
 from transxssm.models import MODEL_CARD, TransXSSMConfig
 from transxssm.ops.devices import has_float64
 from transxssm.training.checkpoints import (

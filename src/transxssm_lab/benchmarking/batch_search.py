@@ -7,8 +7,8 @@ from typing import Any
 
 from transxssm_lab.benchmarking.benchmark_run import BenchmarkRun
 from transxssm_lab.benchmarking.comparison import MIN_REPEATS, SETTLED, Notify, Status, spread, status_of
-from transxssm_lab.benchmarking.decoding import DECODE_TOKENS, Prompt
 from transxssm_lab.benchmarking.processes import ChildFailed, OutOfMemory, OutOfTime, run_in_child
+from transxssm_lab.benchmarking.steps import DECODE_TOKENS, Prompt
 from transxssm_lab.benchmarking.workers import DecodeRun, decode_batches
 
 

@@ -1,4 +1,7 @@
-"""What the benchmarks share: limits, the results file that grows as groups are done, and going on from it."""
+"""What the benchmarks share: limits, the machine's peak, the results file that grows as groups are done, and going on from it.
+
+The peak is the fastest matrix product that torch does here in a dtype, which every FLOP floor is measured against.
+"""
 
 import json
 import logging
@@ -9,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from transxssm.inspection import available_bytes
+from transxssm.machine import run_metadata
+from transxssm.models.baselines import language_model_on_meta
 from transxssm_lab.benchmarking.comparison import SETTLED, Cell, Comparison, Group, Limits, Notify
-from transxssm_lab.benchmarking.metadata import run_metadata
-from transxssm_lab.benchmarking.peak import measure_peak, product_shapes
-from transxssm_lab.benchmarking.processes import ChildFailed, OutOfMemory, OutOfTime, run_in_child
+from transxssm_lab.benchmarking.processes import ChildFailed, OutOfMemory, OutOfTime, Send, run_in_child
 from transxssm_lab.benchmarking.report import OVER_LENGTH, Report, write_json, write_report
+from transxssm_lab.benchmarking.steps import Step, seconds_of
 from transxssm_lab.benchmarking.workers import Setup
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,11 @@ MEMORY_MARGIN = (
     0.1  # of what is available stays free, for the parent, for the system, and for what grows between two looks
 )
 PEAK_TOKENS = 4096  # rows of the products whose rate is the peak
+
+Shape = tuple[int, int, int]  # rows, inner width, columns
+SQUARE = {"cpu": 2048, "cuda": 8192}
+SECONDS_PER_SHAPE = 0.5
+_LEAST_PRODUCTS, _MOST_PRODUCTS = 3, 50  # of each shape, whatever time they take
 
 
 @dataclass(frozen=True)
@@ -188,3 +198,29 @@ class BenchmarkRun:
             logger.warning("%s is complete: nothing is measured again; to do so, delete %s first", path, self.folder)
         else:
             logger.warning("going on with %s", path)
+
+
+def product_shapes(config: PreTrainedConfig, num_tokens: int, device: torch.device) -> list[Shape]:
+    """The products of a model's linear layers over `num_tokens` tokens, each once, and a large square one."""
+    model = language_model_on_meta(config)
+    layers = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)}
+    side = SQUARE.get(device.type, SQUARE["cuda"])
+    return [(side, side, side), *((num_tokens, *sizes) for sizes in sorted(layers))]
+
+
+def measure_peak(send: Send, setup: Setup, shapes: Sequence[Shape], dtype: torch.dtype) -> dict[str, Any]:
+    """In a child process: FLOPs per second of the fastest repetition of each product, and the best of them."""
+    setup.apply()
+    rates, products = [], []
+    for rows, inner, columns in shapes:
+        left = torch.randn(rows, inner, device=setup.device).to(dtype)
+        right = torch.randn(columns, inner, device=setup.device).to(dtype).T  # as a linear layer holds its weight
+        out = torch.empty(rows, columns, device=setup.device, dtype=dtype)
+        step = Step(lambda left=left, right=right, out=out: torch.matmul(left, right, out=out))  # type: ignore[misc]
+        seconds_of(step, setup.device)
+        best, count, ends = float("inf"), 0, time.monotonic() + SECONDS_PER_SHAPE
+        while count < _LEAST_PRODUCTS or (count < _MOST_PRODUCTS and time.monotonic() < ends):
+            best, count = min(best, seconds_of(step, setup.device)), count + 1
+        rates.append(2 * rows * inner * columns / best)
+        products.append({"shape": [rows, inner, columns], "flops_per_second": rates[-1]})
+    return {"flops_per_second": max(rates), "products": products}

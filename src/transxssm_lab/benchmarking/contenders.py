@@ -20,8 +20,7 @@ from transxssm.models.baselines import (
     new_language_model,
 )
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
-from transxssm_lab.benchmarking.decoding import Prompt, read_prompt
-from transxssm_lab.benchmarking.steps import Step
+from transxssm_lab.benchmarking.steps import Prompt, Step, read_prompt
 
 MODES = ("train", "prefill", "decode", "train-autocast", "train-checkpointed", "optimizer")
 TRAINING_MODES = ("train", "train-autocast", "train-checkpointed")

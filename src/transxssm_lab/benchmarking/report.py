@@ -10,7 +10,7 @@ import numpy as np
 
 from transxssm.plotting import draw_line, label_lines, looks_of, picture, set_ticks, short_ticks
 from transxssm.whole_files import write_text_whole
-from transxssm_lab.benchmarking.lengths import format_length
+from transxssm.wording import format_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

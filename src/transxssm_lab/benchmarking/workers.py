@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from transxssm_lab.benchmarking.decoding import Prompt
 from transxssm_lab.benchmarking.processes import Send
-from transxssm_lab.benchmarking.steps import Entry, seconds_of
+from transxssm_lab.benchmarking.steps import Entry, Prompt, seconds_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transxssm.training.report import SUMMARY
-from transxssm.training.run_folder import METRICS, RECIPE
+from transxssm.training.run_folder import METRICS, RECIPE, SUMMARY
 from transxssm.whole_files import write_text_whole
 from transxssm_lab.studies.definition import study_from_settings
 from transxssm_lab.studies.outcome import DIVERGED

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from transxssm.data import RecallTask
 from transxssm.data.needle import NUM_NAMES
 from transxssm.training.recipe import apply_override
-from transxssm.training.yaml_values import load_yaml
+from transxssm.training.schema import load_yaml
 
 # Numbers are strict: "1" is none. Sections are mappings that become the dataclasses.
 _CLOSED = ConfigDict(extra="forbid")

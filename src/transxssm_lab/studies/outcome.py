@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from transxssm.training.report import read_summary
-from transxssm.training.run_folder import METRICS
+from transxssm.training.run_folder import METRICS, read_summary
 from transxssm.whole_files import write_text_whole
 
 DIVERGED = "diverged.json"

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from transxssm.machine import run_metadata
 from transxssm.models import read_device
 from transxssm.training.recipe import TRAINING_DEFAULTS
 from transxssm.whole_files import write_text_whole
-from transxssm_lab.benchmarking.metadata import run_metadata
-from transxssm_lab.studies.contenders import Contender, expected_config, sequence_length, size_of
 from transxssm_lab.studies.definition import Study
-from transxssm_lab.studies.evaluation import wanted_cells
 from transxssm_lab.studies.outcome import Outcome
-from transxssm_lab.studies.plan import PlannedRun
 from transxssm_lab.studies.plots import plot_curves, plot_lengths, plot_needles, plot_rates
+from transxssm_lab.studies.schedule import Contender, PlannedRun, expected_config, sequence_length, size_of
 from transxssm_lab.studies.tables import markdown
+from transxssm_lab.studies.tasks import wanted_cells
 
 RESULTS, PAGE = "results.json", "README.md"
 MEASURED = ("length", "depth", "accuracy", "bits_per_byte", "perplexity", "nats_per_token")

@@ -20,14 +20,11 @@ from transxssm.training import (
     train,
 )
 from transxssm.whole_files import write_text_whole
-from transxssm_lab.studies.contenders import Contender, contenders_of, recipe_for
 from transxssm_lab.studies.definition import Study
-from transxssm_lab.studies.evaluation import evaluate_run
-from transxssm_lab.studies.needle_data import needle_data
 from transxssm_lab.studies.outcome import Outcome, read_outcome, write_divergence
-from transxssm_lab.studies.plan import PlannedRun, Schedule, duration, plan_of
-from transxssm_lab.studies.recall_data import recall_data
 from transxssm_lab.studies.report import Evidence, best_rate, write_report
+from transxssm_lab.studies.schedule import Contender, PlannedRun, Schedule, contenders_of, duration, plan_of, recipe_for
+from transxssm_lab.studies.tasks import evaluate_run, needle_data, recall_data
 
 STUDY = "study.json"
 # Of a budget, for the last checkpoint and the report: so long, but no larger a share.

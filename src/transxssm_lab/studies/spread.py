@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from transxssm_lab.studies.contenders import contenders_of
 from transxssm_lab.studies.definition import Study
+from transxssm_lab.studies.schedule import contenders_of
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 

@@ -7,8 +7,7 @@ from tests.models.tiny import tiny_config
 from transxssm.models import TransXSSMForCausalLM
 from transxssm_lab.benchmarking import contenders
 from transxssm_lab.benchmarking.contenders import CONTENDERS, DEFAULT_CONTENDERS, build_prompt, build_step, compile_step
-from transxssm_lab.benchmarking.decoding import DECODE_TOKENS
-from transxssm_lab.benchmarking.steps import seconds_of
+from transxssm_lab.benchmarking.steps import DECODE_TOKENS, seconds_of
 
 CPU = torch.device("cpu")
 # Compiling takes longer than all other tests of this folder together.

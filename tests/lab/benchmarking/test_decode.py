@@ -10,8 +10,8 @@ import torch
 
 from transxssm_lab.benchmarking import Budget, DecodeSettings, Setup, batch_search, decode, run_decode
 from transxssm_lab.benchmarking.decode import num_parts
-from transxssm_lab.benchmarking.decoding import DECODE_TOKENS, Prompt
 from transxssm_lab.benchmarking.processes import OutOfMemory
+from transxssm_lab.benchmarking.steps import DECODE_TOKENS, Prompt
 from transxssm_lab.benchmarking.workers import DecodeRun
 
 SETUP = Setup(torch.device("cpu"), 1)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from transxssm_lab.studies import bundled_studies, contenders_of, load_study, plan_of
-from transxssm_lab.studies.contenders import expected_config, recipe_for, size_of
+from transxssm_lab.studies.schedule import expected_config, recipe_for, size_of
 
 HOURS = 3600.0
 

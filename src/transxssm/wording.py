@@ -1,4 +1,4 @@
-"""Sequence lengths as people write them: 4096, 4K, 64k."""
+"""How messages and tables say things: lengths of sequences as people write them (4096, 4K, 64k)."""
 
 _SUFFIX = 1024
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transxssm_lab.benchmarking.metadata import code_version, run_metadata
+from transxssm.machine import code_version, run_metadata
 
 
 def test_a_copy_without_git_says_what_it_is_told(tmp_path, monkeypatch):

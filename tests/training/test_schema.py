@@ -1,6 +1,6 @@
 import pytest
 
-from transxssm.training.yaml_values import dump_yaml, load_yaml
+from transxssm.training.schema import dump_yaml, load_yaml
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 
 from tests.models.tiny import tiny_config, tokens
 from transxssm.inspection import cache_bytes
-from transxssm_lab.benchmarking import contenders, decoding
+from transxssm_lab.benchmarking import contenders, steps
 from transxssm_lab.benchmarking.contenders import CONTENDERS, build_prompt
-from transxssm_lab.benchmarking.decoding import DECODE_TOKENS, read_prompt
+from transxssm_lab.benchmarking.steps import DECODE_TOKENS, read_prompt
 
 CPU = torch.device("cpu")
 LENGTH, BATCH = 9, 3
@@ -72,7 +72,7 @@ def test_cache_bytes_are_those_of_the_states_the_keys_and_their_room():
 def test_a_repeated_static_cache_stays_where_a_cuda_graph_wrote():
     """What transformers marks when it makes its tensors; without the mark there is no CUDA graph."""
     for name in ("transxssm-graph", "llama-static"):
-        tensors = decoding._tensors_of_cache(prompt_of(name, 1).repeated(BATCH).cache)
+        tensors = steps._tensors_of_cache(prompt_of(name, 1).repeated(BATCH).cache)
         assert tensors
         assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in tensors)
 

@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran, so that its figures can be judged and repeated."""
+"""The machine, its libraries and the version of the code: what a run computes with, and what its figures are to be judged by."""
 
 import datetime
 import importlib
@@ -13,16 +13,48 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
+from transformers.utils import is_torch_bf16_gpu_available
 
 from transxssm._version import __version__
 from transxssm.ops.csrc import compiled_library
-from transxssm.ops.devices import reason_without_triton
+from transxssm.ops.devices import has_fast_products, reason_without_triton
 
 CPU_INFO = Path("/proc/cpuinfo")
+# Whose versions results depend on.
+LIBRARIES = ("transformers", "accelerate", "datasets", "tokenizers")
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or another accelerator."""
+    return torch.accelerator.is_available()
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the accelerator, or without one the CPU, multiplies bfloat16 in hardware."""
+    if has_accelerator():
+        return is_torch_bf16_gpu_available()
+    return has_fast_products("cpu", torch.bfloat16)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of the libraries that results depend on."""
+    return {
+        "transxssm": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with its build, such as +cpu
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the CPU's architecture and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
 def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any]:
-    """Command, code, machine and libraries of this run."""
+    """Command, code, machine and libraries of a benchmark's run."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,271 @@
+"""What a study trains on in place of text, recall and needles, and what it measures of a trained contender beside its held-out loss.
+
+The data sets' items are whole batches, the tasks or lengths taking turns.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from transxssm.data import Haystack, RecallTask, build_tokenizer, load_corpus
+from transxssm.data.packing import IGNORED_LABEL
+from transxssm.evaluation import (
+    CellPlan,
+    Decoding,
+    Results,
+    TokenScorer,
+    judge_for,
+    needle_plans,
+    perplexity_plans,
+    recall_plans,
+    select_documents,
+)
+from transxssm.models import (
+    TransXSSMConfig,
+    TransXSSMForCausalLM,
+    load_causal_lm,
+    load_tokenizer,
+    read_config,
+    read_device,
+)
+from transxssm.training import Recipe, TrainingData
+from transxssm_lab.studies.definition import Needle, Recall, Study
+
+# Seeds of sequences: training adds the run's own seed, so that neither the held-out ones nor the last ones occur in it.
+HELD_OUT_SEED, MEASURED_SEED, TRAINING_SEED = 0, 1, 2
+
+
+HAYSTACK_PROMPTS = 64  # as many of the longest prompts fit into the text, or more, before it begins anew
+
+MEASURES = ("perplexity", "recall", "needle")  # sections of a study, which has one of them at most
+BATCH_TOKENS = 16384
+# Keys of a recipe's model section that are no fields of a configuration.
+_NO_FIELDS = ("preset", "architecture")
+
+
+class RecallBatches(Dataset):
+    """Batches of equally many tokens, generated when they are asked for.
+
+    Args:
+        tasks: one a batch, in turn.
+        tokens: of a batch: as many sequences as fit, at least one.
+        count: of batches.
+        seed: of the sequences.
+    """
+
+    def __init__(self, tasks: Sequence[RecallTask], tokens: int, count: int, seed: int) -> None:
+        self.tasks, self.tokens, self.count, self.seed = tasks, tokens, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Batch number `index`: `input_ids` and `labels`, (b, t) int64; a label stands one to the right, as models shift it back."""
+        task = self.tasks[index % len(self.tasks)]
+        rows = max(1, self.tokens // task.length)
+        batch = task.sequences(self.seed, index // len(self.tasks) * rows, rows)
+        # The last position asks for nothing: a question's place is two tokens wide.
+        labels = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED_LABEL)
+        return {"input_ids": batch.input_ids, "labels": labels}
+
+
+def tasks_of(recall: Recall) -> list[RecallTask]:
+    """The tasks of a study.
+
+    Raises:
+        ValueError: too many pairs for a length or the vocabulary.
+    """
+    return [RecallTask(length, num_pairs, recall.vocab_size) for length, num_pairs in recall.sizes]
+
+
+def recall_data(recall: Recall, recipe: Recipe) -> TrainingData:
+    """Sequences for every step of a run, new ones each time, and the held-out ones, which all runs share."""
+    tasks = tasks_of(recall)
+    batches = partial(RecallBatches, tasks, recall.tokens_per_step)
+    steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
+    return TrainingData(
+        train=batches(count=steps, seed=TRAINING_SEED + recipe.training["seed"]),
+        held_out=batches(count=recall.held_out_steps, seed=HELD_OUT_SEED),
+        collate=only_batch,
+    )
+
+
+def only_batch(items: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """The tensors of a batch that is one item."""
+    (batch,) = items
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class NeedleBatches(Dataset):
+    """Batches of about equally many tokens, generated when they are asked for; only the answers have labels.
+
+    Args:
+        haystack: the text around the needles.
+        lengths: tokens of an example at most, one a batch, in turn.
+        tokens: of a batch: as many examples as fit, at least one.
+        tokens_per_needle: a text holds a needle for so many tokens, and a question for each; None: one.
+        count: of batches.
+        seed: of the examples.
+    """
+
+    def __init__(
+        self,
+        haystack: Haystack,
+        lengths: list[int],
+        tokens: int,
+        tokens_per_needle: int | None,
+        count: int,
+        seed: int,
+    ) -> None:
+        self.haystack, self.lengths, self.tokens, self.count, self.seed = haystack, lengths, tokens, count, seed
+        self.tokens_per_needle = tokens_per_needle
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Batch number `index`: `input_ids` and `labels`, (b, t) int64, shorter examples filled up on the right.
+
+        A label stands at its own token, as models shift it.
+        """
+        length = self.lengths[index % len(self.lengths)]
+        rows = max(1, self.tokens // length)
+        input_ids = np.zeros((rows, length), dtype=np.int64)
+        labels = np.full((rows, length), IGNORED_LABEL, dtype=np.int64)
+        depths = np.random.default_rng((self.seed, index)).random(rows)
+        num_needles = 1 if self.tokens_per_needle is None else max(1, length // self.tokens_per_needle)
+        for row, depth in enumerate(depths):
+            lesson = self.haystack.lesson(
+                length=length, depth=depth, seed=self.seed, number=index * rows + row, num_needles=num_needles
+            )
+            ids = np.array(lesson.input_ids)
+            input_ids[row, : len(ids)] = ids
+            labels[row, : len(ids)] = np.where(lesson.is_answer, ids, IGNORED_LABEL)
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def needle_data(needle: Needle, recipe: Recipe) -> TrainingData:
+    """Needles in the training text for every step of a run, and held-out ones in held-out text, which all runs share.
+
+    Raises:
+        ValueError: text or tokenizer that cannot be read; a length too short for a needle and its question.
+    """
+    corpus = load_corpus(recipe.data)
+    tokenizer = build_tokenizer(recipe.data, corpus)
+    held_out = haystack_of(needle, corpus.held_out["text"], tokenizer)
+    shortest, fewest = min(*needle.train_lengths, *needle.lengths), held_out.fewest_tokens()
+    if shortest < fewest:
+        raise ValueError(
+            f"a needle and its question may need {fewest} tokens: got length {shortest}; ask for a longer one"
+        )
+    steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
+
+    def batches(haystack: Haystack, count: int, seed: int) -> NeedleBatches:
+        return NeedleBatches(
+            haystack, needle.train_lengths, needle.tokens_per_step, needle.tokens_per_needle, count, seed
+        )
+
+    return TrainingData(
+        train=batches(
+            haystack_of(needle, corpus.train["text"], tokenizer), steps, TRAINING_SEED + recipe.training["seed"]
+        ),
+        held_out=batches(held_out, needle.held_out_steps, HELD_OUT_SEED),
+        collate=only_batch,
+        tokenizer=tokenizer,
+    )
+
+
+def haystack_of(needle: Needle, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Haystack:
+    """Text for the needles of a study, enough of it that prompts differ."""
+    return Haystack(texts, tokenizer, max_tokens=HAYSTACK_PROMPTS * max(*needle.train_lengths, *needle.lengths))
+
+
+def evaluate_run(
+    study: Study, run_dir: Path, recipe: Recipe, path: Path, overrides: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Measures what the study asks for of the model in a run folder; measurements that are there already are kept.
+
+    Args:
+        study: its `perplexity`, `recall` and `needle` sections say what.
+        run_dir: of the trained model.
+        recipe: of the run, for its text.
+        path: of the JSON file.
+        overrides: model keys under which the weights are read; None: as they were trained.
+
+    Returns:
+        the cells: by length, by task as "length/pairs", or by place as "length/depth".
+
+    Raises:
+        ValueError: no held-out document is as long as the longest window.
+    """
+    name = next((name for name in MEASURES if getattr(study, name) is not None), None)
+    if name is None:
+        return {}
+    results = Results.open(path, name, {name: study.settings()[name], "model": overrides}, {})
+    if wanted_cells(study) <= results.cells.keys():
+        return results.cells
+    model = _load(run_dir, overrides)
+    plans = _plans(
+        study, TokenScorer(model), recipe, load_tokenizer(run_dir, model.config) if study.recall is None else None
+    )
+    results.measure(plans, advance=lambda steps: None, finished=lambda key: None)
+    return results.cells
+
+
+def wanted_cells(study: Study) -> set[str]:
+    """Keys of the cells that the study asks for."""
+    if study.recall is not None:
+        return {f"{length}/{pairs}" for length, pairs in study.recall.sizes}
+    if study.needle is not None:
+        return {f"{length}/{depth:g}" for length in study.needle.lengths for depth in study.needle.depths}
+    return set(map(str, study.perplexity.lengths)) if study.perplexity else set()
+
+
+def _plans(
+    study: Study, scorer: TokenScorer, recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None
+) -> list[CellPlan]:
+    if study.recall is not None:
+        return recall_plans(
+            scorer,
+            tasks_of(study.recall),
+            num_examples=study.recall.num_examples,
+            seed=MEASURED_SEED,
+            batch_tokens=BATCH_TOKENS,
+        )
+    assert tokenizer is not None
+    texts = load_corpus(recipe.data).held_out["text"]
+    if study.needle is not None:
+        haystack = haystack_of(study.needle, texts, tokenizer)
+        return needle_plans(
+            judge_for(Decoding.TEACHER_FORCED, scorer, haystack),
+            haystack,
+            lengths=study.needle.lengths,
+            depths=study.needle.depths,
+            num_examples=study.needle.num_examples,
+            num_distractors=0,
+            seed=MEASURED_SEED,
+        )
+    assert study.perplexity is not None
+    lengths = study.perplexity.lengths
+    documents = select_documents(texts, tokenizer, min_tokens=max(lengths), max_tokens=study.perplexity.max_tokens)
+    strides = {length: length // 2 for length in lengths}
+    return perplexity_plans(scorer, documents, strides=strides, batch_tokens=BATCH_TOKENS)
+
+
+def _load(run_dir: Path, overrides: dict[str, Any] | None) -> PreTrainedModel:
+    device = read_device("auto")
+    if overrides is None:
+        return load_causal_lm(run_dir, dtype=None, device=device)
+    fields = {name: value for name, value in overrides.items() if name not in _NO_FIELDS}
+    trained = {
+        name: value for name, value in read_config(run_dir).to_dict().items() if name in TransXSSMConfig.__annotations__
+    }
+    config = TransXSSMConfig(**{**trained, **fields})
+    return TransXSSMForCausalLM.from_pretrained(run_dir, config=config, dtype=torch.float32).to(device).eval()
