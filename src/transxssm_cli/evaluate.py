@@ -49,6 +49,12 @@ TrainingLength = Annotated[
         help="Tokens in a row of the model's training. Default: the recipe's, else the config's.", show_default=False
     ),
 ]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|all", help="GPUs that share the work, a process for each. Default: one.", show_default=False
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the examples.")]
 
 
@@ -102,6 +108,7 @@ def perplexity(
     batch_tokens: BatchTokens = 16_384,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    gpus: Gpus = None,
     output_dir: OutputDir = None,
 ) -> None:
     """Loss per token over windows of growing length, and over the place in the window.
@@ -110,6 +117,8 @@ def perplexity(
     """
     _require_text(recipe, text_file)
     place = _place(context.obj, dtype, device, output_dir)
+    if _is_launched_on(gpus, device):
+        return
     from transxssm_cli.evaluation import TextOptions, evaluate_perplexity
 
     evaluate_perplexity(
@@ -144,6 +153,7 @@ def needle(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    gpus: Gpus = None,
     output_dir: OutputDir = None,
 ) -> None:
     """Find a number again that one sentence in a long text has told: exact answers over length and depth.
@@ -152,6 +162,8 @@ def needle(
     """
     _require_text(recipe, text_file)
     place = _place(context.obj, dtype, device, output_dir)
+    if _is_launched_on(gpus, device):
+        return
     from transxssm_cli.evaluation import TextOptions, evaluate_needle
 
     evaluate_needle(
@@ -177,6 +189,7 @@ def recall(
     batch_tokens: BatchTokens = 16_384,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    gpus: Gpus = None,
     output_dir: OutputDir = None,
 ) -> None:
     """Multi-query associative recall (MQAR, as in Zoology), for models that were trained on it.
@@ -184,6 +197,8 @@ def recall(
     Accuracy and loss at the questions only; token ids are the task's own, no tokenizer is involved.
     """
     place = _place(context.obj, dtype, device, output_dir)
+    if _is_launched_on(gpus, device):
+        return
     from transxssm_cli.evaluation import evaluate_recall
 
     evaluate_recall(
@@ -237,6 +252,31 @@ def _place(checkpoint: str, dtype: str, device: str, output_dir: Path | None) ->
     from transxssm_cli.evaluation import Place
 
     return Place(folder, dtype, device, output_dir)
+
+
+def _is_launched_on(gpus: str | None, device: str) -> bool:
+    """Whether `--gpus` was given, and processes have done what the command was asked for."""
+    if gpus is None:
+        return False
+    if ":" in device:
+        raise ValueError(f"--gpus: got --device {device}, which is one; leave out either")
+    from transxssm_cli.launch import launch, number_of_processes
+
+    processes = number_of_processes(gpus, on_cpu=device == "cpu", cpu_setting="--device cpu")
+    launch(_without_option("--gpus", sys.argv[1:]), processes, go_on="the same command")
+    return True
+
+
+def _without_option(name: str, arguments: list[str]) -> list[str]:
+    """A command line without an option and its value, written with a blank or with an equals sign."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == name:
+            next(rest)
+        elif not argument.startswith(f"{name}="):
+            kept.append(argument)
+    return kept
 
 
 def _require_text(recipe: str | None, text_file: Path | None) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +27,12 @@ from transxssm.evaluation import (
     ResultTable,
     TokenScorer,
     expand_groups,
+    first_process_first,
     harness_plans,
     harness_table,
+    is_first,
+    is_shared,
+    joined,
     judge_for,
     longest_document,
     needle_plans,
@@ -63,6 +68,8 @@ LONGEST_DEFAULT = 65_536
 
 __all__ = ["Place", "TextOptions", "evaluate_harness", "evaluate_needle", "evaluate_perplexity", "evaluate_recall"]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_HAYSTACK = "python-stdlib"
 HAYSTACK_PROMPTS = 8  # so many of the longest prompts the haystack is long, so that prompts differ
 SCANNED_DOCUMENTS = 10_000  # of a large corpus, to see how long its documents are
@@ -84,8 +91,12 @@ class Place:
             ValueError: see `load_causal_lm`, `read_device`, `read_dtype`.
         """
         dtype = None if self.dtype == "auto" else read_dtype(self.dtype, "auto")
+        device = read_device(self.device)
+        if device.type == "cuda" and is_shared():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)  # by which kernels are launched
         transformers_logging.disable_progress_bar()  # a bar over the loading of weights
-        return load_causal_lm(self.checkpoint, dtype=dtype, device=read_device(self.device))
+        return load_causal_lm(self.checkpoint, dtype=dtype, device=device)
 
     def settings(self, model: PreTrainedModel) -> dict[str, str]:
         """What identifies the model: a digest of its files, the numbers' type, the kind of device."""
@@ -205,7 +216,8 @@ def _text_of_file(path: Path) -> TextSource:
 
 
 def _held_out_text(data: DataArguments) -> TextSource:
-    corpus = load_corpus(data)
+    with first_process_first():
+        corpus = load_corpus(data)
     return TextSource(_Texts(corpus.held_out), f"held out of {data.corpus}", corpus.identity)
 
 
@@ -312,6 +324,7 @@ def _number(option: str, text: str) -> int:
     return int(digits) * factor
 
 
+@joined()
 def evaluate_perplexity(
     place: Place,
     text: TextOptions,
@@ -345,6 +358,7 @@ def evaluate_perplexity(
     _publish(results, perplexity_table(cells), lambda path: plot_perplexity(path, cells, trained))
 
 
+@joined()
 def evaluate_needle(
     place: Place,
     text: TextOptions,
@@ -396,6 +410,7 @@ def evaluate_needle(
     _publish(results, needle_table(cells), lambda path: plot_needle(path, cells))
 
 
+@joined()
 def evaluate_recall(place: Place, *, sizes: str, vocab_size: int, examples: int, seed: int, batch_tokens: int) -> None:
     """`transxssm evaluate CHECKPOINT recall`."""
     tasks = [RecallTask(length, num_pairs, vocab_size) for length, num_pairs in read_sizes(sizes)]
@@ -450,11 +465,12 @@ def _measure(
     """Measures what is not measured yet, with a bar on a terminal and else a line a cell."""
     path = place.results_folder / f"{evaluation}.json"
     context = {"command": shlex.join(["transxssm", *sys.argv[1:]])} | context_of_run(model)
+    _say_how_many_gpus(model, evaluation)
     results = Results.open(path, evaluation, place.settings(model) | settings, context)
     with _progress(evaluation, sum(plan.num_steps for plan in plans)) as (console, advance):
 
         def finished(key: str) -> None:
-            if not console.is_terminal:
+            if is_first() and not console.is_terminal:
                 console.print(f"{evaluation} {key}: {sum(plan.key in results.cells for plan in plans)} of {len(plans)}")
 
         try:
@@ -466,6 +482,11 @@ def _measure(
     return results
 
 
+def _say_how_many_gpus(model: PreTrainedModel, evaluation: str) -> None:
+    if model.device.type == "cuda" and not is_shared() and torch.cuda.device_count() > 1 and evaluation != "harness":
+        logger.warning("%d GPUs are here and this evaluation takes one; on all: --gpus all", torch.cuda.device_count())
+
+
 @contextmanager
 def _progress(evaluation: str, num_steps: int) -> Iterator[tuple[Console, Callable[[int], object]]]:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -475,7 +496,7 @@ def _progress(evaluation: str, num_steps: int) -> Iterator[tuple[Console, Callab
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (is_first() and console.is_terminal),
     )
     with bar:
         task = bar.add_task("", total=num_steps)
@@ -483,7 +504,9 @@ def _progress(evaluation: str, num_steps: int) -> Iterator[tuple[Console, Callab
 
 
 def _publish(results: Results, table: ResultTable, plot: Callable[[Path], None]) -> None:
-    """Shows the table and leaves it beside the JSON, with a picture."""
+    """Shows the table and leaves it beside the JSON, with a picture. Of several processes the first does."""
+    if not is_first():
+        return
     picture, page = results.path.with_suffix(".png"), results.path.with_suffix(".md")
     plot(picture)
     settings = "".join(f"- {key}: {value}\n" for key, value in results.settings.items())

@@ -37,12 +37,13 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def number_of_processes(gpus: str, *, on_cpu: bool) -> int:
+def number_of_processes(gpus: str, *, on_cpu: bool, cpu_setting: str = "training.use_cpu=true") -> int:
     """How many processes `--gpus` asks for.
 
     Args:
         gpus: a number, or "all".
-        on_cpu: the recipe says `training.use_cpu=true`: processes on the CPU, which speak through gloo.
+        on_cpu: whether processes run on the CPU, where they speak through gloo.
+        cpu_setting: what says so.
 
     Raises:
         ValueError: no number; more GPUs than there are.
@@ -53,22 +54,25 @@ def number_of_processes(gpus: str, *, on_cpu: bool) -> int:
         raise ValueError("--gpus launches processes, and so does what started this one: leave out either")
     if on_cpu:
         if gpus == EVERY_GPU:
-            raise ValueError("--gpus all with training.use_cpu=true: expected a number of processes")
+            raise ValueError(f"--gpus all with {cpu_setting}: expected a number of processes")
         return int(gpus)
     there = torch.cuda.device_count()
     if there == 0:
         raise ValueError(
-            f"--gpus {gpus}: torch sees no GPU here; leave it out, or give training.use_cpu=true for processes on the CPU"
+            f"--gpus {gpus}: torch sees no GPU here; leave it out, or give {cpu_setting} for processes on the CPU"
         )
     if gpus != EVERY_GPU and int(gpus) > there:
         raise ValueError(f"--gpus {gpus}: torch sees {there} here; expected {there} at most, or {EVERY_GPU}")
     return there if gpus == EVERY_GPU else int(gpus)
 
 
-def launch(arguments: Sequence[str], processes: int) -> None:
+def launch(arguments: Sequence[str], processes: int, *, go_on: str = "the same command and --resume") -> None:
     """Runs `transxssm` with these arguments in so many processes, and returns when all have ended well.
 
     The first process has the terminal; what the others write is kept until the end. Ctrl-C reaches all of them.
+
+    Args:
+        go_on: with what the user goes on where the processes have stopped.
 
     Raises:
         typer.Exit: a process failed, and the others were ended; why has been said in one line.
@@ -98,7 +102,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
             try:
                 elastic_launch(config, sys.executable)("-m", "transxssm", *arguments)
             except ChildFailedError as error:
-                code, line = _why(error.failures, processes, Path(logs), is_interrupted=bool(interrupted))
+                code, line = _why(error.failures, processes, Path(logs), go_on, is_interrupted=bool(interrupted))
                 if line:
                     typer.echo(line, err=True)
                 raise typer.Exit(code) from error
@@ -125,20 +129,22 @@ def _interrupts_handed_on() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _why(failures: dict[int, ProcessFailure], processes: int, logs: Path, *, is_interrupted: bool) -> tuple[int, str]:
+def _why(
+    failures: dict[int, ProcessFailure], processes: int, logs: Path, go_on: str, *, is_interrupted: bool
+) -> tuple[int, str]:
     """The exit code of a launch that failed, and a line that says why; empty where the first process has said it."""
     speaker = failures.get(0)
     if speaker is not None and speaker.exitcode in _OWN_EXIT_CODES:
         return speaker.exitcode, ""
     if is_interrupted:
-        return EXIT_INTERRUPTED, "interrupted: continue with the same command and --resume"
+        return EXIT_INTERRUPTED, f"interrupted: continue with {go_on}"
     followed = (-signal.SIGTERM, EXIT_PROCESS_LOST)
     ended = {rank: failure for rank, failure in failures.items() if failure.exitcode not in followed}
     rank, failure = min((ended or failures).items(), key=lambda item: item[1].timestamp)
     if failure.exitcode in _OWN_EXIT_CODES:
         return failure.exitcode, _last_line(logs, rank)
     how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    return 1, f"error: process {rank} of {processes} ended ({how}), and the others with it; continue with --resume"
+    return 1, f"error: process {rank} of {processes} ended ({how}), and the others with it; continue with {go_on}"
 
 
 def _last_line(logs: Path, rank: int) -> str:

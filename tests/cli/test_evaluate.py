@@ -1,7 +1,10 @@
 """`transxssm evaluate`: tables and files, resumption, and refusals that write nothing."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.serving.checkpoints import byte_tokenizer
-from transxssm_cli import evaluation
+from transxssm_cli import evaluation, launch
 from transxssm_cli.evaluation import default_lengths, read_numbers, read_shares, read_sizes, read_stride
 
 LINES = "".join(f"def function_{n}(): return {n}\n" for n in range(40))
@@ -146,6 +149,34 @@ def test_interrupted_and_resumed_is_the_same_table(run, random_checkpoint, tmp_p
     assert results_of(tmp_path / "parts", "recall")["cells"] == results_of(tmp_path / "whole", "recall")["cells"]
 
 
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(run, random_checkpoint, text, tmp_path):
+    def options(command, name, *of_command):
+        return ("evaluate", random_checkpoint, command, *of_command, "--output-dir", tmp_path / name, "--device", "cpu")
+
+    needle = ("--text-file", text, *NEEDLE)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "transxssm", *map(str, options("needle", "two", *needle)), "--gpus", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    one = run(*options("needle", "one", *needle))
+    assert done.stdout == one.stdout
+    assert done.stderr.count("of 4") == 4, done.stderr  # of the first process alone
+    assert results_of(tmp_path / "two", "needle")["cells"] == results_of(tmp_path / "one", "needle")["cells"]
+
+
+def test_what_processes_are_launched_with(run, random_checkpoint, text, out, monkeypatch):
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda *arguments, **options: launched.append((arguments, options)))
+    command = ["evaluate", str(random_checkpoint), "perplexity", "--text-file", str(text), "--output-dir", str(out)]
+    for given in (["--gpus", "2"], ["--gpus=2"]):
+        arguments = [*command[:3], *given, *command[3:], "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["transxssm", *arguments])
+        assert run(*arguments).exit_code == 0
+    assert launched == [(([*command, "--device", "cpu"], 2), {"go_on": "the same command"})] * 2
+    assert not out.exists()
+
+
 def test_another_model_or_other_settings_do_not_go_into_the_same_folder(run, error_of, random_checkpoint, llama, out):
     assert run("evaluate", random_checkpoint, "recall", *RECALL, "--output-dir", out).exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -198,6 +229,9 @@ class TestRefusals:
             (["recall", "--seed", "-1"], "--seed must not be negative"),
             (["recall", "--device", "gpu"], "unknown device 'gpu'"),
             (["recall", "--dtype", "int8"], "unknown dtype 'int8'"),
+            (["recall", "--gpus", "two", "--device", "cpu"], "--gpus: got 'two', expected a number of GPUs from 1 on"),
+            (["recall", "--gpus", "all", "--device", "cpu"], "--gpus all with --device cpu: expected a number"),
+            (["recall", "--gpus", "2", "--device", "cuda:1"], "--gpus: got --device cuda:1, which is one"),
             (["harness", "--tasks", ","], "--tasks is empty"),
             (["harness", "--tasks", "piqa", "--limit", "0"], "--limit must be at least 1"),
             (["harness", "--tasks", "piqa", "--include-path", "absent"], "--include-path: absent: No such file"),

@@ -81,7 +81,7 @@ def test_why_a_launch_failed(tmp_path):
         return found
 
     def why(**codes):
-        return _why(failures(**codes), 2, tmp_path, is_interrupted=False)
+        return _why(failures(**codes), 2, tmp_path, "--resume", is_interrupted=False)
 
     log = tmp_path / "run" / "attempt_0" / "1" / "stderr.log"
     log.parent.mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_why_a_launch_failed(tmp_path):
     assert code == 1
     assert line.startswith("error: process 1 of 2 ended (SIGKILL)")
     assert why(process_0=EXIT_PROCESS_LOST, process_1=-signal.SIGKILL) == (code, line)
-    code, line = _why(failures(process_1=130, process_0=-signal.SIGTERM), 2, tmp_path, is_interrupted=True)
+    code, line = _why(failures(process_1=130, process_0=-signal.SIGTERM), 2, tmp_path, "--resume", is_interrupted=True)
     assert code == 130
     assert line.startswith("interrupted")
 

@@ -9,6 +9,7 @@ from transxssm.evaluation.perplexity import (
     plot_perplexity,
     select_documents,
 )
+from transxssm.evaluation.processes import first_process_first, is_first, is_shared, joined
 from transxssm.evaluation.recall import STANDARD_SIZES, plot_recall, recall_plans, recall_table
 from transxssm.evaluation.results import Cell, CellPlan, Results, ResultTable
 from transxssm.evaluation.scoring import TokenScorer, TokenScores
@@ -23,8 +24,12 @@ __all__ = [
     "TokenScorer",
     "TokenScores",
     "expand_groups",
+    "first_process_first",
     "harness_plans",
     "harness_table",
+    "is_first",
+    "is_shared",
+    "joined",
     "judge_for",
     "longest_document",
     "needle_plans",

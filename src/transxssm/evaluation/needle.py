@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from transxssm.data import Haystack, NeedleExample
 from transxssm.data.packing import IGNORED_LABEL
+from transxssm.evaluation.processes import in_turn
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
 from transxssm.plotting import draw_heat_map, picture
@@ -102,13 +103,17 @@ def measure_needle(
     advance: Advance,
 ) -> Cell:
     """Share of exact answers at one length and depth."""
-    found, num_tokens = 0, []
-    for number in range(num_examples):
+
+    def judged(number: int) -> tuple[bool, int]:
         example = haystack.example(
             length=length, depth=depth, seed=seed, number=number, num_distractors=num_distractors
         )
-        found += judge(example)
-        num_tokens.append(len(example.input_ids))
+        return judge(example), len(example.input_ids)
+
+    found, num_tokens = 0, 0
+    for is_found, tokens in in_turn(judged, range(num_examples)):
+        found += is_found
+        num_tokens += tokens
         advance(1)
     return {
         "length": length,
@@ -116,7 +121,7 @@ def measure_needle(
         "examples": num_examples,
         "found": found,
         "accuracy": found / num_examples,
-        "mean_tokens": sum(num_tokens) / num_examples,
+        "mean_tokens": num_tokens / num_examples,
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from transxssm.data import document_bounds
+from transxssm.evaluation.processes import in_turn
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
 from transxssm.plotting import GREY, draw_line, label_lines, looks_of, picture, set_ticks, tick
@@ -172,10 +173,15 @@ def measure_length(
     scored = np.zeros((num_clusters, 2))  # nats, tokens
     by_position = np.zeros((num_clusters, len(bins) - 1, 2))
     num_bytes = 0
-    for batch in _batches(jobs, batch_tokens):
+
+    def losses_of(batch: list[tuple[int, tuple[int, Window]]]) -> np.ndarray:
         rows = np.stack([documents[index].input_ids[window.begin : window.end] for _, (index, window) in batch])
         ids = torch.from_numpy(rows)
-        losses = scorer(ids[:, :-1], ids[:, 1:]).losses.reshape(len(batch), -1).cpu().double().numpy()
+        losses: np.ndarray = scorer(ids[:, :-1], ids[:, 1:]).losses.reshape(len(batch), -1).cpu().double().numpy()
+        return losses
+
+    batches = list(_batches(jobs, batch_tokens))
+    for batch, losses in zip(batches, in_turn(losses_of, batches), strict=True):
         for row, (number, (index, window)) in zip(losses, batch, strict=True):
             counted = row[window.first_scored - window.begin - 1 :]
             scored[clusters[number]] += counted.sum(), len(counted)

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from transxssm.data import RecallTask
+from transxssm.evaluation.processes import in_turn
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
 from transxssm.plotting import BLUE, picture, tick
@@ -49,15 +51,20 @@ def measure_recall(
         with them the accuracy's standard error, from the spread between sequences.
     """
     rows = max(1, batch_tokens // task.length)
-    nats, accuracies = 0.0, []
-    for first in range(0, num_examples, rows):
+
+    def answered(first: int) -> tuple[float, Tensor]:
         count = min(rows, num_examples - first)
         batch = task.sequences(seed, first, count)
         scores = scorer(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets))
-        nats += float(scores.losses.cpu().double().sum())
-        accuracies.append(scores.hits.reshape(count, task.num_pairs).cpu().double().mean(1))  # (count,)
-        advance(count)
-    accuracy = torch.cat(accuracies)
+        accuracies = scores.hits.reshape(count, task.num_pairs).cpu().double().mean(1)  # (count,)
+        return float(scores.losses.cpu().double().sum()), accuracies
+
+    nats, parts = 0.0, []
+    for batch_nats, accuracies in in_turn(answered, range(0, num_examples, rows)):
+        nats += batch_nats
+        parts.append(accuracies)
+        advance(len(accuracies))
+    accuracy = torch.cat(parts)
     return {
         "length": task.length,
         "pairs": task.num_pairs,

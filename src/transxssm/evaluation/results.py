@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transxssm.evaluation.processes import is_first
 from transxssm.whole_files import write_text_whole
 
 Cell = dict[str, Any]
@@ -105,7 +106,9 @@ class Results:
             finished(plan.key)
 
     def save(self) -> None:
-        """Replaces the file at once: who reads it, or goes on from it after a crash, never finds a part."""
+        """Replaces the file at once: who reads it, or goes on from it after a crash, never finds a part. The first process writes."""
+        if not is_first():
+            return
         content = {
             "evaluation": self.evaluation,
             "settings": self.settings,
