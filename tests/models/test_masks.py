@@ -179,18 +179,19 @@ def test_a_mask_of_all_pairs_cannot_say_what_a_state_forgets(variant):
     assert model._is_stateful
 
 
-@pytest.mark.parametrize("pads", [0, 3])
+@pytest.mark.parametrize("pads", [None, 0, 3])
 def test_the_next_token_behind_a_static_cache_sees_what_transformers_says(pads):
     config = tiny_config("hybrid", attn_implementation="sdpa")
     model, ids, places = TransXSSMForCausalLM(config).eval(), tokens(2, 9), 16
-    mask = torch.ones(2, 10, dtype=torch.long)
-    mask[0, :pads] = 0
+    mask = None if pads is None else torch.ones(2, 10, dtype=torch.long)
+    if mask is not None:
+        mask[0, :pads] = 0
     cache = StaticCache(config=config, max_cache_len=places)
     with torch.no_grad():
-        model(ids, attention_mask=mask[:, :-1], past_key_values=cache)
+        model(ids, attention_mask=None if mask is None else mask[:, :-1], past_key_values=cache)
     arguments = config, torch.empty(2, 1, 0), mask, cache
     masks, expected = model.create_masks_for_generate(*arguments), create_masks_for_generate(*arguments)
-    assert next_token_masks(config, 1, mask, cache) is not None
+    assert next_token_masks(*arguments) is not None
     assert masks["linear_attention"] is None
     assert torch.equal(masks["full_attention"], expected["full_attention"])
 
@@ -199,7 +200,9 @@ def test_which_tokens_get_their_masks_from_transformers():
     mask = torch.ones(1, 6, dtype=torch.long)
     for variant, length, implementation in [("hybrid", 2, "sdpa"), ("hybrid", 1, "eager"), ("sliding", 1, "sdpa")]:
         config = tiny_config(variant, attn_implementation=implementation)
-        assert next_token_masks(config, length, mask, StaticCache(config=config, max_cache_len=8)) is None
+        given = torch.empty(1, length, 0)
+        assert next_token_masks(config, given, mask, StaticCache(config=config, max_cache_len=8)) is None
     config = tiny_config("hybrid", attn_implementation="sdpa")
-    assert next_token_masks(config, 1, mask, DynamicCache(config=config)) is None
-    assert next_token_masks(config, 1, None, StaticCache(config=config, max_cache_len=8)) is None
+    assert next_token_masks(config, torch.empty(1, 1, 0), mask, DynamicCache(config=config)) is None
+    cache = StaticCache(config=config, max_cache_len=8)
+    assert next_token_masks(config, torch.empty(1, 1, 0), mask[:, None, None], cache) is None

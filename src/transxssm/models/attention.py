@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.context_parallel import attention_in_parts
-from transxssm.models.linear import apply_linear
+from transxssm.models.linear import apply_linear, apply_linears
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import FirstKeys, Positions
 from transxssm.ops import (
@@ -64,9 +64,10 @@ class TransXSSMAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        q = apply_linear(self.q_proj, hidden_states).view(heads)  # (b, t, h, d)
-        k = apply_linear(self.k_proj, hidden_states).view(heads)
-        v = apply_linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)  # (b, h, t, d)
+        gates = [] if self.g_proj is None else [self.g_proj]
+        projections = apply_linears([self.q_proj, self.k_proj, self.v_proj, *gates], hidden_states)
+        q, k, v = (projected.view(heads) for projected in projections[:3])  # (b, t, h, d)
+        v = v.transpose(1, 2)  # (b, h, t, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if positions.length_scale is not None:  # behind the norm, which would take it out
@@ -109,7 +110,7 @@ class TransXSSMAttention(nn.Module):
                 )
         output = output.reshape(*hidden_states.shape[:2], -1)
         if self.g_proj is not None:
-            output = output * torch.sigmoid(apply_linear(self.g_proj, hidden_states))
+            output = output * torch.sigmoid(projections[3])
         return apply_linear(self.o_proj, output), weights
 
     def _is_causal_for_kernels(

@@ -208,21 +208,28 @@ def attention_masks(
 
 
 def next_token_masks(
-    config: TransXSSMConfig, length: int, attention_mask: Tensor | None, cache: Cache | None
+    config: TransXSSMConfig, tokens: Tensor, attention_mask: Tensor | None, cache: Cache | None
 ) -> dict[str, Tensor | None] | None:
-    """The masks by layer type of one token a row behind a static cache, in one operation where transformers, for any number of tokens,
+    """The masks by layer type of one token a row behind a static cache, in two operations where transformers, for any number of tokens,
     takes some twenty, one after the other before each token. None where that would not be the mask.
 
     Args:
-        length: the number of new tokens.
-        attention_mask: (b, cached + 1), 0 at pads.
+        tokens: (b, 1, …), of which the shape and the device count.
+        attention_mask: (b, cached + 1), 0 at pads. Defaults to no pads.
     """
-    if attention_mask is None or attention_mask.dim() != 2 or length != 1 or not isinstance(cache, StaticCache):
+    batch, length = tokens.shape[:2]
+    if length != 1 or not isinstance(cache, StaticCache) or config._attn_implementation != "sdpa":
         return None
-    if set(config.layer_types) != {SSD_LAYER_TYPE, "full_attention"} or config._attn_implementation != "sdpa":
+    if set(config.layer_types) != {SSD_LAYER_TYPE, "full_attention"}:
         return None
-    places = cache.layers[config.layer_types.index("full_attention")].max_cache_len
-    seen = F.pad(attention_mask.bool(), (0, places - attention_mask.shape[1]))
+    index = config.layer_types.index("full_attention")
+    places = cache.layers[index].max_cache_len
+    if attention_mask is None:
+        seen = (torch.arange(places, device=tokens.device) <= cache.get_seq_length(index)).expand(batch, places)
+    elif attention_mask.dim() == 2:
+        seen = F.pad(attention_mask.bool(), (0, places - attention_mask.shape[1]))
+    else:
+        return None
     return {SSD_LAYER_TYPE: None, "full_attention": seen[:, None, None]}
 
 

@@ -603,7 +603,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         refusal = refusal_of_pads_between(config, past_key_values)
         if refusal is not None and attention_mask is not None and has_pads_between(attention_mask).any():
             raise ValueError(refusal)
-        masks = next_token_masks(config, inputs_embeds.shape[1], attention_mask, past_key_values)
+        masks = next_token_masks(config, inputs_embeds, attention_mask, past_key_values)
         if masks is None:
             masks = create_masks_for_generate(
                 config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs

@@ -17,7 +17,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.context_parallel import inputs_before, state_before
-from transxssm.models.linear import HALF_PRECISION, apply_linear
+from transxssm.models.linear import HALF_PRECISION, apply_linear, apply_linears
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
 from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
@@ -118,11 +118,7 @@ class TransXSSMSSDMixer(nn.Module):
         state, conv_state = read_ssd_state(cached)
         if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
             hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
-        x, B, C = (
-            apply_linear(self.x_proj, hidden_states),
-            apply_linear(self.B_proj, hidden_states),
-            apply_linear(self.C_proj, hidden_states),
-        )
+        x, B, C, projected_dt, *gate = apply_linears(self._input_projections(), hidden_states)
         new_conv_state = None
         if self.conv_weight is not None:
             inputs = torch.cat((x, B, C), dim=-1)
@@ -136,7 +132,7 @@ class TransXSSMSSDMixer(nn.Module):
                 mask=positions.padding_mask,
             )
             x, B, C = mixed.split(self.split_sizes, dim=-1)
-        dt, A, D = self.dynamics(apply_linear(self.dt_proj, hidden_states))
+        dt, A, D = self.dynamics(projected_dt)
         if dt.dtype in HALF_PRECISION:  # the module returns float32
             warn_of_rounded_decays(dt.dtype)
             dt, A, D = dt.float(), A.float(), None if D is None else D.float()
@@ -177,9 +173,13 @@ class TransXSSMSSDMixer(nn.Module):
         if cached is not None:
             write_ssd_state(cached, state, new_conv_state)
         y = y.reshape(batch, length, -1).to(dtype)
-        if self.z_proj is not None and self.norm is not None:
-            y = self.norm(swiglu(apply_linear(self.z_proj, hidden_states), y))
+        if self.norm is not None:
+            y = self.norm(swiglu(gate[0], y))
         return apply_linear(self.out_proj, y)
+
+    def _input_projections(self) -> list[nn.Module]:
+        gate = [] if self.z_proj is None else [self.z_proj]
+        return [self.x_proj, self.B_proj, self.C_proj, self.dt_proj, *gate]
 
     def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
         """(b, t, g, n): B or C of every group, normalised over the state and moved by its bias where there are any."""

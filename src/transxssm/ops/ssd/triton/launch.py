@@ -75,13 +75,30 @@ def rotate(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     return rotated_B, rotated_C
 
 
-def forward(inputs: ScanInputs, y: Tensor, final_state: Tensor, states: Tensor, tiles: Tiles) -> None:
-    """Fills y, the final state, and the states (b, c, h, p, n) that chunks begin with.
+def decays_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what one pass finds out of dt and A for all others: dt as the kernels read it, and the sums of dt A inside each chunk.
+
+    Returns:
+        Both (b, h, t), where a head that is wider than a tile counts as two.
+    """
+    batch, length, heads, head_dim = x.shape
+    times = torch.empty(batch, heads * _parts_of_head(head_dim), length, dtype=torch.float32, device=x.device)
+    return times, torch.empty_like(times, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
+
+
+def _parts_of_head(head_dim: int) -> int:
+    return 1 if head_dim <= _WIDEST_TILE else 2
+
+
+def forward(
+    inputs: ScanInputs, y: Tensor, final_state: Tensor, states: Tensor, decays: tuple[Tensor, Tensor], tiles: Tiles
+) -> None:
+    """Fills y, the final state, the states (b, c, h, p, n) that chunks begin with, and what `decays_like` gave.
 
     Args:
         inputs: B and C in them are rotated.
     """
-    call = _Call(inputs, tiles)
+    call = _Call(inputs, decays, tiles)
     x, B, C = call.x, call.B, call.C
     with launched_on(x.device):
         call.sum_decays()
@@ -97,14 +114,20 @@ def forward(inputs: ScanInputs, y: Tensor, final_state: Tensor, states: Tensor, 
 
 
 def backward(
-    inputs: ScanInputs, grad_y: Tensor, grad_state: Tensor | None, states: Tensor, tiles: Tiles
+    inputs: ScanInputs,
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    states: Tensor,
+    decays: tuple[Tensor, Tensor],
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D (empty without D) and the initial state.
 
     Args:
         inputs: B and C in them are rotated; the gradients are those of B and C before.
+        states, decays: what `forward` filled.
     """
-    call = _Call(inputs, tiles)
+    call = _Call(inputs, decays, tiles)
     x, B, C, device = call.x, call.B, call.C, inputs.x.device
     grad_y = call.divided(grad_y)
     per_part = max(size for size in range(1, _HEADS_PER_PROGRAM + 1) if call.heads_per_group % size == 0)
@@ -130,7 +153,6 @@ def backward(
         **call.constants,
     }
     with launched_on(device):
-        call.sum_decays()
         call.carry_states(grad_y, C, grad_state, leaving, grad_initial, backward=True)
         wrap_triton(kernels.differentiate_queries)[(parts, call.num_blocks, call.batch)](
             *(x, B, C, grad_y, call.times, call.sums, cos, sin, call.seq_idx, states, grad_C, grad_sums),
@@ -185,11 +207,12 @@ def backward(
 class _Call:
     """What all launches of one scan share."""
 
-    def __init__(self, inputs: ScanInputs, tiles: Tiles) -> None:
+    def __init__(self, inputs: ScanInputs, decays: tuple[Tensor, Tensor], tiles: Tiles) -> None:
         self.tiles = tiles
+        self.times, self.sums = decays
         x, dt, A, D = inputs.x, inputs.dt, inputs.A, inputs.D
         self.B, self.C = _with_dense_rows(inputs.B), _with_dense_rows(inputs.C)
-        self.split = 1 if x.shape[-1] <= _WIDEST_TILE else 2
+        self.split = _parts_of_head(x.shape[-1])
         if self.split > 1:
             x = self.divided(x)
             dt, A = dt.repeat_interleave(self.split, -1), A.repeat_interleave(self.split)
@@ -204,8 +227,6 @@ class _Call:
         self.num_chunks = triton.cdiv(self.length, tiles.chunk)
         self.num_blocks = triton.cdiv(self.length, tiles.block)
         is_exact = x.dtype == torch.float32
-        self.times = torch.empty(self.batch, self.heads, self.length, dtype=torch.float32, device=x.device)
-        self.sums = torch.empty_like(self.times, dtype=torch.float64 if is_exact else torch.float32)
         self.block_h = min(32, power_of_2(self.heads))
         self.grid_of_decays = (self.num_chunks, triton.cdiv(self.heads, self.block_h), self.batch)
         # What the kernels with products are compiled for, and their launch options.

@@ -64,26 +64,25 @@ def ssd_triton(
     return y, final_state
 
 
-def _num_chunks(x: Tensor, state_size: int, chunk_size: int | None) -> int:
-    from transxssm.ops.ssd.triton.launch import tiles_of
-
-    return -(-x.shape[1] // tiles_of(x, state_size, chunk_size).chunk)
-
-
 def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
-    """y, the final state and, for the backward pass, the states that chunks begin with, (b, c, h, p, n), and B and C as they were rotated;
-    the last three are (0,) where no gradients are wanted, the last two where nothing is rotated."""
+    """y, the final state and, for the backward pass, the states that chunks begin with, (b, c, h, p, n), the decays (`decays_like`), and B
+    and C as they were rotated; the last five are (0,) where no gradients are wanted, the last two where nothing is rotated."""
+    from transxssm.ops.ssd.triton.launch import decays_like, tiles_of
+
     *tensors, chunk_size, keeps_states, _ = arguments
     inputs = ScanInputs(*tensors)
     x, state_size = inputs.x, inputs.B.shape[-1]
     batch, _, heads, head_dim = x.shape
     of_state = (heads, head_dim, state_size)
-    states = (batch, _num_chunks(x, state_size, chunk_size), *of_state) if keeps_states else (0,)
+    num_chunks = -(-x.shape[1] // tiles_of(x, state_size, chunk_size).chunk)
+    states = (batch, num_chunks, *of_state) if keeps_states else (0,)
+    decays = decays_like(x)
     rotated = inputs.B.shape if keeps_states and inputs.cos is not None else (0,)
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
         torch.empty(batch, *of_state, dtype=torch.float32, device=x.device),
         torch.empty(states, dtype=x.dtype, device=x.device),
+        *(decays if keeps_states else (decay.new_empty(0) for decay in decays)),
         *(torch.empty(rotated, dtype=x.dtype, device=x.device) for _ in range(2)),
     )
 
@@ -102,17 +101,19 @@ def _forward(
     chunk_size: int | None,
     keeps_states: bool,
     code: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from transxssm.ops.ssd.triton.launch import forward, rotate, tiles_of
 
     inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx)
     tiles = tiles_of(x, B.shape[-1], chunk_size)
     rotated_B, rotated_C = rotate(inputs)
-    y, final_state, states, no_B, no_C = _outputs(*inputs[:7], None, None, seq_idx, chunk_size, True, code)
-    forward(inputs._replace(B=rotated_B, C=rotated_C), y, final_state, states, tiles)
+    y, final_state, states, times, sums, no_B, no_C = _outputs(*inputs[:7], None, None, seq_idx, chunk_size, True, code)
+    forward(inputs._replace(B=rotated_B, C=rotated_C), y, final_state, states, (times, sums), tiles)
     if not keeps_states:
-        return y, final_state, states.new_empty(0), no_B, no_C
-    return y, final_state, states, *((no_B, no_C) if cos is None else (rotated_B, rotated_C))
+        return y, final_state, states.new_empty(0), times.new_empty(0), sums.new_empty(0), no_B, no_C
+    if cos is None:
+        return y, final_state, states, times, sums, no_B, no_C
+    return y, final_state, states, times, sums, rotated_B, rotated_C
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
@@ -136,30 +137,34 @@ def _backward_of(
     grad_y: Tensor,
     grad_state: Tensor | None,
     states: Tensor,
+    times: Tensor,
+    sums: Tensor,
     chunk_size: int | None,
     code: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from transxssm.ops.ssd.triton.launch import backward, tiles_of
 
     inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx)
-    return backward(inputs, grad_y, grad_state, states, tiles_of(x, B.shape[-1], chunk_size))
+    return backward(inputs, grad_y, grad_state, states, (times, sums), tiles_of(x, B.shape[-1], chunk_size))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.chunk_size, _, ctx.code = inputs
     given = ScanInputs(*tensors)
     if given.cos is not None:
-        given = given._replace(B=output[3], C=output[4])
-    ctx.save_for_backward(*given, output[2])
+        given = given._replace(B=output[5], C=output[6])
+    ctx.save_for_backward(*given, *output[2:5])
     ctx.set_materialize_grads(False)  # a gradient of zeros for the states would be as large as they are
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *tensors, states = ctx.saved_tensors
+    *tensors, states, times, sums = ctx.saved_tensors
     inputs = ScanInputs(*tensors)
     if grad_y is None:
         grad_y = torch.zeros_like(inputs.x)
-    *grads, grad_D, grad_initial = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, ctx.code)
+    *grads, grad_D, grad_initial = _scan_backward(
+        *(*inputs, grad_y, grad_state, states, times, sums, ctx.chunk_size, ctx.code)
+    )
     return (
         *grads,
         None if inputs.D is None else grad_D,
