@@ -38,6 +38,7 @@ OPTIONS = (
     "attention_output_gate",
     "sliding_window",
     "length_scaling_base",
+    "rope_type",
 )
 
 

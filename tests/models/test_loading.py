@@ -31,7 +31,7 @@ FLOAT32_NAMES = ("A_log", "dt_bias", "D")  # these set the decays, whose errors 
 
 
 def is_float32(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in FLOAT32_NAMES
+    return name.rsplit(".", 1)[-1] in FLOAT32_NAMES or ".rotation." in name
 
 
 def edit_checkpoint(folder: Path, remove: str) -> list[str]:
@@ -199,7 +199,8 @@ def test_what_is_kept_in_float32_and_never_split_is_there(variant):
     types = {type(module).__name__ for module in model.modules()}
     assert model._no_split_modules <= types
     kept = model._keep_in_fp32_modules_strict
-    assert kept == ({"dynamics"} if "TransXSSMDynamics" in types else set())
+    classes = {"dynamics": "TransXSSMDynamics", "rotation": "TransXSSMSelectiveRotation"}
+    assert kept == {name for name, module in classes.items() if module in types}
     names = {name for name, _ in model.named_parameters()}
     assert {name for name in names if kept & set(name.split("."))} == {name for name in names if is_float32(name)}
 
@@ -240,6 +241,10 @@ def assert_initialised(model: nn.Module, config: TransXSSMConfig) -> None:
         elif kind == "dt_bias":
             assert (softplus(weight) >= config.ssd_dt_min * (1 - 1e-4)).all(), name
             assert (softplus(weight) <= config.ssd_dt_max * (1 + 1e-4)).all(), name
+        elif ".rotation." in name and kind != "down_weight":  # φ = 1, which is fixed RoPE
+            started = torch.zeros_like(weight)
+            started[:, -1] = 1 if kind == "conv_weight" else 0
+            assert torch.equal(weight, started), name
         elif kind in ("D", "B_bias", "C_bias") or "norm" in name:
             assert (weight == 1).all(), name
         elif kind == "conv_weight":
@@ -294,6 +299,7 @@ def test_rates_and_steps_are_spread_over_their_whole_range():
         *(("mamba2", name) for name in ("ssd.A_log", "ssd.dt_bias", "ssd.D", "ssd.conv_weight", "mlp.up_proj.weight")),
         *(("normed", name) for name in ("ssd.B_norm.weight", "ssd.C_bias", "self_attn.k_norm.weight")),
         *(("gated", name) for name in ("ssd.z_proj.weight", "ssd.norm.weight")),
+        *(("selective", name) for name in ("rotation.down_weight", "rotation.conv_weight")),
     ],
 )
 def test_a_missing_key_is_initialised_and_the_others_stay(variant, missing, tmp_path):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from tests.models.tiny import tiny_config, tokens
 from tests.tolerances import assert_close
 from transxssm.models import TransXSSMForCausalLM, ssd_mixer
+from transxssm.models.linear import at_least_float32
 from transxssm.models.positions import Positions
-from transxssm.models.ssd_mixer import TransXSSMSSDMixer, at_least_float32
+from transxssm.models.ssd_mixer import TransXSSMSSDMixer
 from transxssm.ops import rotary_cos_sin, rotary_frequencies
 from transxssm.ops.ssd import ssd_chunk_scan, ssd_recurrence
 

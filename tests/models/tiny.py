@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from transxssm import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.models.ssd_mixer import name_in_checkpoints
 
 VOCAB_SIZE = 97
@@ -45,6 +46,13 @@ VARIANTS = {
     "partly_rotated": {"ssd_partial_rotary_factor": 0.5, "attention_position_embedding": "none"},
     "mamba2": MAMBA2,
     "all_ssd_mamba2": {"layer_types": ["linear_attention"] * 3, **MAMBA2},
+    "selective": {
+        "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 4,
+        "num_key_value_heads": 2,
+        "ssd_partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_type": "selective", "rank": 3, "kernel_size": 3, "gate": True},
+    },
     "everything": {
         "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
         "sliding_window": 4,
@@ -80,7 +88,12 @@ def tiny_config(variant: str = "hybrid", **overrides) -> TransXSSMConfig:
 def tiny_model(variant: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides) -> TransXSSMForCausalLM:
     """A model of a variant in evaluation mode; the same weights at every call. In float64 the laws hold to 1e-10."""
     torch.manual_seed(1)
-    return TransXSSMForCausalLM(tiny_config(variant, **overrides)).to(dtype).eval()
+    model = TransXSSMForCausalLM(tiny_config(variant, **overrides))
+    for module in model.modules():
+        if isinstance(module, TransXSSMSelectiveRotation):  # which begins as a fixed one
+            for weight in module.parameters():
+                nn.init.normal_(weight)
+    return model.to(dtype).eval()
 
 
 def saved_weights(model: TransXSSMForCausalLM) -> dict[str, Tensor]:

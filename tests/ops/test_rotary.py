@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from tests.apple_gpu import OnAppleGPU
 from tests.tolerances import assert_close
-from transxssm.ops import apply_rotary, keep_pairs, rotary, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops import (
+    DocumentBounds,
+    apply_rotary,
+    keep_pairs,
+    rotary,
+    rotary_cos_sin,
+    rotary_frequencies,
+    rotate_by_angles,
+    running_angles,
+    subsample_rotary,
+)
 from transxssm.ops.rotary import rotate_into
 
 POSITIONS = st.integers(0, 131_072)
@@ -185,3 +195,114 @@ def test_a_base_that_is_not_positive_is_refused(theta):
 def test_tables_that_do_not_fit_are_refused(shape, cos_shape, sin_shape, message):
     with pytest.raises(ValueError, match=message):
         apply_rotary(torch.zeros(shape), torch.zeros(cos_shape), torch.zeros(sin_shape))
+
+
+def on_the_circle(angles: torch.Tensor) -> torch.Tensor:
+    """(…, 2): what is left of an angle once whole turns do not count."""
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def bounds_of(lengths: list[int]) -> DocumentBounds:
+    """Of one row of documents."""
+    ends = torch.tensor(lengths).cumsum(0)
+    each = torch.tensor(lengths)
+    return DocumentBounds((ends - each).repeat_interleave(each)[None], (ends - 1).repeat_interleave(each)[None])
+
+
+class TestRunningAngles:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("length", [1, 2, 97])
+    def test_are_sums_of_turns(self, length, dtype, device):
+        turns = torch.randn(3, length, 5, device=device, dtype=dtype).requires_grad_()
+        initial = torch.randn(3, 5, device=device, dtype=dtype).requires_grad_()
+        incoming = torch.randn(3, length, 5, 2, device=device, dtype=dtype)
+        angles, state = running_angles(turns, initial=initial)
+        expected = initial[:, None] + 2 * math.pi * turns.double().cumsum(1)
+        assert angles.dtype == dtype
+        assert state.abs().max() <= math.pi * (1 + 1e-6)
+        assert_close(on_the_circle(angles), on_the_circle(expected), dtype)
+        assert_close(on_the_circle(state), on_the_circle(expected[:, -1]), dtype)
+        results = [
+            torch.autograd.grad(on_the_circle(each.to(dtype)), (turns, initial), incoming)
+            for each in (angles, expected)
+        ]
+        for actual, wanted in zip(*results, strict=True):
+            assert_close(actual, wanted, dtype, num_ops=4)
+
+    def test_gradient_of_the_state_is_that_of_the_last_angle(self):
+        turns, initial = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+        bounds = DocumentBounds(*(each.expand(2, -1) for each in bounds_of([4, 3])))
+
+        def states(turns, initial):
+            return on_the_circle(running_angles(turns, initial=initial, bounds=bounds)[1])
+
+        assert torch.autograd.gradcheck(states, (turns.requires_grad_(), initial.requires_grad_()))
+
+    def test_a_million_tokens_lose_nothing(self):
+        """Summed in float32 as they are, the same steps are off by a tenth of a radian and more."""
+        turns = torch.rand(1, 2**20, 3) * torch.tensor([1.0, 1e-2, 1e-4])
+        expected = on_the_circle(2 * math.pi * turns.double().cumsum(1))
+        whole, _ = running_angles(turns)
+        state, parts = None, []
+        for part in turns.split(2**17 + 1, dim=1):
+            angles, state = running_angles(part, initial=state)
+            parts.append(angles)
+        summed_in_float32 = torch.from_numpy(turns.numpy().cumsum(1, dtype=np.float32))
+        assert (on_the_circle(whole) - expected).abs().max() < 1e-5
+        assert (on_the_circle(torch.cat(parts, dim=1)) - expected).abs().max() < 1e-5
+        assert (on_the_circle(2 * math.pi * summed_in_float32) - expected).abs().max() > 0.1
+
+    @pytest.mark.parametrize("lengths", [[1, 1, 5], [4, 4], [8], [3, 2, 1, 2]])
+    def test_documents_are_separate(self, lengths):
+        turns = torch.randn(1, sum(lengths), 3, dtype=torch.float64, requires_grad=True)
+        initial = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+        packed, state = running_angles(turns, initial=initial, bounds=bounds_of(lengths))
+        first, *others = turns.split(lengths, dim=1)
+        alone = [running_angles(first, initial=initial), *map(running_angles, others)]
+        separate = torch.cat([angles for angles, _ in alone], dim=1)
+        incoming = torch.randn(*packed.shape, 2, dtype=torch.float64)
+        assert_close(on_the_circle(packed), on_the_circle(separate), torch.float64)
+        assert_close(on_the_circle(state), on_the_circle(alone[-1][1]), torch.float64)
+        results = [
+            torch.autograd.grad(on_the_circle(angles), (turns, initial), incoming) for angles in (packed, separate)
+        ]
+        for actual, wanted in zip(*results, strict=True):
+            assert_close(actual, wanted, torch.float64)
+
+    def test_refuses_half_precision(self):
+        with pytest.raises(ValueError, match=r"turns must be float32 or float64.*bfloat16"):
+            running_angles(torch.zeros(1, 2, 3, dtype=torch.bfloat16))
+
+
+class TestRotateByAngles:
+    @pytest.mark.parametrize("num_pairs", [1, 3, 4])
+    def test_is_the_rotation_of_each_group_of_heads(self, num_pairs, device):
+        x = torch.randn(2, 5, 6, 8, dtype=torch.float64, device=device, requires_grad=True)
+        angles = torch.randn(2, 5, 3, num_pairs, dtype=torch.float64, device=device, requires_grad=True)
+        rotated = rotate_by_angles(x, angles)
+        one_by_one = []
+        for head in range(6):
+            table = torch.zeros(2, 5, 4, dtype=torch.float64, device=device)
+            table[..., :num_pairs] = angles[:, :, head // 2]
+            one_by_one.append(apply_rotary(x[:, :, head : head + 1], table.cos(), table.sin()))
+        expected = torch.cat(one_by_one, dim=2)
+        assert_close(rotated, expected, torch.float64)
+        incoming = torch.randn_like(rotated)
+        results = [torch.autograd.grad(each, (x, angles), incoming) for each in (rotated, expected)]
+        for actual, wanted in zip(*results, strict=True):
+            assert_close(actual, wanted, torch.float64)
+
+    def test_adding_an_angle_to_all_tokens_changes_no_product(self):
+        """The law of shifts, of angles that depend on tokens."""
+        c, b = (torch.randn(1, 4, 2, 8, dtype=torch.float64) for _ in range(2))
+        angles = torch.randn(1, 4, 1, 4, dtype=torch.float64)
+        products = [
+            torch.einsum("bshn,bthn->bhst", rotate_by_angles(c, each), rotate_by_angles(b, each))
+            for each in (angles, angles + torch.randn(4, dtype=torch.float64))
+        ]
+        assert_close(products[1], products[0], torch.float64)
+
+    def test_refuses_heads_and_widths_that_do_not_fit(self):
+        for shape in [(1, 2, 3, 8), (1, 2, 4, 4), (1, 3, 4, 8)]:
+            with pytest.raises(ValueError, match=r"angles of shape .1, 2, 2, 4. rotate"):
+                rotate_by_angles(torch.zeros(shape), torch.zeros(1, 2, 2, 4))

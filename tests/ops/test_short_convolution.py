@@ -172,11 +172,28 @@ def test_keeps_what_an_operator_promises(packed):
     history, weight, bias = torch.randn(2, 12, 8), torch.randn(8, 4), torch.randn(8)
     documents = torch.arange(2).repeat_interleave(6).expand(2, -1).contiguous() if packed else None
     leaves = [tensor.requires_grad_() for tensor in (history, weight, bias)]
-    torch.library.opcheck(module._convolution, (*leaves, documents))
     grad = torch.randn(2, 9, 8)
-    torch.library.opcheck(
-        module._convolution_backward, (grad, *(leaf.detach() for leaf in leaves), documents), test_utils=PROMISES
-    )
+    detached = [leaf.detach() for leaf in leaves]
+    for activation in ("silu", None):
+        torch.library.opcheck(module._convolution, (*leaves, documents, activation))
+        torch.library.opcheck(
+            module._convolution_backward, (grad, *detached, documents, activation), test_utils=PROMISES
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
+def test_without_an_activation_it_is_the_sum_itself(packed, device):
+    """Values and gradients: silu of what it gives is what it gives with the activation."""
+    numbers = torch.tensor([[0] * 5 + [1] * 2 + [2] * 6], device=device).expand(2, -1) if packed else None
+
+    def silu_outside(x, weight, state):
+        y, new_state = short_convolution(x, weight, initial_state=state, seq_idx=numbers, activation=None)
+        return F.silu(y), new_state
+
+    def silu_inside(x, weight, state):
+        return short_convolution(x, weight, initial_state=state, seq_idx=numbers)
+
+    assert_equal_results(silu_outside, silu_inside, inputs(13, 4, device=device), torch.float64)
 
 
 @given(left=st.integers(0, 6), right=st.integers(0, 6), kernel=st.integers(1, 5), length=st.integers(1, 7))

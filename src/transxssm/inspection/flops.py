@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from transxssm.inspection.parameters import AttentionLayer, layers_of
 from transxssm.models.baselines import language_model_on_meta
+from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 # The backward pass has two products for each of the forward pass: one for the input's gradient, one for the weight's. Nothing is
@@ -63,12 +64,16 @@ def flops_per_token(config: PreTrainedConfig, context: int) -> Flops:
                 head_dim=layer.head_dim,
                 state_size=layer.state_size,
             )
-    linear = sum(
-        2 * module.weight.numel()
-        for module in language_model_on_meta(config).modules()
-        if isinstance(module, nn.Linear)
-    )
+    linear = sum(2 * _num_weights(module) for module in language_model_on_meta(config).modules())
     return Flops(linear, attention, ssd)
+
+
+def _num_weights(module: nn.Module) -> int:
+    """Of the matrices that a module itself multiplies with."""
+    if isinstance(module, TransXSSMSelectiveRotation):
+        gate = 0 if module.gate_weight is None else module.gate_weight.numel()
+        return module.down_weight.numel() + module.up_weight.numel() + gate
+    return module.weight.numel() if isinstance(module, nn.Linear) else 0
 
 
 def mean_keys(context: int, window: int | None = None) -> float:

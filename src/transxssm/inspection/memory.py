@@ -12,6 +12,8 @@ from transformers import Mamba2Config, PreTrainedConfig
 
 from transxssm.inspection.parameters import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
+from transxssm.models.baselines import language_model_on_meta
+from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.ops.csrc import arena_bytes, has_bf16_gemm
 from transxssm.ops.devices import ELEMENTS_PER_BLOCK, has_fast_products
 from transxssm.ops.dispatch import cpp_refusal, cpp_shortfall
@@ -29,7 +31,7 @@ class CacheBytes(NamedTuple):
     """What one sequence keeps between two tokens."""
 
     kv: int  # keys and values of attention layers
-    state: int  # states of SSD layers, with their convolutions' last inputs
+    state: int  # states of SSD layers, with their convolutions' last inputs; running angles of all layers
 
     @property
     def total(self) -> int:
@@ -53,6 +55,10 @@ def cache_bytes(config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -
             x_size = layer.num_heads * layer.head_dim
             channels = x_size + 2 * layer.num_groups * layer.state_size
             state += FLOAT32 * x_size * layer.state_size + dtype.itemsize * channels * layer.conv_state_size
+    if isinstance(config, TransXSSMConfig) and config.is_selective:
+        for module in language_model_on_meta(config).modules():
+            if isinstance(module, TransXSSMSelectiveRotation):  # the angles, and a number less than its taps of inputs
+                state += FLOAT32 * module.conv_weight.numel()
     return CacheBytes(kv, state)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -18,11 +18,13 @@ from transxssm.models.context_parallel import attention_in_parts
 from transxssm.models.linear import apply_linear, apply_linears
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import FirstKeys, Positions
+from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.ops import (
     apply_rotary,
     causal_attention,
     has_attention_kernels,
     has_single_query_attention,
+    rotate_by_angles,
     single_query_attention,
 )
 
@@ -54,6 +56,9 @@ class TransXSSMAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = TransXSSMRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = TransXSSMRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.rotation = None
+        if config.is_selective and config.rotates_attention:
+            self.rotation = TransXSSMSelectiveRotation(config, config.num_key_value_heads, self.head_dim // 2)
 
     def forward(
         self,
@@ -61,6 +66,7 @@ class TransXSSMAttention(nn.Module):
         positions: Positions,
         attention_mask: Tensor | FirstKeys | None,
         past_key_values: Cache | None = None,
+        angle_state: LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
@@ -72,6 +78,9 @@ class TransXSSMAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             q = (q * positions.length_scale[..., None, None]).to(q.dtype)
+        if self.rotation is not None and positions.attention_frequencies is not None:
+            angles = self.rotation(hidden_states, positions.attention_frequencies, positions, angle_state)
+            q, k = rotate_by_angles(q, angles), rotate_by_angles(k, angles)
         if positions.attention_rotary is not None:
             q, k = apply_rotary(q, *positions.attention_rotary), apply_rotary(k, *positions.attention_rotary)
         q, k = q.transpose(1, 2), k.transpose(1, 2)

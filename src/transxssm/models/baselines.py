@@ -22,9 +22,9 @@ from transformers import initialization as init
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from transxssm.models.configuration_transxssm import ATTENTION_LAYER_TYPES, TransXSSMConfig
+from transxssm.models.configuration_transxssm import ATTENTION_LAYER_TYPES, SELECTIVE_ROPE_TYPE, TransXSSMConfig
+from transxssm.models.linear import at_least_float32
 from transxssm.models.modeling_transxssm import TransXSSMForCausalLM
-from transxssm.models.ssd_mixer import at_least_float32
 from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.ssd import ssd_chunk_scan
 
@@ -65,7 +65,7 @@ def llama_config(config: TransXSSMConfig) -> LlamaConfig:
             **_attention_fields(config),
             num_hidden_layers=config.num_hidden_layers,
             intermediate_size=intermediate_size,
-            rope_parameters=copy.deepcopy(config.rope_parameters),
+            rope_parameters=_fixed_rotation(config),
         )
 
     return _match_width("llama", with_width, config)
@@ -88,7 +88,7 @@ def jamba_config(config: TransXSSMConfig) -> BambaConfig:
             num_hidden_layers=config.num_hidden_layers,
             intermediate_size=intermediate_size,
             attn_layer_indices=[i for i, kind in enumerate(config.layer_types) if kind in ATTENTION_LAYER_TYPES],
-            rope_parameters={**(config.rope_parameters or {}), "partial_rotary_factor": 1.0},
+            rope_parameters={**_fixed_rotation(config), "partial_rotary_factor": 1.0},
             mamba_n_heads=num_heads,
             mamba_d_head=config.ssd_head_dim,
             mamba_d_state=config.ssd_state_size,
@@ -192,6 +192,14 @@ def _attention_fields(config: TransXSSMConfig) -> dict[str, Any]:
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_dropout")
     fields = {name: getattr(config, name) for name in names}
     return fields | {"max_position_embeddings": max(config.max_position_embeddings, _LONGEST)}
+
+
+def _fixed_rotation(config: TransXSSMConfig) -> dict[str, Any]:
+    """The hybrid's rotation by position, without what it may add to it."""
+    rope = copy.deepcopy(config.rope_parameters or {})
+    if rope.get("rope_type") != SELECTIVE_ROPE_TYPE:
+        return rope
+    return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
 
 
 def _mamba2_heads(config: TransXSSMConfig) -> int:

@@ -66,8 +66,8 @@ class TransXSSMCache(DynamicCache):
         """
         if tokens_to_remove and any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             raise ValueError(
-                f"crop({tokens_to_remove}) would take back tokens that the states of SSD layers have summed: keep a copy.deepcopy of the "
-                "cache from before them, or run the text again"
+                f"crop({tokens_to_remove}) would take back tokens that the states of SSD layers, or running angles, have summed: keep a "
+                "copy.deepcopy of the cache from before them, or run the text again"
             )
         length = self.get_seq_length() - abs(tokens_to_remove)
         if self.document_start is not None and bool((self.document_start > length).any()):
@@ -276,6 +276,16 @@ def ssd_state_of(cache: Cache | None, layer_idx: int) -> LinearAttentionLayer | 
             "(PEFT's prefix tuning makes keys and values for every layer, and an SSD layer has none: use prompt tuning)"
         )
     return part
+
+
+def angle_states_of(cache: Cache | None, num_layers: int) -> list[LinearAttentionLayer] | None:
+    """The last inputs and the running angle of each layer's selective rotation, which any cache keeps behind the model's own layers: they
+    are reset, reordered, repeated and moved with them."""
+    if cache is None:
+        return None
+    while len(cache.layers) < 2 * num_layers:
+        cache.layers.append(StateLayer())
+    return cache.layers[num_layers:]
 
 
 def read_ssd_state(cached: LinearAttentionLayer | None) -> tuple[Tensor | None, Tensor | None]:

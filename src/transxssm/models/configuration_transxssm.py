@@ -25,6 +25,8 @@ SSD_LAYER_TYPE = "linear_attention"  # the name under which transformers caches 
 LAYERS_PER_MODULE = 8  # 7 SSD layers, then 1 attention layer (Section 3)
 _GIVEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SELECTIVE_ROPE_TYPE = "selective"
+_SELECTIVE_DEFAULTS = {"rank": 16, "kernel_size": 4, "gate": False}
 
 _PAPERS_PRESETS: dict[str, dict[str, Any]] = {
     # For five minutes on a laptop's CPU; the vocabulary is the tokenizer's.
@@ -97,7 +99,9 @@ class TransXSSMConfig(PreTrainedConfig):
         ssd_dt_min, ssd_dt_max, ssd_dt_floor: time steps start log-uniform in [min, max], at least floor.
         length_scaling_base: base of the factor max(1, log_base n) on C and Q at position n − 1 (Appendix A, end); the mean length
             in training. Defaults to no scaling.
-        rope_parameters: Hugging Face's; rope_type "default", "linear", "llama3" or "yarn".
+        rope_parameters: Hugging Face's; rope_type "default", "linear", "llama3" or "yarn", or "selective": every layer that rotates adds
+            running angles of its own, which depend on its input, with the keys rank (of their projection, by default 16), kernel_size (of
+            their convolution, 4) and gate (for every head, false); see `TransXSSMSelectiveRotation`.
 
     Raises:
         ValueError: sizes that do not fit each other; "dynamic" or "longrope" RoPE.
@@ -217,6 +221,16 @@ class TransXSSMConfig(PreTrainedConfig):
         return self.has_attention and self.attention_position_embedding == "rope"
 
     @property
+    def rope_type(self) -> str:
+        """That of `rope_parameters`."""
+        return str((self.rope_parameters or {}).get("rope_type", "default"))
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether rotations depend on the tokens: `TransXSSMSelectiveRotation`."""
+        return bool(self._rotated_widths()) and self.rope_type == SELECTIVE_ROPE_TYPE
+
+    @property
     def ssd_num_rotated_pairs(self) -> int:
         """Of the ssd_state_size / 2 pairs of a state, how many rotate where states do."""
         return round(self.ssd_partial_rotary_factor * self.ssd_state_size / 2)
@@ -235,7 +249,7 @@ class TransXSSMConfig(PreTrainedConfig):
         self._check_rope()
         rope = self.rope_parameters or {}
         with torch.device("cpu"):  # real numbers even while a model is laid out on the meta device
-            if rope.get("rope_type", "default") == "default":
+            if self.rope_type in ("default", SELECTIVE_ROPE_TYPE):
                 return rotary_frequencies(self.rotary_width, rope["rope_theta"]).tolist(), 1.0
             table = copy.copy(self)
             table.head_dim = self.rotary_width  # transformers computes a table of this width
@@ -267,8 +281,11 @@ class TransXSSMConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """The rules of the modules that the model has; transformers warns of a rule without a module."""
-        if not self.has_attention:
+        """The rules of the modules that the model has; transformers warns of a rule without a module.
+
+        Attention with a selective rotation is replicated, as SSD layers are: one projection makes the angles of all its heads.
+        """
+        if not self.has_attention or (self.rotates_attention and self.rope_type == SELECTIVE_ROPE_TYPE):
             return self.base_model_tp_plan
         styles = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
         if self.attention_output_gate:
@@ -319,8 +336,12 @@ class TransXSSMConfig(PreTrainedConfig):
                 f"rope_type {name} changes frequencies with the length, but a state summed under old frequencies cannot be "
                 f"rotated again: use one of {', '.join(STATIC_ROPE_TYPES)}"
             )
-        if rope_type not in STATIC_ROPE_TYPES:
-            raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}: got {rope_type!r}")
+        if rope_type not in (*STATIC_ROPE_TYPES, SELECTIVE_ROPE_TYPE):
+            raise ValueError(
+                f"rope_type must be one of {', '.join((*STATIC_ROPE_TYPES, SELECTIVE_ROPE_TYPE))}: got {rope_type!r}"
+            )
+        if rope_type == SELECTIVE_ROPE_TYPE:
+            self._check_selective_rope(rope)
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
                 "partial_rotary_factor must be 1 in rope_parameters, since attention rotates whole heads: "
@@ -332,6 +353,23 @@ class TransXSSMConfig(PreTrainedConfig):
                 "ssd_state_size and head_dim must be even, one a multiple of the other, so that both rotate on one table: "
                 f"got {self.ssd_state_size} and {self.head_dim}"
             )
+
+    def _check_selective_rope(self, rope: dict[str, Any]) -> None:
+        """Completes the keys of a selective rotation, and refuses others."""
+        known = ("rope_type", "rope_theta", "partial_rotary_factor", *_SELECTIVE_DEFAULTS)
+        if unknown := [name for name in rope if name not in known]:
+            raise ValueError(
+                f"rope_parameters of rope_type 'selective' may have {', '.join(known)}: got {', '.join(unknown)}"
+            )
+        self.rope_parameters = rope = {**_SELECTIVE_DEFAULTS, **rope}
+        for name in ("rank", "kernel_size"):
+            if type(rope[name]) is not int or rope[name] < 1:
+                raise ValueError(f"rope_parameters' {name} must be a whole number of at least 1: got {rope[name]!r}")
+        if not isinstance(rope["gate"], bool):
+            raise ValueError(f"rope_parameters' gate must be true or false: got {rope['gate']!r}")
+
+    def _validate_selective_rope_parameters(self, rope: dict[str, Any], ignore_keys: set[str] | None = None) -> None:
+        """What transformers calls for each rope_type by its name; `_check_rope` has checked more."""
 
     def _check_partial_rotation(self) -> None:
         factor, pairs = self.ssd_partial_rotary_factor, self.ssd_state_size / 2

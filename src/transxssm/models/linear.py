@@ -122,6 +122,11 @@ def _plain_weight(module: nn.Module) -> Tensor | None:
     return weight if is_plain else None
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float64 stays; everything below float32 is raised to it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class _FastProducts(TorchFunctionMode):
     """Takes the products of a layer that is not plain, such as those of LoRA's base layer, from `transxssm.ops.linear` too."""
 

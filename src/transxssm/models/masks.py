@@ -41,9 +41,9 @@ def padding_of(
     """
     if not isinstance(attention_mask, Tensor):
         return None
-    if attention_mask.dim() != 2 and SSD_LAYER_TYPE in config.layer_types:
+    if attention_mask.dim() != 2 and (SSD_LAYER_TYPE in config.layer_types or config.is_selective):
         raise ValueError(
-            "attention_mask must have shape (b, cached + t), since SSD layers read pads from it: "
+            "attention_mask must have shape (b, cached + t), since SSD layers and selective rotations read pads from it: "
             f"got {tuple(attention_mask.shape)}; pass seq_idx for packed rows"
         )
     if attention_mask.dim() == 2 and attention_mask.shape[1] != past_length + length:

@@ -28,6 +28,7 @@ from transxssm.models.attention import TransXSSMAttention
 from transxssm.models.cache_transxssm import (
     StaticStatesCache,
     TransXSSMCache,
+    angle_states_of,
     count_tokens,
     has_keys,
     num_cached_tokens,
@@ -42,7 +43,7 @@ from transxssm.models.context_parallel import (
     part_of_group,
     refusal_of_parts,
 )
-from transxssm.models.linear import apply_linear, is_plain_linear
+from transxssm.models.linear import apply_linear, at_least_float32, is_plain_linear
 from transxssm.models.masks import (
     attention_masks,
     documents_of,
@@ -58,13 +59,15 @@ from transxssm.models.positions import (
     Positions,
     Rotary,
     default_positions,
+    document_bounds,
     documents_from_positions,
     has_pads_between,
     last_document_start,
     length_scale,
     local_padding,
 )
-from transxssm.models.ssd_mixer import TransXSSMDynamics, TransXSSMSSDMixer, at_least_float32
+from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
+from transxssm.models.ssd_mixer import TransXSSMDynamics, TransXSSMSSDMixer
 from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
 from transxssm.ops.devices import has_float64
 
@@ -119,6 +122,19 @@ class TransXSSMRotaryEmbedding(nn.Module):
             )
         cos, sin = (torch.cat((table, table), dim=-1).to(x.dtype) for table in attention)
         return cos, sin
+
+    def pair_frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """The frequencies of the pairs that rotate, radians, of SSD layers and of attention; None as in `tables`."""
+        if not self.frequencies:
+            return None, None
+        frequencies = torch.tensor(self.frequencies, dtype=dtype, device=device)
+        width = 2 * len(self.frequencies)
+        ssd = attention = None
+        if self.ssd_dim is not None:
+            ssd = frequencies[:: width // self.ssd_dim][: self.num_rotated_pairs]
+        if self.attention_dim is not None:
+            attention = frequencies[:: width // self.attention_dim]
+        return ssd, attention
 
     def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Rotary | None, Rotary | None]:
         """(cos, sin) for SSD layers and for attention, in `dtype`; None for a kind that isn't there or isn't rotated."""
@@ -188,16 +204,21 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         positions: Positions,
         attention_mask: Tensor | FirstKeys | None = None,
         past_key_values: Cache | LinearAttentionLayer | None = None,
+        angle_state: LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """past_key_values: the cache where the layer attends; where it is an SSD layer its own part of it (`ssd_state_of`)."""
+        """past_key_values: the cache where the layer attends; where it is an SSD layer its own part of it (`ssd_state_of`).
+        angle_state: what the cache keeps of the layer's selective rotation (`angle_states_of`)."""
         normed = self.input_layernorm(hidden_states)
         if self.is_ssd:
-            mixed = self.ssd(normed, positions, past_key_values)
+            mixed = self.ssd(normed, positions, past_key_values, angle_state)
         else:
-            mixed, _ = self.self_attn(normed, positions, attention_mask, past_key_values, **kwargs)
+            mixed, _ = self.self_attn(normed, positions, attention_mask, past_key_values, angle_state, **kwargs)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+_IN_FLOAT32 = (TransXSSMDynamics, TransXSSMSelectiveRotation)  # whatever the dtype of the model
 
 
 class TransXSSMPreTrainedModel(PreTrainedModel):
@@ -222,8 +243,11 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: TransXSSMConfig, *args: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)
-        if SSD_LAYER_TYPE in config.layer_types:  # only what is there may be named
-            self._keep_in_fp32_modules_strict = ["dynamics"]
+        self._keep_in_fp32_modules_strict = []  # only what is there may be named
+        if SSD_LAYER_TYPE in config.layer_types:
+            self._keep_in_fp32_modules_strict.append("dynamics")
+        if config.is_selective:
+            self._keep_in_fp32_modules_strict.append("rotation")
 
     @property
     def _no_split_modules(self) -> set[str]:
@@ -234,12 +258,12 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
         """
         names = self.__dict__.setdefault("_names_of_undivided_modules", {TransXSSMDecoderLayer.__name__})
         dtypes = {weight.dtype for weight in self.parameters() if weight.is_floating_point()}
-        has_dynamics = any(isinstance(module, TransXSSMDynamics) for module in self.modules())
-        return names | {TransXSSMDynamics.__name__} if has_dynamics and len(dtypes) > 1 else names
+        in_float32 = {type(module).__name__ for module in self.modules() if isinstance(module, _IN_FLOAT32)}
+        return names | in_float32 if len(dtypes) > 1 else names
 
     @_no_split_modules.setter
     def _no_split_modules(self, names: Iterable[str]) -> None:
-        self.__dict__["_names_of_undivided_modules"] = set(names) - {TransXSSMDynamics.__name__}
+        self.__dict__["_names_of_undivided_modules"] = set(names) - {module.__name__ for module in _IN_FLOAT32}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
@@ -270,6 +294,14 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
             if module.conv_weight is not None:
                 bound = config.ssd_conv_kernel_size**-0.5  # as torch initialises a depthwise convolution
                 init.uniform_(module.conv_weight, -bound, bound)
+        elif isinstance(module, TransXSSMSelectiveRotation):  # φ = 1
+            init.normal_(module.down_weight, std=config.initializer_range)
+            init.zeros_(module.up_weight)
+            taps = torch.zeros_like(module.conv_weight)
+            taps[:, -1] = 1.0  # of the token itself
+            init.copy_(module.conv_weight, taps)
+            if module.gate_weight is not None:
+                init.zeros_(module.gate_weight)
 
 
 class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
@@ -385,18 +417,28 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             )
         dtype = torch.float64 if inputs_embeds.dtype == torch.float64 else torch.float32
         ssd_rotary, attention_rotary = self.rotary_emb.tables(position_ids, dtype)
+        padding_mask = None
+        if isinstance(attention_mask, dict):
+            padding_mask = attention_mask.get(SSD_LAYER_TYPE)
+        elif context is None:
+            padding_mask = local_padding(padding, length)
         positions = Positions(
             ssd_rotary=ssd_rotary,
             attention_rotary=attention_rotary,
             length_scale=length_scale(position_ids, self.config.length_scaling_base, dtype),
-            padding_mask=attention_mask.get(SSD_LAYER_TYPE)
-            if isinstance(attention_mask, dict)
-            else local_padding(padding, length)
-            if context is None
-            else None,
+            padding_mask=padding_mask,
             seq_idx=seq_idx,
             context=context,
         )
+        angle_states = None
+        if self.config.is_selective:
+            ssd_frequencies, attention_frequencies = self.rotary_emb.pair_frequencies(inputs_embeds.device, dtype)
+            positions = positions._replace(
+                ssd_frequencies=ssd_frequencies,
+                attention_frequencies=attention_frequencies,
+                bounds=None if seq_idx is None else document_bounds(seq_idx, padding_mask),
+            )
+            angle_states = angle_states_of(past_key_values, len(self.layers))
         hidden_states = inputs_embeds
         for index, (layer, layer_type) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             is_ssd = layer_type == SSD_LAYER_TYPE
@@ -405,6 +447,7 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
                 positions=positions,
                 attention_mask=None if is_ssd else masks[layer_type],
                 past_key_values=ssd_state_of(past_key_values, index) if is_ssd else past_key_values,
+                **({} if angle_states is None else {"angle_state": angle_states[index]}),
                 **kwargs,
             )
         if isinstance(past_key_values, TransXSSMCache) and seq_idx is not None:
@@ -417,7 +460,8 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         is_plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
         has_pads = not is_plain or local_padding(attention_mask, length) is not None
         implementation = self.config._attn_implementation if self.config.has_attention else None
-        smallest = max(1, (self.config.ssd_conv_kernel_size or 0) - 1)
+        kernel_sizes = (self.config.ssd_conv_kernel_size, (self.config.rope_parameters or {}).get("kernel_size", 0))
+        smallest = max(1, *(size - 1 for size in kernel_sizes))
         refusal = refusal_of_parts(part, length, smallest, has_pads, cache is not None, implementation)
         if refusal is not None:
             raise ValueError(refusal)
@@ -608,8 +652,8 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             masks = create_masks_for_generate(
                 config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
             )
-        if (
-            attention_mask is not None and SSD_LAYER_TYPE in masks
+        if attention_mask is not None and (
+            SSD_LAYER_TYPE in masks or config.is_selective
         ):  # transformers drops it where there is one token, which may be a pad
             masks[SSD_LAYER_TYPE] = local_padding(attention_mask, inputs_embeds.shape[1])
         return masks
@@ -622,10 +666,12 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the model is to assist another one, and has SSD layers.
         """
-        if generation_config.is_assistant and SSD_LAYER_TYPE in self.config.layer_types:
+        has_states = SSD_LAYER_TYPE in self.config.layer_types
+        if generation_config.is_assistant and (has_states or self.config.is_selective):
             raise ValueError(
                 "an assistant takes back the tokens that are not accepted, and a state that has summed a token cannot be put back: got a "
-                f"{type(self).__name__} with SSD layers as assistant_model; expected a model of attention layers alone"
+                f"{type(self).__name__} with {'SSD layers' if has_states else 'selective rotations'} as assistant_model; "
+                "expected a model of attention layers alone, with fixed rotations"
             )
         kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
         if generation_config.use_cache is not False and given is None and kind in (None, "dynamic"):

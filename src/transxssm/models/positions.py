@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from transxssm.models.context_parallel import ContextPart
+from transxssm.ops import DocumentBounds
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -32,6 +33,10 @@ class Positions(NamedTuple):
     padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
     seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
     context: ContextPart | None = None  # other parts of the rows, where processes share them
+    # Of selective rotations: the frequencies of the pairs of a state and of a head, radians, and where packed documents begin and end.
+    ssd_frequencies: Tensor | None = None  # (up to n/2,)
+    attention_frequencies: Tensor | None = None  # (d/2,)
+    bounds: DocumentBounds | None = None
 
 
 def default_positions(
@@ -61,6 +66,22 @@ def document_begins(seq_idx: Tensor, index: Tensor) -> Tensor:
     """(b, t): the place, of those in `index` (1, t), at which each token's document begins; 0 for that of the first token."""
     restarts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     return (index * restarts).cummax(dim=1).values
+
+
+def document_bounds(seq_idx: Tensor, padding: Tensor | None) -> DocumentBounds:
+    """Where each token's document begins and ends in its row. Pads before a row's first token are of its document.
+
+    Args:
+        seq_idx: (b, t), non-decreasing.
+        padding: (b, t), 0 at pads.
+    """
+    index = torch.arange(seq_idx.shape[1], device=seq_idx.device)[None]
+    if padding is not None:
+        first_token = padding.bool().int().argmax(dim=1, keepdim=True)  # (b, 1)
+        seq_idx = torch.where(index < first_token, seq_idx.gather(1, first_token), seq_idx)
+    ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1), value=True)
+    last = torch.where(ends, index, seq_idx.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return DocumentBounds(document_begins(seq_idx, index), last)
 
 
 def first_keys_in(

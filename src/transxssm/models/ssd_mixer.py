@@ -17,10 +17,11 @@ from transformers.cache_utils import LinearAttentionLayer
 from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.context_parallel import inputs_before, state_before
-from transxssm.models.linear import HALF_PRECISION, apply_linear, apply_linears
+from transxssm.models.linear import HALF_PRECISION, apply_linear, apply_linears, at_least_float32
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
-from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
+from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
+from transxssm.ops import rotate_by_angles, short_convolution, ssd_chunk_scan, ssd_step, ssd_step_, swiglu
 from transxssm.ops.ssd.parts import add_state_before
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,9 @@ class TransXSSMSSDMixer(nn.Module):
             self.z_proj = nn.Linear(config.hidden_size, x_size, bias=False)
             self.norm = TransXSSMRMSNorm(x_size, eps=config.rms_norm_eps)
         self.dynamics = TransXSSMDynamics(self.num_heads, has_skip=config.ssd_skip)
+        self.rotation = None
+        if config.is_selective and config.rotates_ssd:
+            self.rotation = TransXSSMSelectiveRotation(config, self.num_groups, config.ssd_num_rotated_pairs)
 
     @property
     def A_log(self) -> nn.Parameter:
@@ -112,7 +116,11 @@ class TransXSSMSSDMixer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
-        self, hidden_states: Tensor, positions: Positions, cached: LinearAttentionLayer | None = None
+        self,
+        hidden_states: Tensor,
+        positions: Positions,
+        cached: LinearAttentionLayer | None = None,
+        angle_state: LinearAttentionLayer | None = None,
     ) -> Tensor:
         batch, length, _ = hidden_states.shape
         state, conv_state = read_ssd_state(cached)
@@ -142,6 +150,9 @@ class TransXSSMSSDMixer(nn.Module):
         B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
+        if self.rotation is not None and positions.ssd_frequencies is not None:  # and the scan rotates by position
+            angles = self.rotation(hidden_states, positions.ssd_frequencies, positions, angle_state)
+            B, C = rotate_by_angles(B, angles), rotate_by_angles(C, angles)
         dtype = x.dtype
         if self.scan_in_fp32:
             x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
@@ -199,8 +210,3 @@ def warn_of_rounded_decays(dtype: torch.dtype) -> None:
         "float32; load the model in float32, or give FSDP a MixedPrecisionPolicy with output_dtype=None",
         dtype,
     )
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """float64 stays; everything below float32 is raised to it."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -6,7 +6,16 @@ from transxssm.ops.explain import explain
 from transxssm.ops.linear import linear
 from transxssm.ops.linear_cross_entropy import linear_cross_entropy
 from transxssm.ops.rms_norm import rms_norm
-from transxssm.ops.rotary import apply_rotary, keep_pairs, rotary_cos_sin, rotary_frequencies, subsample_rotary
+from transxssm.ops.rotary import (
+    DocumentBounds,
+    apply_rotary,
+    keep_pairs,
+    rotary_cos_sin,
+    rotary_frequencies,
+    rotate_by_angles,
+    running_angles,
+    subsample_rotary,
+)
 from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.single_query_attention import has_single_query_attention, single_query_attention
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step, ssd_step_
@@ -14,6 +23,7 @@ from transxssm.ops.swiglu import swiglu
 
 __all__ = [
     "Choice",
+    "DocumentBounds",
     "SSDBackend",
     "apply_rotary",
     "causal_attention",
@@ -26,6 +36,8 @@ __all__ = [
     "rms_norm",
     "rotary_cos_sin",
     "rotary_frequencies",
+    "rotate_by_angles",
+    "running_angles",
     "short_convolution",
     "single_query_attention",
     "ssd_chunk_scan",

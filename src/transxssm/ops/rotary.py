@@ -1,10 +1,16 @@
 """Unified RoPE: one rotation for attention's Q and K and for the state-space layers' C and B.
 
-Letters: b batch, t time, h heads (or groups), d width of a head (head_dim in attention, state size in an SSD layer).
+Letters: b batch, t time, h heads, g groups of heads that rotate alike, d width of a head (head_dim in attention, state size in an SSD
+layer), e angles of a token.
 """
 
+import math
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from transxssm.ops.devices import has_float64
 
@@ -154,3 +160,97 @@ def keep_pairs(rotary: tuple[Tensor, Tensor], num_pairs: int) -> tuple[Tensor, T
         return rotary
     stands = torch.arange(cos.shape[-1], device=cos.device) >= num_pairs
     return cos.masked_fill(stands, 1.0), sin.masked_fill(stands, 0.0)
+
+
+class DocumentBounds(NamedTuple):
+    """Where the documents of packed rows begin and end."""
+
+    first: Tensor  # (b, t) int64: the place in the row of the first token of each token's document
+    last: Tensor  # (b, t) int64: of its last token
+
+
+def running_angles(
+    turns: Tensor, *, initial: Tensor | None = None, bounds: DocumentBounds | None = None
+) -> tuple[Tensor, Tensor]:
+    """Running angles 2π Σ_{s ≤ t} turns_s, in radians and modulo 2π, of a rotation whose steps depend on the tokens.
+
+    The sum is one of fixed-point fractions of a turn, whose integers wrap around where an angle does: it is exact whatever the length, so
+    that a million tokens lose nothing, and the same in whatever parts it is formed.
+
+    Args:
+        turns: (b, t, e) steps, as fractions of a turn; float32 or float64. 0 at pads.
+        initial: (b, e) radians before the first token, of the first token's document. Defaults to 0.
+        bounds: of the documents of packed rows, each of which begins at angle 0. Defaults to one document a row.
+
+    Returns:
+        angles: (b, t, e) in turns' dtype, within some turns of 0; state: (b, e), that of the last token in [−π, π].
+
+    Raises:
+        ValueError: turns are of another dtype.
+    """
+    if turns.dtype not in _FIXED_POINT:
+        raise ValueError(f"turns must be float32 or float64, in which angles are summed: got {turns.dtype}")
+    first, last = (None, None) if bounds is None else bounds
+    angles: Tensor = _RunningAngles.apply(turns, first, last)
+    if initial is not None:
+        before = initial.to(turns.dtype)[:, None]
+        if first is not None:
+            before = before * (first == 0)[..., None].to(turns.dtype)
+        angles = angles + before
+    state = angles[:, -1]
+    return angles, state - 2 * math.pi * (state.detach() / (2 * math.pi)).round()
+
+
+# Of each dtype the integers and their bits, and the bits of a fraction of a turn: as many as its mantissa can use, and fewer than the
+# integers have, so that half a turn is one of them.
+_FIXED_POINT = {torch.float32: (torch.int32, 32, 31), torch.float64: (torch.int64, 64, 52)}
+
+
+class _RunningAngles(torch.autograd.Function):
+    @staticmethod
+    def forward(turns: Tensor, first: Tensor | None, last: Tensor | None) -> Tensor:
+        integers, num_bits, fraction_bits = _FIXED_POINT[turns.dtype]
+        steps = ((turns - turns.round()) * 2.0**fraction_bits).round().to(integers)
+        sums = steps.cumsum(1, dtype=integers)
+        if first is not None:
+            sums = sums - (sums - steps).gather(1, first[..., None].expand_as(sums))
+        # Whole turns leave at the top, and the sign is that of the angle.
+        return (sums << (num_bits - fraction_bits)).to(turns.dtype) * (2 * math.pi * 0.5**num_bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
+        _, _, last = inputs
+        ctx.save_for_backward(last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (last,) = ctx.saved_tensors
+        sums = grad.flip(1).cumsum(1).flip(1)  # of each token's angle and all later ones
+        if last is not None:
+            sums = sums - (sums - grad).gather(1, last[..., None].expand_as(sums))
+        return 2 * math.pi * sums, None, None
+
+
+def rotate_by_angles(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate each group of heads by angles of its own, in the half-split layout of `apply_rotary`.
+
+    Args:
+        x: (b, t, h, d).
+        angles: (b, t, g, up to d/2) radians, the first pairs'; h % g == 0. Pairs without an angle are not rotated.
+
+    Returns:
+        Rotated x, of x's shape and dtype; the products are formed in the precision of angles.
+
+    Raises:
+        ValueError: the widths or the numbers of heads do not fit.
+    """
+    num_groups, num_pairs = angles.shape[-2:]
+    if x.shape[:2] != angles.shape[:2] or x.shape[2] % num_groups or x.shape[-1] % 2 or 2 * num_pairs > x.shape[-1]:
+        raise ValueError(
+            f"angles of shape {tuple(angles.shape)} rotate (b, t, a multiple of {num_groups} heads, {2 * num_pairs} or more): "
+            f"got x of shape {tuple(x.shape)}"
+        )
+    angles = F.pad(angles, (0, x.shape[-1] // 2 - num_pairs))[:, :, :, None]  # (b, t, g, 1, d/2)
+    grouped = x.unflatten(2, (num_groups, -1))  # (b, t, g, h/g, d)
+    return rotate(grouped, angles.cos(), angles.sin()).to(x.dtype).flatten(2, 3)

@@ -6,7 +6,7 @@ product for every tap passes over the whole sequence each time. The few outputs 
 Letters: b batch, t time, e channels, k kernel size.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ def short_convolution(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
+    activation: Literal["silu"] | None = "silu",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution, y_t = silu(Σ_j w_j x_{t−(k−1)+j} + bias), over tokens of the same document, without pads.
@@ -41,6 +42,7 @@ def short_convolution(
         initial_state: (b, k−1, e), the inputs before the first token, of the first token's document. Defaults to zeros.
         seq_idx: (b, t) integers, non-decreasing: documents of a packed row.
         mask: (b, t), 0 or False at pads, wherever they stand. Defaults to no pads.
+        activation: of the sum; None leaves it as it is.
         backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
@@ -85,7 +87,7 @@ def short_convolution(
             seq_idx = torch.where(torch.arange(length, device=x.device) < num_left_pads, first, seq_idx)
         documents = torch.cat((first.expand(-1, memory), seq_idx), dim=1)  # (b, k−1+t)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    y = SHORT_CONVOLUTION.choose(backend, x, weight).forward(history, weight, bias, documents)
+    y = SHORT_CONVOLUTION.choose(backend, x, weight).forward(history, weight, bias, documents, activation)
     state = _last_inputs(history, documents, None if places is not None else mask, memory)
     return y if places is None else y.gather(1, places[..., None].expand(-1, -1, channels)), state
 
@@ -117,7 +119,9 @@ def _places_behind_pads(mask: Tensor) -> Tensor:
     return torch.where(mask, num_pads[:, -1:] + mask.cumsum(1) - 1, num_pads - 1)
 
 
-def _by_taps(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _by_taps(
+    history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, activation: str | None
+) -> Tensor:
     """A product for every tap: (b, k−1+t, e) → (b, t, e)."""
     memory = weight.shape[1] - 1
     length = history.shape[1] - memory
@@ -130,44 +134,67 @@ def _by_taps(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Te
             if documents is not None:
                 term = term * (documents[:, j : j + length] == documents[:, memory:])[..., None].to(term.dtype)
             y = y + term * weight[:, j]
-    return F.silu(y if bias is None else y + bias)
+    y = y if bias is None else y + bias
+    return y if activation is None else F.silu(y)
 
 
 @torch.library.custom_op("transxssm::short_convolution", mutates_args=())
-def _convolution(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _convolution(
+    history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, activation: str | None
+) -> Tensor:
     """`_by_taps` as one operator."""
     with torch.autocast("cpu", enabled=False):
-        return F.silu(_before_silu(*_operands(history, weight, bias), documents)).to(history.dtype)
+        y = _before_activation(*_operands(history, weight, bias), documents)
+        return (y if activation is None else F.silu(y)).to(history.dtype)
 
 
 @_convolution.register_fake
-def _empty_output(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _empty_output(
+    history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, activation: str | None
+) -> Tensor:
     batch, total, channels = history.shape
     return history.new_empty(batch, total - weight.shape[1] + 1, channels)
 
 
 @torch.library.custom_op("transxssm::short_convolution_backward", mutates_args=())
 def _convolution_backward(
-    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+    grad: Tensor,
+    history: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of history, weight and bias (empty without one)."""
     with torch.autocast("cpu", enabled=False):
-        return _all_gradients(grad, history, weight, bias, documents)
+        return _all_gradients(grad, history, weight, bias, documents, activation)
 
 
 @_convolution_backward.register_fake
 def _empty_gradients(
-    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+    grad: Tensor,
+    history: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(history), torch.empty_like(weight), weight.new_empty(0 if bias is None else weight.shape[0])
 
 
 def _all_gradients(
-    grad: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+    grad: Tensor,
+    history: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = history.dtype
     history, weight, bias = _operands(history, weight, bias)
-    grad = torch.ops.aten.silu_backward(grad.to(history.dtype), _before_silu(history, weight, bias, documents))
+    grad = grad.to(history.dtype)
+    if activation is not None:
+        grad = torch.ops.aten.silu_backward(grad, _before_activation(history, weight, bias, documents))
     apart = None if documents is None else _where_documents_meet(documents, weight.shape[1])
     grad_bias = grad.new_empty(0) if bias is None else grad.sum((0, 1))
     if apart is None:
@@ -175,6 +202,7 @@ def _all_gradients(
         return grad_history.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
     rows, columns, own = apart
     alone = grad[rows, columns]  # (n, e)
+    grad = grad.clone() if activation is None else grad  # which is the caller's
     grad[rows, columns] = 0.0
     grad_history, grad_weight = _gradients(grad, history, weight)
     taps = columns[:, None] + torch.arange(weight.shape[1], device="cpu")  # (n, k)
@@ -187,13 +215,14 @@ def _all_gradients(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     history, weight, bias, documents = ctx.saved_tensors
-    grads = _convolution_backward(grad, history, weight, bias, documents)
-    return grads[0], grads[1], None if bias is None else grads[2], None
+    grads = _convolution_backward(grad, history, weight, bias, documents, ctx.activation)
+    return grads[0], grads[1], None if bias is None else grads[2], None, None
 
 
 _convolution.register_autograd(_backward, setup_context=_save_for_backward)
@@ -216,7 +245,7 @@ def _as_sequence(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def _before_silu(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _before_activation(history: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """The convolution: (b, k−1+t, e) → (b, t, e)."""
     y = _as_sequence(F.conv2d(_as_image(history), weight[:, None, None], bias, groups=weight.shape[0]))
     apart = None if documents is None else _where_documents_meet(documents, weight.shape[1])

@@ -7,7 +7,7 @@ from vllm.model_executor.layers.activation import _ACTIVATION_AND_MUL_REGISTRY
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, TransXSSMConfig
+from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, STATIC_ROPE_TYPES, TransXSSMConfig
 
 
 class TransXSSMEngineConfig(VerifyAndUpdateConfig):
@@ -30,8 +30,13 @@ def check_model(config: TransXSSMConfig) -> None:
     """Refuses options of a model for which vLLM has no layer.
 
     Raises:
-        ValueError: an activation or a head size that vLLM lacks.
+        ValueError: an activation or a head size that vLLM lacks; selective rotations.
     """
+    if config.is_selective:
+        raise ValueError(
+            "vLLM keeps no running angles of selective rotations: got rope_parameters with rope_type 'selective', expected one of "
+            f"{', '.join(STATIC_ROPE_TYPES)}; use `transxssm generate`"
+        )
     if config.hidden_act not in (*_ACTIVATION_AND_MUL_REGISTRY, "swish"):
         raise ValueError(
             f"vLLM has no gated layer for hidden_act={config.hidden_act!r}: expected one of {', '.join(_ACTIVATION_AND_MUL_REGISTRY)}"
