@@ -1,5 +1,6 @@
 """One style for all plots: colours that colour-blind readers can tell apart, one for each model everywhere, and names for people."""
 
+import importlib.util
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -134,6 +135,13 @@ def tick(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def reason_without_pictures() -> str | None:
+    """Why no picture can be drawn here, in words; None where one can."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed: pip install 'transxssm[lab]'"
+    return None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -44,12 +44,6 @@ app = typer.Typer(
 )
 app.add_typer(benchmark, name="benchmark")
 app.add_typer(evaluate.app)
-
-
-def main() -> NoReturn:
-    """The installed command."""
-    app()
-    raise AssertionError("the group of commands ends the process")
 
 
 def _show_version(wanted: bool) -> None:

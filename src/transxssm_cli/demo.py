@@ -92,7 +92,8 @@ def _show_loss(console: Console, run_dir: Path) -> None:
     console.print("\nLoss in nats per token over steps: · training, o held out")
     for line in chart({"·": loss_points(metrics, "loss"), "o": loss_points(metrics, "eval_loss")}):
         console.print(line)
-    console.print(f"The same as a picture: {run_dir / run_folder.LOSS_PLOT}")
+    if (run_dir / run_folder.LOSS_PLOT).exists():  # drawn where matplotlib is installed
+        console.print(f"The same as a picture: {run_dir / run_folder.LOSS_PLOT}")
 
 
 def _show_bits_per_byte(console: Console, data: DataArguments, summary: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ def _show_places(console: Console, recipe: Recipe) -> None:
     console.print(
         f"""
 Everything lies in {run_dir}: the model (model.safetensors, config.json, tokenizer.json), {run_folder.RECIPE},
-{run_folder.METRICS}, summary.json, {run_folder.LOSS_PLOT}, {run_folder.TENSORBOARD}/ and the last checkpoints.
+{run_folder.METRICS}, summary.json, {run_folder.TENSORBOARD}/ and the last checkpoints.
 
 In Python:
   import transxssm

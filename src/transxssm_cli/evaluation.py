@@ -51,6 +51,7 @@ from transxssm.evaluation import (
 from transxssm.machine import device_name, versions
 from transxssm.models import TransXSSMConfig, load_causal_lm, load_tokenizer, read_device
 from transxssm.models.checkpoint import read_dtype
+from transxssm.plotting import reason_without_pictures
 from transxssm.training import Recipe, load_recipe, run_folder
 from transxssm.whole_files import write_text_whole
 from transxssm_cli.tables import show, table_of
@@ -508,12 +509,19 @@ def _publish(results: Results, table: ResultTable, plot: Callable[[Path], None])
     if not is_first():
         return
     picture, page = results.path.with_suffix(".png"), results.path.with_suffix(".md")
-    plot(picture)
+    reason = reason_without_pictures()
+    if reason is None:
+        plot(picture)
+    else:
+        picture.unlink(missing_ok=True)  # of other cells
+        typer.echo(f"{picture.name} is not drawn: {reason}", err=True)
+    shown = f"![{results.evaluation}]({picture.name})\n\n" if reason is None else ""
     settings = "".join(f"- {key}: {value}\n" for key, value in results.settings.items())
     write_text_whole(
         page,
-        f"# {results.evaluation}\n\n{table.to_markdown()}\n![{results.evaluation}]({picture.name})\n\n{settings}"
+        f"# {results.evaluation}\n\n{table.to_markdown()}\n{shown}{settings}"
         f"\n`{results.context['command']}` on {results.context['device']}\n",
     )
     show(table_of(table.headings, table.rows))
-    typer.echo(f"{results.path}, {page.name}, {picture.name}", err=True)
+    written = [str(results.path), page.name, *([picture.name] if reason is None else [])]
+    typer.echo(", ".join(written), err=True)

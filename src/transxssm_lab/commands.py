@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from transxssm_cli.extras import require_extra
 from transxssm_cli.places import require_recipe
 
 benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -37,6 +38,7 @@ Output = Annotated[
 @benchmark.callback()
 def about() -> None:
     """Measure speed and memory here: whole models against matched baselines, or single operators."""
+    require_extra("lab")
 
 
 @benchmark.command()
@@ -208,6 +210,7 @@ def study(
     [cyan]transxssm study table2-gpu --gpus all --jobs-per-gpu 3[/]
     """
     started = time.monotonic()
+    require_extra("lab")
     if arguments:
         require_recipe("study", arguments[0], arguments[1:])
     from transxssm_lab.study_command import (

@@ -8,7 +8,7 @@ import pytest
 
 import transxssm
 
-START = "from transxssm_cli.app import main; main()"
+START = "from transxssm_cli.__main__ import main; main()"
 
 
 def start(*arguments: str, options: tuple[str, ...] = (), **settings) -> subprocess.CompletedProcess[str]:

@@ -100,6 +100,15 @@ def test_recall(run, random_checkpoint, out):
     assert list(results_of(out, "recall")["cells"]) == ["16/2", "32/4"]
 
 
+def test_without_matplotlib_the_picture_is_left_out_and_that_is_said(run, random_checkpoint, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("evaluate", random_checkpoint, "recall", *RECALL, "--output-dir", out)
+    assert result.exit_code == 0
+    assert files_of(out) == ["recall.json", "recall.md"]
+    assert "png" not in (out / "recall.md").read_text()
+    assert "recall.png is not drawn: matplotlib is not installed: pip install 'transxssm[lab]'" in result.stderr
+
+
 def test_harness(run, random_checkpoint, task, out, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -118,7 +118,7 @@ def test_a_piece_does_not_wait_for_a_full_line(monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(reciting):
-    command = "from transxssm_cli.app import main; main()"
+    command = "from transxssm_cli.__main__ import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", command, "generate", str(reciting), "--max-new-tokens", "100000"],
         stdout=subprocess.PIPE,

@@ -1,8 +1,10 @@
 """Bytes by formula are those of a real cache, and of a real forward pass within a factor of two."""
 
+import sys
 import weakref
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -163,9 +165,20 @@ def estimate_over_measurement(options: dict, dtype: torch.dtype, length: int = 5
     return activation_bytes(config, length, dtype) / peak
 
 
+def test_what_is_unused_is_read_where_the_system_tells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    total = psutil.virtual_memory().total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=700))
+    assert memory._unused_memory() == 700  # as on another system than Linux
+    monkeypatch.setitem(sys.modules, "psutil", None)  # not installed
+    assert memory._unused_memory() == total
+    (tmp_path / "meminfo").write_text("MemTotal:       3000 kB\nMemFree:          10 kB\nMemAvailable:   2000 kB\n")
+    assert memory._unused_memory() == 2000 * 1024
+
+
 def test_a_containers_limit_bounds_what_is_available(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(memory, "_unused_memory", lambda: 1000)
     cpu = torch.device("cpu")
     assert available_bytes(cpu) == 1000
     (tmp_path / "memory.current").write_text("400\n")

@@ -126,6 +126,14 @@ def test_the_run_says_what_is_held_out(recipe, capsys):
     assert any(line.startswith(f"{recipe().data.corpus}: ") and "characters; held out: " in line for line in first)
 
 
+def test_without_matplotlib_a_run_leaves_all_but_its_picture_and_says_so(recipe, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(recipe("training.max_steps=1"))
+    assert "loss.png is not drawn: matplotlib is not installed: pip install 'transxssm[lab]'" in caplog.text
+    assert (recipe().output_dir / "summary.json").exists()
+    assert not (recipe().output_dir / "loss.png").exists()
+
+
 def test_the_stored_recipe_is_the_resolved_one(finished_run):
     assert load_recipe(finished_run / "recipe.yaml").training["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
 

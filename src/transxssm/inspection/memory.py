@@ -3,10 +3,10 @@
 Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state size, d head_dim of attention.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import Mamba2Config, PreTrainedConfig
 
@@ -23,6 +23,7 @@ from transxssm.ops.ssd.cpp import GEMM_COLUMNS
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
 FLOAT32 = 4  # bytes
+MEMORY_INFO = Path("/proc/meminfo")
 # Limits of a container (cgroup v2), which the machine's own figures do not know of.
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -137,9 +138,23 @@ def available_bytes(device: torch.device) -> int:
     """Memory that a process may still take on a device: a GPU's own, or the machine's up to the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
+    available = _unused_memory()
     try:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except FileNotFoundError:  # no container, or none of this kind
         return available
     return available if limit == "max" else min(available, int(limit) - int(used))
+
+
+def _unused_memory() -> int:
+    """Of the machine, what can be taken without swapping: as Linux or, elsewhere, psutil says it; all there is where neither does."""
+    try:
+        lines = MEMORY_INFO.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except FileNotFoundError:
+        pass
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().available

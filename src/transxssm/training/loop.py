@@ -34,6 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transxssm.data import PackedCollator, build_datasets, build_tokenizer, load_corpus
 from transxssm.machine import device_name, versions
 from transxssm.models.baselines import new_language_model, use_our_scan
+from transxssm.plotting import reason_without_pictures
 from transxssm.training import run_folder
 from transxssm.training.callbacks import LastStep, MetricsFile, ProgressDisplay, rows_of
 from transxssm.training.checkpoints import (
@@ -263,7 +264,10 @@ def _train(
         trainer.save_final()
         summary = _summary(recipe, trainer) | {"prepare_seconds": round(prepare_seconds, 3)}
         if is_main:
-            plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
+            if reason := reason_without_pictures():
+                say("%s is not drawn: %s", run_folder.LOSS_PLOT, reason)
+            else:
+                plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
             write_summary(run_dir, summary)
     if was_asked_to_stop:  # whatever comes after this run is not wanted
         raise KeyboardInterrupt("the run had finished; its results are kept")

@@ -1,0 +1,21 @@
+"""The installed command `transxssm`: without the libraries that it is made of, one line says what to install."""
+
+import sys
+
+from transxssm_cli.extras import require_extra
+
+
+def main() -> None:
+    """Runs the command line, and ends the process."""
+    try:
+        require_extra("train")
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    from transxssm_cli.app import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()
