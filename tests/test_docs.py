@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from transxssm_lab.studies import load_study
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
@@ -191,8 +193,11 @@ def check_command(program: str, arguments: list[str]) -> None:
             check_transxssm(options.training_script_args)
         case "python", [script, *_]:
             assert (ROOT / script).is_file()
-        case ("git", ["clone" | "diff", *_]) | ("pre-commit", ["install"]) | ("pip", ["install", "."]):
+        case ("git", ["clone" | "diff", *_]) | ("pre-commit", ["install"]):
             pass
+        case "pip", ["install", what] if what.startswith("."):
+            extras = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", what).group(1) or ""
+            assert set(filter(None, extras.split(","))) <= EXTRAS, what
         case _:
             raise AssertionError(f"{program} {arguments}")
 
@@ -236,6 +241,7 @@ class TestCommandsThatDoNotExist:
             ("make demonstration", "demonstration"),
             ("python scripts/absent.py", "absent.py"),
             ("pip install x", "pip ['install', 'x']"),
+            ("pip install '.[labb]'", ".[labb]"),
             ("conda install x", "command not found"),
         ],
     )  # fmt: skip
