@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tolerances import assert_close
-from transxssm.ops import short_convolution
+from transxssm.ops import explain, short_convolution, short_convolution_
 
 CHANNELS = 3
 
@@ -282,6 +282,122 @@ def test_left_pads_do_not_part_a_state_from_its_tokens(kernel, device):
 def test_a_state_does_not_hold_the_row(device):
     state = short_convolution(torch.randn(2, 99, 8, device=device), torch.randn(8, 4, device=device))[1]
     assert state.untyped_storage().nbytes() == state.nbytes
+
+
+SEQUENCES = pytest.mark.parametrize("lengths", [(1, 1, 1), (5, 1, 19), (20,)], ids=str)
+
+
+def sequences_in_a_row(lengths, kernel, dtype=torch.float64, device=None):
+    """x of one row, the weight, an earlier state of each sequence, and where they begin and end."""
+    x, weight, _ = inputs(sum(lengths), kernel, dtype, device, batch=1)
+    states = inputs(1, kernel, dtype, device, batch=len(lengths))[2]
+    return x, weight, states, torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+@SEQUENCES
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sequences_in_a_row_are_one_call_each(dtype, kernel, lengths, device):
+    x, weight, states, cu_seqlens = sequences_in_a_row(lengths, kernel, dtype, device)
+
+    def in_a_row(x, weight, states):
+        return short_convolution(x, weight, initial_state=states, cu_seqlens=cu_seqlens)
+
+    def one_call_each(x, weight, states):
+        pieces = zip(x.split(lengths, dim=1), states.split(1), strict=True)
+        results = [short_convolution(piece, weight, initial_state=state) for piece, state in pieces]
+        return torch.cat([y for y, _ in results], dim=1), torch.cat([state for _, state in results])
+
+    assert_equal_results(in_a_row, one_call_each, (x, weight, states), dtype)
+    as_they_are, _ = short_convolution(x, weight, initial_state=states, cu_seqlens=cu_seqlens, activation=None)
+    assert_close(F.silu(as_they_are), in_a_row(x, weight, states)[0], dtype)
+    y, after = short_convolution(x, weight, cu_seqlens=cu_seqlens)
+    from_zero = short_convolution(x, weight, initial_state=torch.zeros_like(states), cu_seqlens=cu_seqlens)
+    assert torch.equal(y, from_zero[0])
+    assert torch.equal(after, from_zero[1])
+
+
+@SEQUENCES
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_states_are_read_from_slots_and_written_to_them(index_dtype, dtype, kernel, lengths, device):
+    """Slots lie apart; one sequence begins anew, whatever its slot holds; what is not named stays as it is, bit by bit."""
+    x, weight, states, cu_seqlens = sequences_in_a_row(lengths, kernel, dtype, device)
+    bias, named = torch.randn(CHANNELS, dtype=dtype, device=device), [4, 0, 3][: len(lengths)]
+    indices, going_on = torch.tensor(named, dtype=index_dtype, device=device), torch.tensor([True, False, True])
+    memory = torch.full((6, states[0].numel() + 5), torch.nan, dtype=dtype, device=device)
+    cache = memory[:, :-5].unflatten(1, states.shape[1:])
+    cache[named] = states
+    has_state = going_on[: len(lengths)].to(device)
+    cache[named[1:2]] = torch.nan  # that of the sequence that begins anew
+    expected_y, expected_states = short_convolution(
+        x, weight, bias=bias, initial_state=states * has_state[:, None, None], cu_seqlens=cu_seqlens
+    )
+    before, options = memory.clone(), {"bias": bias, "cu_seqlens": cu_seqlens, "has_initial_state": has_state}
+    y = short_convolution_(cache, x, weight, state_indices=indices, **options)
+    assert_close(y, expected_y, dtype, "y")
+    assert torch.equal(cache[named], expected_states)
+    before[:, :-5].unflatten(1, states.shape[1:])[named] = cache[named]
+    assert torch.equal(memory.nan_to_num(99.0), before.nan_to_num(99.0))
+
+
+@KERNELS
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_of_each_row_goes_on_from_its_slot(dtype, has_bias, backend, kernel, device):
+    """x is a view into a projection, as in a model."""
+    x, weight, states = inputs(1, kernel, dtype, device, batch=3)
+    bias = torch.randn(CHANNELS, dtype=dtype, device=device) if has_bias else None
+    wide = torch.randn(3, 1, CHANNELS + 2, device=device).to(dtype)
+    wide[..., :CHANNELS] = x
+    x, named = wide[..., :CHANNELS], torch.tensor([5, 1, 2], device=device)
+    memory = torch.randn(6, states[0].numel() + 5, device=device).to(dtype)
+    cache = memory[:, :-5].unflatten(1, states.shape[1:])
+    cache[named] = states
+    before = memory.clone()
+    options = {"state_indices": named, "bias": bias}
+    choice = explain(short_convolution_, cache, x, weight, **options)
+    if choice.refusals[backend] is not None:
+        pytest.skip(choice.refusals[backend])
+    expected_y, expected_states = short_convolution(x, weight, bias=bias, initial_state=states)
+    assert_close(short_convolution_(cache, x, weight, **options, backend=backend), expected_y, dtype, "y")
+    assert torch.equal(cache[named], expected_states)
+    before[:, :-5].unflatten(1, states.shape[1:])[named] = cache[named]
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state_indices": torch.tensor([1, 1])}, "none twice: got slot 1"),
+        ({"state_indices": torch.tensor([1, 6])}, "slots 0 … 5: got 6"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, r"state_indices must be \(1,\)"),
+        ({"cu_seqlens": torch.tensor([0, 4, 8])}, "increase from 0 to the number of tokens, 9"),
+        ({"state": torch.zeros(6, 2, CHANNELS)}, r"state must have shape \(slots, 3, 3\): got \(6, 2, 3\)"),
+        ({"has_initial_state": torch.tensor([True])}, r"has_initial_state must be \(2,\) bool"),
+        ({"backend": "cpp"}, "'cpp': it is for one token of each row"),
+        ({"weight": torch.ones(CHANNELS, 4, requires_grad=True)}, "written in place has no gradients"),
+    ],
+)
+def test_slots_that_do_not_fit_are_refused(changes, message):
+    x, weight, _ = inputs(9, 4, torch.float32, batch=1)
+    given = {"state": torch.randn(6, 3, CHANNELS), "x": x, "weight": weight} | {
+        "state_indices": torch.tensor([1, 2]),
+        "cu_seqlens": torch.tensor([0, 4, 9]),
+    }
+    state = given["state"].clone()
+    with pytest.raises(ValueError, match=message):
+        short_convolution_(**(given | changes))
+    assert torch.equal(given["state"], state)
+
+
+@pytest.mark.parametrize("option", ["seq_idx", "mask"])
+def test_sequences_have_neither_documents_nor_pads(option):
+    x, weight, _ = inputs(9, 4, batch=1)
+    with pytest.raises(ValueError, match="neither documents nor pads"):
+        short_convolution(x, weight, cu_seqlens=torch.tensor([0, 4, 9]), **{option: torch.ones(1, 9, dtype=torch.long)})
 
 
 def test_a_single_tap_needs_no_memory(device):

@@ -1,4 +1,4 @@
-"""Layer 0: functions of tensors. They know no configuration, no module and no cache, and are pure except for `ssd_step_`."""
+"""Layer 0: functions of tensors. They know no configuration, no module and no cache, and are pure unless the name ends in `_`."""
 
 from transxssm.ops.causal_attention import causal_attention, has_attention_kernels
 from transxssm.ops.dispatch import Choice
@@ -16,9 +16,9 @@ from transxssm.ops.rotary import (
     running_angles,
     subsample_rotary,
 )
-from transxssm.ops.short_convolution import short_convolution
+from transxssm.ops.short_convolution import short_convolution, short_convolution_
 from transxssm.ops.single_query_attention import has_single_query_attention, single_query_attention
-from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_step, ssd_step_
+from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_chunk_scan_, ssd_step, ssd_step_
 from transxssm.ops.swiglu import swiglu
 
 __all__ = [
@@ -39,8 +39,10 @@ __all__ = [
     "rotate_by_angles",
     "running_angles",
     "short_convolution",
+    "short_convolution_",
     "single_query_attention",
     "ssd_chunk_scan",
+    "ssd_chunk_scan_",
     "ssd_step",
     "ssd_step_",
     "subsample_rotary",

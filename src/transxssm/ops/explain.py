@@ -8,7 +8,7 @@ from transxssm.ops.dispatch import Choice, Op
 from transxssm.ops.linear import LINEAR
 from transxssm.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from transxssm.ops.rms_norm import RMS_NORM
-from transxssm.ops.short_convolution import SHORT_CONVOLUTION
+from transxssm.ops.short_convolution import SHORT_CONVOLUTION, SHORT_CONVOLUTION_
 from transxssm.ops.single_query_attention import SINGLE_QUERY_ATTENTION
 from transxssm.ops.ssd.interface import SSD_CHUNK_SCAN
 from transxssm.ops.ssd.step import SSD_STEP, SSD_STEP_
@@ -26,6 +26,7 @@ OPS: dict[str, Op] = {
         RMS_NORM,
         SWIGLU,
         SHORT_CONVOLUTION,
+        SHORT_CONVOLUTION_,
         LINEAR_CROSS_ENTROPY,
     )
 }

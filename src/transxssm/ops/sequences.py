@@ -43,16 +43,52 @@ def check_slots(state_indices: Tensor, num_states: int, num_slots: int) -> None:
         )
 
 
-def bounds_of(cu_seqlens: Tensor, num_tokens: int) -> list[tuple[int, int]]:
-    """Where each sequence begins and ends.
+def has_dense_slots(cache: Tensor) -> bool:
+    """Whether each slot's state is contiguous; the slots may lie apart."""
+    expected = 1
+    for size, stride in zip(reversed(cache.shape[1:]), reversed(cache.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def read_slots(cache: Tensor, state_indices: Tensor, has_initial_state: Tensor | None) -> Tensor:
+    """A copy of the states that sequences begin with, (s, …): their slots', and zeros where a sequence does not go on from its slot.
+
+    Args:
+        cache: (slots, …).
+        state_indices: (s,), checked.
+        has_initial_state: (s,) bool. None if all go on.
+
+    Raises:
+        ValueError: another shape or dtype of `has_initial_state`.
+    """
+    states = cache.index_select(0, state_indices)
+    if has_initial_state is None:
+        return states
+    if has_initial_state.shape != state_indices.shape or has_initial_state.dtype != torch.bool:
+        raise ValueError(
+            f"has_initial_state must be {tuple(state_indices.shape)} bool, as state_indices are: got "
+            f"{tuple(has_initial_state.shape)} {has_initial_state.dtype}"
+        )
+    begins = ~has_initial_state.to(cache.device)
+    return states.masked_fill_(begins.view(-1, *(1,) * (cache.dim() - 1)), 0.0)
+
+
+def checked_cu_seqlens(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Tensor:
+    """Where each sequence begins and ends, (s + 1,) int64.
 
     Args:
         cu_seqlens: (s + 1,) integers on the CPU, increasing: 0, where the second sequence begins, …, the number of tokens.
-        num_tokens: of all sequences.
+        batch: rows of the call.
+        num_tokens: of a row.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or several rows.
     """
+    if batch != 1:
+        raise ValueError(f"cu_seqlens is for sequences side by side in one row: got {batch} rows")
     if (
         cu_seqlens.dim() != 1
         or len(cu_seqlens) < 2
@@ -64,10 +100,9 @@ def bounds_of(cu_seqlens: Tensor, num_tokens: int) -> list[tuple[int, int]]:
             f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
         )
     places = cu_seqlens.tolist()
-    bounds = list(itertools.pairwise(places))
-    if places[0] != 0 or places[-1] != num_tokens or any(start >= stop for start, stop in bounds):
+    if places[0] != 0 or places[-1] != num_tokens or any(start >= stop for start, stop in itertools.pairwise(places)):
         raise ValueError(
             f"cu_seqlens must increase from 0 to the number of tokens, {num_tokens}, by at least one token a sequence: got "
             f"{places if len(places) < 10 else f'{places[:8]} …, {places[-1]}'}"
         )
-    return bounds
+    return cu_seqlens.long().contiguous()

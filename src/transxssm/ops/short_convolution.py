@@ -3,7 +3,7 @@
 On a CPU it is one operator with its own backward pass, around oneDNN's depthwise convolution, which reads and writes each number once. A
 product for every tap passes over the whole sequence each time. The few outputs at document boundaries are computed separately.
 
-Letters: b batch, t time, e channels, k kernel size.
+Letters: b batch, s sequences, t time, e channels, k kernel size.
 """
 
 from typing import Any, Literal
@@ -12,8 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transxssm.ops.csrc import kernels_of
 from transxssm.ops.devices import has_fast_products, row_blocks
-from transxssm.ops.dispatch import EXPORTED, ON_CPU, Backend, Op, is_exporting, is_watched
+from transxssm.ops.dispatch import (
+    EXPORTED,
+    ON_CPU,
+    Backend,
+    Op,
+    cpp_shortfall,
+    eager_cpp_refusal,
+    is_exporting,
+    is_watched,
+)
+from transxssm.ops.sequences import check_slots, checked_cu_seqlens, has_dense_slots, read_slots
 
 SHORTEST_FOR_OPERATOR = 16  # tokens; for fewer the operator's overhead dominates
 
@@ -25,6 +36,7 @@ def short_convolution(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     activation: Literal["silu"] | None = "silu",
     backend: str | None = None,
@@ -41,24 +53,38 @@ def short_convolution(
         bias: (e,). Defaults to none.
         initial_state: (b, k−1, e), the inputs before the first token, of the first token's document. Defaults to zeros.
         seq_idx: (b, t) integers, non-decreasing: documents of a packed row.
+        cu_seqlens: (s + 1,) integers on the CPU, 0, where the second sequence begins, …, t: of s sequences side by side in one row,
+            b = 1, each with states of its own, (s, k−1, e). Defaults to one sequence for each row.
         mask: (b, t), 0 or False at pads, wherever they stand. Defaults to no pads.
         activation: of the sum; None leaves it as it is.
         backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
-        y: (b, t, e) in x's dtype; state: (b, k−1, e), the last k−1 inputs that are no pads, of the last token's document.
+        y: (b, t, e) in x's dtype; state: (b, k−1, e), the last k−1 inputs that are no pads, of the last token's document, or
+        (s, k−1, e).
 
     Raises:
-        ValueError: shapes do not fit, or the requested backend does not take the call.
+        ValueError: shapes or sequences do not fit, or the requested backend does not take the call.
     """
     if x.dim() != 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"expected x (b, t, e) and weight (e, k): got {tuple(x.shape)} and {tuple(weight.shape)}")
     batch, length, channels = x.shape
-    memory = weight.shape[1] - 1
+    memory, num_states = weight.shape[1] - 1, batch
+    if cu_seqlens is not None:
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, batch, length)
+        num_states = len(cu_seqlens) - 1
+        if seq_idx is not None or mask is not None:
+            raise ValueError(
+                "sequences side by side in one row (cu_seqlens) have neither documents nor pads: got seq_idx or mask"
+            )
     if initial_state is None:
-        initial_state = x.new_zeros(batch, memory, channels)
-    elif initial_state.shape != (batch, memory, channels):
-        raise ValueError(f"initial_state must have shape {(batch, memory, channels)}: got {tuple(initial_state.shape)}")
+        initial_state = x.new_zeros(num_states, memory, channels)
+    elif initial_state.shape != (num_states, memory, channels):
+        raise ValueError(
+            f"initial_state must have shape {(num_states, memory, channels)}: got {tuple(initial_state.shape)}"
+        )
+    if cu_seqlens is not None:
+        return _sequences(x, weight, bias, initial_state, cu_seqlens, activation, backend)
     places = None  # (b, t) of each token and pad, all pads on the left
     if mask is not None:
         mask = mask.bool()
@@ -90,6 +116,144 @@ def short_convolution(
     y = SHORT_CONVOLUTION.choose(backend, x, weight).forward(history, weight, bias, documents, activation)
     state = _last_inputs(history, documents, None if places is not None else mask, memory)
     return y if places is None else y.gather(1, places[..., None].expand(-1, -1, channels)), state
+
+
+def short_convolution_(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`short_convolution` over states in the slots of a cache: the last inputs of each sequence are written where its earlier ones were.
+    For a serving engine: nothing here is differentiable.
+
+    Backends, in order of preference: "cpp" for one token of each row on a CPU reads and writes a slot where it lies; "torch" copies
+    states out of the cache and back.
+
+    Args:
+        state: (slots, k−1, e); the slots may lie any distance apart, and those that are not named stay as they are.
+        state_indices: (b,) or, with `cu_seqlens`, (s,) int32 or int64: the slot of each sequence, none of them twice.
+        has_initial_state: of the same shape, bool: whether a sequence goes on from its slot's inputs; before others there are zeros,
+            whatever the slot holds. Defaults to all going on.
+        x, weight, bias, cu_seqlens: as in `short_convolution`.
+        backend: one of the names above. Defaults to the first that takes the call.
+
+    Returns:
+        y: (b, t, e) in x's dtype.
+
+    Raises:
+        ValueError: as `short_convolution`; a slot is not there or named twice (seen on a CPU alone); gradients are on for an input.
+    """
+    if x.dim() != 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"expected x (b, t, e) and weight (e, k): got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if state.shape[1:] != (weight.shape[1] - 1, weight.shape[0]):
+        raise ValueError(
+            f"state must have shape (slots, {weight.shape[1] - 1}, {weight.shape[0]}): got {tuple(state.shape)}"
+        )
+    check_slots(state_indices, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, len(state))
+    given = (state, x, weight) if bias is None else (state, x, weight, bias)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
+        raise ValueError(
+            "what is written in place has no gradients: got inputs that require them, expected torch.no_grad()"
+        )
+    cast_bias = None if bias is None else bias.to(x.dtype)
+    call = (state, x, weight.to(x.dtype), cast_bias, state_indices, has_initial_state, cu_seqlens)
+    with torch.no_grad():
+        y: Tensor = SHORT_CONVOLUTION_.choose(backend, *call).forward(*call)
+    return y
+
+
+def _sequences(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor,
+    cu_seqlens: Tensor,
+    activation: str | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Sequences side by side, each behind its own earlier inputs, through one convolution; of the outputs between two of them, whose
+    windows reach from one into the other, none is kept."""
+    (num_states, memory, channels), length = initial_state.shape, x.shape[1]
+    device, lengths = x.device, cu_seqlens.diff()
+    number = torch.arange(num_states, device="cpu").repeat_interleave(lengths)  # (t,): the sequence of each token
+    tokens = torch.arange(length, device="cpu") + memory * (
+        number + 1
+    )  # (t,): their places behind all inputs before them
+    ends = cu_seqlens[1:] + memory * torch.arange(1, num_states + 1, device="cpu")
+    steps = torch.arange(memory, device="cpu")
+    before = cu_seqlens[:-1, None] + memory * torch.arange(num_states, device="cpu")[:, None] + steps  # (s, k−1)
+    order = torch.empty(length + num_states * memory, dtype=torch.long, device="cpu")
+    order[before.flatten()] = torch.arange(num_states * memory, device="cpu")
+    order[tokens] = num_states * memory + torch.arange(length, device="cpu")
+    rows = torch.cat((initial_state.to(x.dtype).flatten(0, 1), x[0])).index_select(0, order.to(device))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    y = SHORT_CONVOLUTION.choose(backend, x, weight).forward(rows[None], weight, bias, None, activation)
+    state = rows.index_select(0, (ends[:, None] - memory + steps).flatten().to(device))
+    return y[0].index_select(0, (tokens - memory).to(device))[None], state.view(num_states, memory, channels)
+
+
+def _step_refusal(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> str | None:
+    if cu_seqlens is not None or x.shape[1] != 1 or has_initial_state is not None:
+        return "it is for one token of each row, which goes on from its slot"
+    if state.dtype != x.dtype or not has_dense_slots(state):
+        return "it takes states in x's dtype, each of them contiguous"
+    return eager_cpp_refusal(x, state, weight, bias, state_indices)
+
+
+def _step_by_kernel(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state_indices: Tensor, *_: None
+) -> Tensor:
+    batch, channels = len(x), len(weight)
+    y = torch.empty(batch, 1, channels, dtype=x.dtype, device="cpu")
+    rows = x[:, 0] if x.stride(2) == 1 else x[:, 0].contiguous()
+    kernels = kernels_of(x.dtype)
+    call = kernels.structure(
+        "ConvolutionStep",
+        batch=batch,
+        channels=channels,
+        taps=weight.shape[1],
+        threads=torch.get_num_threads(),
+        x_row=rows.stride(0),
+        state_slot=state.stride(0),
+        slots=state_indices.long().contiguous(),
+        x=rows,
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        state=state,
+        y=y,
+    )
+    kernels.run("convolution_step", call)
+    torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
+    return y
+
+
+def _over_copies(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    before = read_slots(state, state_indices, has_initial_state)
+    y, after = short_convolution(x, weight, bias=bias, initial_state=before, cu_seqlens=cu_seqlens)
+    state.index_copy_(0, state_indices.long(), after.to(state.dtype))
+    return y
 
 
 def _operator_refusal(x: Tensor, weight: Tensor) -> str | None:
@@ -322,4 +486,14 @@ SHORT_CONVOLUTION = Op(
     "short_convolution",
     (Backend("onednn", _convolution, refusal=_operator_refusal), Backend("torch", _by_taps)),
     call=lambda x, weight, **options: (x, weight),
+)
+SHORT_CONVOLUTION_ = Op(
+    "short_convolution_",
+    (
+        Backend("cpp", _step_by_kernel, refusal=_step_refusal, shortfall=cpp_shortfall),
+        Backend("torch", _over_copies),
+    ),
+    call=lambda state, x, weight, *, state_indices, has_initial_state=None, bias=None, cu_seqlens=None, **_: (
+        *(state, x, weight, bias, state_indices, has_initial_state, cu_seqlens),
+    ),
 )

@@ -10,9 +10,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.ssd.cases import assert_equal_laws, make_case, results, rotary_tables
-from tests.ops.ssd.ways import between_pads, by_steps, chunks_of, in_pieces, separately
+from tests.ops.ssd.oracle import ssd_oracle
+from tests.ops.ssd.ways import (
+    between_pads,
+    by_steps,
+    chunks_of,
+    in_pieces,
+    one_call_each,
+    separately,
+    sequences_in_a_row,
+)
 from tests.tolerances import assert_close
-from transxssm.ops.ssd import SSDBackend, interface, ssd_chunk_scan, ssd_dual_form, ssd_recurrence, ssd_step
+from transxssm.ops.ssd import (
+    SSDBackend,
+    blocks,
+    interface,
+    ssd_chunk_scan,
+    ssd_chunk_scan_,
+    ssd_dual_form,
+    ssd_recurrence,
+    ssd_step,
+)
 from transxssm.ops.ssd.interface import SSD_CHUNK_SCAN
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -234,11 +252,152 @@ def test_every_chunked_backend_leaves_the_same_states_for_the_backward_pass(back
     if choice.refusals[backend] is not None:
         pytest.skip(choice.refusals[backend])
     cos, sin = case.rotary or (None, None)
-    inputs = (case.x, case.dt, case.A, case.B, case.C, case.D, case.initial_state, cos, sin, case.seq_idx)
+    inputs = (case.x, case.dt, case.A, case.B, case.C, case.D, case.initial_state, cos, sin, case.seq_idx, None)
     *_, states = torch.ops.transxssm.ssd_chunked(*inputs, 8, True, backend, 0)
     *_, expected = torch.ops.transxssm.ssd_chunked(*inputs, 8, True, "chunked", 0)
     assert states.shape[:2] == (5, batch)
     assert_close(states, expected.double(), torch.bfloat16, "states")
+
+
+# Several sequences in one row are one call each.
+
+ROWS = pytest.mark.parametrize("lengths", [(1, 1, 1), (8, 16), (7, 1, 19, 5), (33,)], ids=str)
+
+
+@DTYPES
+@ROWS
+@pytest.mark.parametrize("backend", ["cpp_gemm", "cpp", "chunked", "recurrence"])
+@pytest.mark.parametrize("chunk_size", [8, None])
+def test_sequences_in_a_row_are_one_call_each(backend, chunk_size, lengths, dtype, device):
+    case, cu_seqlens = sequences_in_a_row(lengths, head_dim=32, state_size=32, dtype=dtype, device=device)
+    choice = SSD_CHUNK_SCAN.explain(case.x, case.dt, case.A, case.B, case.C, cu_seqlens=cu_seqlens)
+    if choice.refusals[backend] is not None:
+        pytest.skip(choice.refusals[backend])
+
+    def in_a_row(case):
+        return case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend)
+
+    assert_equal_laws(in_a_row, one_call_each(lengths, ssd_oracle), case, expected_case=case.double())
+
+
+@pytest.mark.parametrize("scores_in_a_block", [1, 500], ids=["a chunk a block", "a few chunks a block"])
+@pytest.mark.parametrize("backend", ["cpp", "chunked"])
+def test_sequences_reach_over_blocks_of_chunks(backend, scores_in_a_block, device, monkeypatch):
+    case, cu_seqlens = sequences_in_a_row((30, 3, 41), dtype=torch.float32, device=device)
+    monkeypatch.setitem(blocks.BLOCK_SCORES, device.type, scores_in_a_block)
+
+    def in_a_row(case):
+        return case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens, chunk_size=8, backend=backend)
+
+    if device.type == "cpu" or backend != "cpp":
+        assert_equal_laws(in_a_row, one_call_each((30, 3, 41), ssd_oracle), case, expected_case=case.double())
+
+
+@pytest.mark.parametrize("without", ["rotary", "D", "initial_state"])
+def test_sequences_go_without_options(without, device):
+    lengths = (5, 12, 1)
+    case, cu_seqlens = sequences_in_a_row(lengths, device=device)
+    case = replace(case, **{without: None})
+    y, states = case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens, chunk_size=4)
+    if without == "initial_state":
+        case = replace(case, initial_state=torch.zeros_like(states))
+    expected_y, expected_states = one_call_each(lengths, ssd_oracle)(case)
+    assert_close(y, expected_y, torch.float64, "y")
+    assert_close(states, expected_states, torch.float64, "states")
+
+
+def test_what_is_no_number_stays_in_its_sequence(device):
+    case, cu_seqlens = sequences_in_a_row((5, 6, 7), dtype=torch.float32, device=device)
+    expected_y, expected_states = case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens, chunk_size=4)
+    for tensor in (case.x, case.dt, case.B, case.C):
+        tensor[0, 5:11] = torch.nan
+    y, states = case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens, chunk_size=4)
+    assert y[0, 5:11].isnan().all()
+    assert torch.equal(y[:, :5], expected_y[:, :5])
+    assert torch.equal(y[:, 11:], expected_y[:, 11:])
+    assert torch.equal(states[::2], expected_states[::2])
+
+
+@pytest.mark.parametrize("backend", [None, "recurrence"])
+def test_states_are_read_from_slots_and_written_to_them(backend, device):
+    """Slots lie apart; one begins from zero whatever its slot holds; what is not named stays as it is, bit by bit."""
+    lengths, named = (7, 1, 9), torch.tensor([4, 0, 3], device=device)
+    case, cu_seqlens = sequences_in_a_row(lengths, dtype=torch.float32, device=device)
+    memory = torch.full((6, case.initial_state[0].numel() + 5), torch.nan, device=device)
+    cache = memory[:, :-5].unflatten(1, case.initial_state.shape[1:])
+    cache[named[:2]] = case.initial_state[:2]
+    case.initial_state[2] = 0.0  # whose slot holds NaN
+    expected_y, expected_states = case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens)
+    before = memory.clone()
+    arguments = {"rotary": case.rotary, "D": case.D, "cu_seqlens": cu_seqlens, "backend": backend}
+    has_state = torch.tensor([True, True, False], device=device)
+    y = ssd_chunk_scan_(
+        *(cache, case.x, case.dt, case.A, case.B, case.C),
+        state_indices=named,
+        has_initial_state=has_state,
+        **arguments,
+    )
+    assert_close(y, expected_y, torch.float32, "y")
+    assert_close(cache[named], expected_states, torch.float32, "states")
+    before[:, :-5].unflatten(1, case.initial_state.shape[1:])[named] = cache[named]
+    assert torch.equal(memory.nan_to_num(99.0), before.nan_to_num(99.0))
+
+
+def test_rows_may_have_slots_too(device):
+    case = make_case(batch=3, length=9, device=device)
+    cache, named = torch.randn(5, *case.initial_state.shape[1:], dtype=torch.float64, device=device), [4, 1, 2]
+    cache[named] = case.initial_state
+    expected_y, expected_states = case.scan(ssd_chunk_scan)
+    indices = torch.tensor(named, dtype=torch.int32, device=device)
+    arguments = (cache, case.x, case.dt, case.A, case.B, case.C)
+    y = ssd_chunk_scan_(*arguments, rotary=case.rotary, D=case.D, state_indices=indices)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(cache[named], expected_states)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cu_seqlens": [0, 4, 4, 9]}, r"increase from 0 to the number of tokens, 9.*got \[0, 4, 4, 9\]"),
+        ({"cu_seqlens": [0, 4]}, r"increase from 0 to the number of tokens, 9.*got \[0, 4\]"),
+        ({"cu_seqlens": [1, 9]}, r"increase from 0 to the number of tokens, 9.*got \[1, 9\]"),
+        ({"cu_seqlens": [9]}, r"\(s \+ 1,\) integers on the CPU.*got \(1,\)"),
+        ({"cu_seqlens": [0.0, 9.0]}, r"\(s \+ 1,\) integers on the CPU.*torch.float32"),
+        ({"cu_seqlens": [0, 4, 9], "backend": "portable"}, "'portable': one graph for any length knows no bounds"),
+        ({"cu_seqlens": [0, 4, 9], "state_indices": [1, 1]}, "none twice: got slot 1"),
+        ({"cu_seqlens": [0, 4, 9], "state_indices": [0, 5]}, "slots 0 … 3: got 5"),
+        ({"cu_seqlens": [0, 4, 9], "has_initial_state": [True]}, r"has_initial_state must be \(2,\) bool"),
+        ({"cu_seqlens": [0, 4, 9], "has_initial_state": [1, 0]}, r"has_initial_state must be \(2,\) bool"),
+        ({"cu_seqlens": [0, 4, 9], "backend": "nothing"}, "unknown backend 'nothing'"),
+    ],
+)
+def test_sequences_that_do_not_fit_are_refused(options, message):
+    case = make_case(batch=1, length=9, dtype=torch.float32)
+    cache = torch.randn(4, *case.initial_state.shape[1:])
+    before = cache.clone()
+    given = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in options.items()}
+    given = {"state_indices": torch.arange(len(given["cu_seqlens"]) - 1)} | given
+    with pytest.raises(ValueError, match=message):
+        ssd_chunk_scan_(cache, case.x, case.dt, case.A, case.B, case.C, **given)
+    assert torch.equal(cache, before)
+
+
+def test_sequences_need_a_row_of_their_own():
+    case = make_case(batch=2, length=9, documents=(4, 5))
+    with pytest.raises(ValueError, match="side by side in one row: got 2 rows"):
+        case.scan(ssd_chunk_scan, cu_seqlens=torch.tensor([0, 4, 9]))
+    row = replace(make_case(batch=1, documents=(4, 5)), initial_state=None)
+    with pytest.raises(ValueError, match="either documents"):
+        row.scan(ssd_chunk_scan, cu_seqlens=torch.tensor([0, 4, 9]))
+
+
+def test_a_scan_in_place_has_no_gradients():
+    case = make_case(batch=1, length=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="written in place has no gradients"):
+        ssd_chunk_scan_(
+            *(case.initial_state, case.x.requires_grad_(), case.dt, case.A, case.B, case.C),
+            state_indices=torch.tensor([0]),
+        )
 
 
 # Errors: each names what it got and what it expected.

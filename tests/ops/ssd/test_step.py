@@ -128,7 +128,7 @@ def test_gradients_are_refused(index):
     given = [tensor.clone() for tensor in (case.initial_state, *arguments, options["D"], *options["rotary"])]
     given[index].requires_grad_()
     *arguments, D, cos, sin = given
-    with pytest.raises(ValueError, match="a step in place has no gradients"):
+    with pytest.raises(ValueError, match="written in place has no gradients"):
         ssd_step_(*arguments, D=D, rotary=(cos, sin))
 
 

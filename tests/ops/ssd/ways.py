@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops.ssd.cases import Case, Law
+from tests.ops.ssd.cases import Case, Law, make_case
 from transxssm.ops.ssd import ssd_chunk_scan, ssd_step
 
 
@@ -34,6 +34,28 @@ def in_pieces(case: Case, lengths: Sequence[int], scan: Law, *, carry_state: boo
 def separately(documents: Sequence[int], scan: Law) -> Law:
     """Each document of a packed row in a scan of its own; the initial state is the first one's alone."""
     return lambda case: in_pieces(replace(case, seq_idx=None), documents, scan, carry_state=False)
+
+
+def sequences_in_a_row(lengths: Sequence[int], **options) -> tuple[Case, Tensor]:
+    """A case of one row that holds sequences of these lengths, with an initial state for each, and where they begin and end."""
+    case = make_case(batch=1, length=sum(lengths), **options)
+    states = make_case(batch=len(lengths), length=1, seed=1, **options).initial_state
+    return replace(case, initial_state=states), torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def one_call_each(lengths: Sequence[int], scan: Law) -> Law:
+    """Each of the sequences in a row in a scan of its own."""
+
+    def law(case: Case) -> tuple[Tensor, Tensor]:
+        bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+        results = [
+            scan(replace(case.tokens(start, stop), initial_state=state[None]))
+            for (start, stop), state in zip(bounds, case.initial_state, strict=True)
+        ]
+        outputs, states = zip(*results, strict=True)
+        return torch.cat(outputs, dim=1), torch.cat(states)
+
+    return law
 
 
 def by_steps(case: Case, prompt: int, scan: Law) -> tuple[Tensor, Tensor]:

@@ -51,4 +51,9 @@ inline float exp_of_nonpositive(float x) {
     return x < -87.0f ? 0.0f : sum * scale;
 }
 
+inline float sigmoid(float x) {
+    const float small = exp_of_nonpositive(x > 0.0f ? -x : x);
+    return (x > 0.0f ? 1.0f : small) / (1.0f + small);
+}
+
 }  // namespace

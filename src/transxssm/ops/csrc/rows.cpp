@@ -20,11 +20,6 @@ constexpr int64_t ROWS_PER_TASK =
 
 inline int64_t num_tasks(int64_t rows) { return (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK; }
 
-inline float sigmoid(float x) {
-    const float small = exp_of_nonpositive(x > 0.0f ? -x : x);
-    return (x > 0.0f ? 1.0f : small) / (1.0f + small);
-}
-
 template <class T>
 void swiglu(int64_t n, int64_t d, int64_t threads, const T* gate, const T* up, T* out) {
 #pragma omp parallel for num_threads(threads)

@@ -90,8 +90,8 @@ void weigh_scores(const Block& block, const Op* scores, Op* weights) {
     }
 }
 
-// Carries the states over the chunks, S_{c+1} = across_c · S_c + update_c, and writes the state that enters each chunk
-// to `entering` (a, g, n, r p).
+// Carries the states, one for each row or sequence, over the chunks, S_{c+1} = across_c · S_c + update_c, and writes
+// the state that enters each chunk to `entering` (a, g, n, r p).
 template <class Op>
 void carry_states(const Block& block, float* state, const Op* updates, Op* entering) {
     const int64_t N = block.state_size, P = block.head_dim, R = block.heads / block.groups, width = R * P;
@@ -99,8 +99,8 @@ void carry_states(const Block& block, float* state, const Op* updates, Op* enter
 #pragma omp parallel for collapse(2) num_threads(block.threads)
     for (int64_t which = 0; which < states; ++which)
         for (int64_t n = 0; n < N; ++n) {
-            float* row = state + (which * N + n) * width;
             for (int64_t c = 0; c < block.num_chunks; ++c) {
+                float* row = state + (state_of(block, c, which) * N + n) * width;
                 const int64_t task = c * states + which, offset = (task * N + n) * width;
                 const Op* update = updates + offset;
                 Op* before = entering + offset;
@@ -130,7 +130,7 @@ void carry_gradients(const Block& block, float* gradient, const Op* updates, con
                 const float across = block.across[task * R + r];
                 float dot_across = 0.0f;
                 for (int64_t n = 0; n < N; ++n) {
-                    float* row = gradient + (which * N + n) * width + r * P;
+                    float* row = gradient + (state_of(block, c, which) * N + n) * width + r * P;
                     const int64_t offset = (task * N + n) * width + r * P;
                     const Op *update = updates + offset, *state = entering + offset;
                     Op* after = leaving + offset;
@@ -324,6 +324,7 @@ void describe_scan(std::string& to) {
     TRANSXSSM_FIELD(Block, cos);
     TRANSXSSM_FIELD(Block, sin);
     TRANSXSSM_FIELD(Block, seq_idx);
+    TRANSXSSM_FIELD(Block, sequences);
     TRANSXSSM_FIELD(Block, rotated_B);
     TRANSXSSM_FIELD(Block, rotated_C);
     TRANSXSSM_FIELD(Block, dt_x);

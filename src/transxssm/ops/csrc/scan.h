@@ -27,6 +27,7 @@ struct Block {
     const float *dt, *A, *D;         // (b, t, h), (h,), (h,) or null
     const float *cos, *sin;          // (b or 1, t, n/2) or null
     const int64_t* seq_idx;          // (b, t) or null
+    const int64_t* sequences;        // (m): the state of each chunk, where b = 1 row holds several sequences, or null
     // Workspaces.
     void *rotated_B, *rotated_C;  // (a, g, q, n)
     void *dt_x, *weighted_x;      // (a, g, r, q, p), (a, g, q, r, p)
@@ -58,6 +59,11 @@ inline Place place_of(const Block& block, int64_t task) {
     place.first_head = place.group * place.heads_of_group;
     place.first_token = block.first_token + place.chunk * block.chunk_length;
     return place;
+}
+
+// The number of the state (…, g) that chunk c carries for the row and group `which` of (b, g).
+inline int64_t state_of(const Block& block, int64_t c, int64_t which) {
+    return block.sequences ? block.sequences[c] * block.groups + which : which;
 }
 
 inline int64_t num_tasks(const Block& block) { return block.num_chunks * block.batch * block.groups; }

@@ -1,13 +1,13 @@
-// The selective state update of one token, S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x. The state is read and
-// written once.
-//
-// A task is a row of the batch and a group. Its result does not depend on the number of threads.
+// What one token of each row changes in the states of its sequence, where they lie in a cache of slots.
 
 #include <vector>
 
 #include "library.h"
 #include "numbers.h"
 
+// The selective state update, S ← exp(dt A) S + dt x (R B)ᵀ and y = S (R C) + D x. The state is read and written once.
+// A task is a row of the batch and a group. Its result does not depend on the number of threads.
+//
 // All arrays but the states are contiguous. x, B, C and y have the number format of the function's name.
 struct Step {
     static constexpr const char* NAME = "Step";
@@ -23,6 +23,20 @@ struct Step {
     const float* D;          // (heads), or null
     float* state;            // (slots, heads, head_dim, state_size), each contiguous, updated in place
     void* y;                 // (batch, heads, head_dim)
+};
+
+// The short convolution with its SiLU. A task is a row. All arrays but x and the states are contiguous; x, weight,
+// bias, state and y have the number format of the function's name.
+struct ConvolutionStep {
+    static constexpr const char* NAME = "ConvolutionStep";
+
+    int64_t batch, channels, taps, threads;
+    int64_t x_row, state_slot;  // distance of two rows of `x` and of two slots of `state`, in numbers
+    const int64_t* slots;       // (batch)
+    const void *x, *weight;     // (batch, channels), (channels, taps)
+    const void* bias;           // (channels), or null
+    void* state;                // (slots, taps - 1, channels): the inputs before the token, updated in place
+    void* y;                    // (batch, channels)
 };
 
 namespace {
@@ -81,6 +95,32 @@ void update(const Step& step) {
     }
 }
 
+template <class T>
+void convolve(const ConvolutionStep& step) {
+    const int64_t E = step.channels, K = step.taps;
+    const T *weight = static_cast<const T*>(step.weight), *bias = static_cast<const T*>(step.bias);
+#pragma omp parallel num_threads(step.threads)
+    {
+        std::vector<float> sums(E);
+#pragma omp for
+        for (int64_t row = 0; row < step.batch; ++row) {
+            const T* x = static_cast<const T*>(step.x) + row * step.x_row;
+            T* inputs = static_cast<T*>(step.state) + step.slots[row] * step.state_slot;
+            T* y = static_cast<T*>(step.y) + row * E;
+            for (int64_t i = 0; i < E; ++i) sums[i] = bias ? to_float(bias[i]) : 0.0f;
+            for (int64_t j = 0; j < K; ++j) {
+                const T* input = j < K - 1 ? inputs + j * E : x;
+                for (int64_t i = 0; i < E; ++i) sums[i] += to_float(weight[i * K + j]) * to_float(input[i]);
+            }
+#pragma omp simd
+            for (int64_t i = 0; i < E; ++i) store(y[i], sums[i] * sigmoid(sums[i]));
+            if (K < 2) continue;
+            std::memmove(static_cast<void*>(inputs), inputs + E, (K - 2) * E * sizeof(T));
+            std::memcpy(static_cast<void*>(inputs + (K - 2) * E), x, E * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 
 void describe_step(std::string& to) {
@@ -106,4 +146,19 @@ void describe_step(std::string& to) {
     TRANSXSSM_FIELD(Step, y);
     describe_function(to, "step", "float32", update<float>);
     describe_function(to, "step", "bfloat16", update<bfloat16>);
+    describe_structure<ConvolutionStep>(to);
+    TRANSXSSM_FIELD(ConvolutionStep, batch);
+    TRANSXSSM_FIELD(ConvolutionStep, channels);
+    TRANSXSSM_FIELD(ConvolutionStep, taps);
+    TRANSXSSM_FIELD(ConvolutionStep, threads);
+    TRANSXSSM_FIELD(ConvolutionStep, x_row);
+    TRANSXSSM_FIELD(ConvolutionStep, state_slot);
+    TRANSXSSM_FIELD(ConvolutionStep, slots);
+    TRANSXSSM_FIELD(ConvolutionStep, x);
+    TRANSXSSM_FIELD(ConvolutionStep, weight);
+    TRANSXSSM_FIELD(ConvolutionStep, bias);
+    TRANSXSSM_FIELD(ConvolutionStep, state);
+    TRANSXSSM_FIELD(ConvolutionStep, y);
+    describe_function(to, "convolution_step", "float32", convolve<float>);
+    describe_function(to, "convolution_step", "bfloat16", convolve<bfloat16>);
 }

@@ -7,6 +7,7 @@ g groups, r = h/g heads of a group, p head_dim, n state size.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -32,6 +33,53 @@ class ScanInputs(NamedTuple):
     cos: Tensor | None  # (b or 1, t, n/2)
     sin: Tensor | None
     seq_idx: Tensor | None  # (b, t)
+    # (s + 1,) int64 on the CPU: where the sequences begin and end that are side by side in one row, each with a state of its own. In
+    # chunks they begin at multiples of the chunk size (`in_whole_chunks`).
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def num_states(self) -> int:
+        """Sequences, each with an initial and a final state."""
+        return len(self.x) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def sequences_of_chunks(self, chunk_size: int) -> Tensor | None:
+        """(chunks,) int64 on the CPU: the number of the sequence that each chunk is of. None if a row is one sequence."""
+        if self.cu_seqlens is None:
+            return None
+        numbers = torch.arange(self.num_states, device="cpu")
+        return numbers.repeat_interleave(self.cu_seqlens.diff() // chunk_size)
+
+
+class WholeChunks(NamedTuple):
+    """Sequences side by side in one row, with pads behind each up to the next multiple of a chunk."""
+
+    inputs: ScanInputs
+    places: Tensor  # (t,): where each token of the row went
+
+
+def in_whole_chunks(inputs: ScanInputs, chunk_size: int) -> WholeChunks:
+    """Lays the sequences of `inputs.cu_seqlens` out so that each begins with a chunk."""
+    assert inputs.cu_seqlens is not None
+    device, lengths = inputs.x.device, inputs.cu_seqlens.diff()
+    widths = (lengths + chunk_size - 1) // chunk_size * chunk_size
+    ends, new_ends = lengths.cumsum(0), F.pad(widths.cumsum(0), (1, 0))
+    moved = new_ends[:-1] - (ends - lengths)  # (s,): how far each sequence goes to the right
+    places = torch.arange(int(ends[-1]), device="cpu") + moved.repeat_interleave(lengths)  # (t,)
+    # A pad holds what the last token of its own sequence does, so that no number of another one can reach it, and takes no time.
+    source = torch.arange(int(new_ends[-1]), device="cpu") - moved.repeat_interleave(widths)
+    last = (ends - 1).repeat_interleave(widths)
+    is_token = (source <= last).to(device)
+    source = torch.minimum(source, last).to(device)
+
+    def spread(tensor: Tensor) -> Tensor:
+        return tensor[0].index_select(0, source)[None]
+
+    cos, sin = (None if table is None else spread(table) for table in (inputs.cos, inputs.sin))
+    x, dt, B, C = (spread(tensor) for tensor in (inputs.x, inputs.dt, inputs.B, inputs.C))
+    spread_inputs = inputs._replace(
+        x=x, dt=dt * is_token[:, None].to(dt.dtype), B=B, C=C, cos=cos, sin=sin, cu_seqlens=new_ends
+    )
+    return WholeChunks(spread_inputs, places.to(device))
 
 
 class Block(NamedTuple):

@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from transxssm.ops.dispatch import code_checksum
 from transxssm.ops.ssd.blocks import (
+    Block,
     ScanInputs,
     as_rows,
     blocks_of,
@@ -44,10 +45,13 @@ def ssd_chunked(
     D: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The scan of `transxssm.ops.ssd.ssd_chunk_scan` in chunks of `chunk_size` tokens, by "cpp_gemm", "cpp" or "chunked".
+
+    Sequences that are side by side in one row begin at multiples of `chunk_size`.
 
     Matrix operands keep x's dtype (float32 for half types on a CPU that doesn't multiply them in hardware); time steps, decays,
     cumulative sums and states are float32 (float64 for float64 inputs). Differentiable once, in everything but the rotary tables.
@@ -67,6 +71,7 @@ def ssd_chunked(
         cos,
         sin,
         seq_idx,
+        cu_seqlens,
         chunk_size,
         keeps_states,
         backend,
@@ -84,18 +89,19 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     groups, state_size = B.shape[2:]
     y, state, states = _empty_outputs(*arguments)
     if inputs.initial_state is None:
-        state = state.new_zeros(batch, groups, state_size, heads // groups * head_dim)
+        state = state.new_zeros(inputs.num_states, groups, state_size, heads // groups * head_dim)
     else:
         state = _fold(inputs.initial_state, groups).clone(memory_format=torch.contiguous_format)
     if backend in BACKENDS:
         forward_by_kernels(backend, inputs, y, state, states, chunk_size)
         return y, _unfold(state, head_dim), states
+    sequences = inputs.sequences_of_chunks(chunk_size)
     for block in blocks_of(x, chunk_size):
         chunk = load(block, inputs)
         weighted_x = product(as_rows(chunk.x), as_rows(chunk.to_end[..., None]))
         updates = (chunk.B.mT @ weighted_x.flatten(3)).unflatten(0, (batch, -1))  # (b, m, g, n, r p)
-        entering = _recurrence(state, updates.to(state.dtype), chunk.across)
-        state, entering = entering[:, -1], entering[:, :-1].to(chunk.x.dtype)
+        state, entering = _carry(state, updates.to(state.dtype), chunk.across, block, sequences)
+        entering = entering.to(chunk.x.dtype)
         if keeps_states:
             states[block.chunks] = entering.transpose(0, 1)
         from_start = by_head(chunk.C @ entering.flatten(0, 1), head_dim)  # (a, g, r, q, p)
@@ -110,13 +116,14 @@ def _forward_chunks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, chunk_size, keeps_states, _, _ = arguments
-    x, dt, B = tensors[0], tensors[1], tensors[3]
+    inputs = ScanInputs(*tensors)
+    x, dt, B = inputs.x, inputs.dt, inputs.B
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     states_shape = (-(-length // chunk_size), batch, groups, state_size, heads // groups * head_dim)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        dt.new_empty(batch, heads, head_dim, state_size),
+        dt.new_empty(inputs.num_states, heads, head_dim, state_size),
         x.new_empty(states_shape if keeps_states else 0),
     )
 
@@ -145,6 +152,7 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
         backward_by_kernels(backend, inputs, grad_y, grad_state, states, chunk_size, gradients)
         return *gradients, _unfold(grad_state, head_dim)
     rates = A.view(groups, -1, 1)
+    sequences = inputs.sequences_of_chunks(chunk_size)
     for block in reversed(blocks_of(x, chunk_size)):
         chunk = load(block, inputs)
         operand = chunk.x.dtype
@@ -155,8 +163,8 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
         # The states' gradients, from the last chunk to the first.
         weighted_dy = product(as_rows(dy), as_rows(chunk.from_start[..., None])).flatten(3)
         updates = (chunk.C.mT @ weighted_dy).to(acc).unflatten(0, (batch, -1))  # (b, m, g, n, r p)
-        leaving = _recurrence(grad_state, updates, chunk.across, backwards=True)
-        grad_state, leaving = leaving[:, 0], leaving[:, 1:].flatten(0, 1)  # (a, g, n, r p)
+        grad_state, leaving = _carry(grad_state, updates, chunk.across, block, sequences, backwards=True)
+        leaving = leaving.flatten(0, 1)  # (a, g, n, r p)
 
         # y_q = Σ_k s_qk L_qk dt_k x_k: to the scores, to dt x, and to the decays between q and k.
         weights = product((chunk.C @ chunk.B.mT)[:, :, None], chunk.L)  # (a, g, r, q, k)
@@ -203,10 +211,11 @@ def _backward_in_given_precision(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    x, dt, A, B, C, D = arguments[:6]
+    inputs = ScanInputs(*arguments[: len(ScanInputs._fields)])
+    x, dt, A, B, C, D = inputs[:6]
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C)]
     grad_D = dt.new_empty(0 if D is None else x.shape[2])
-    return (*grads, grad_D, dt.new_empty(x.shape[0], *x.shape[2:], B.shape[3]))
+    return (*grads, grad_D, dt.new_empty(inputs.num_states, *x.shape[2:], B.shape[3]))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,7 +232,7 @@ def _backward(
     if grad_y is None:
         grad_y = torch.zeros_like(inputs.x)
     if grad_state is None:
-        grad_state = inputs.dt.new_zeros(inputs.x.shape[0], *inputs.x.shape[2:], inputs.B.shape[3])
+        grad_state = inputs.dt.new_zeros(inputs.num_states, *inputs.x.shape[2:], inputs.B.shape[3])
     gradients = _scan_backward(*inputs, grad_y, grad_state, states, ctx.chunk_size, ctx.backend, ctx.code)
     return _of_arguments(inputs, gradients)
 
@@ -235,7 +244,7 @@ def _of_arguments(inputs: ScanInputs, gradients: tuple[Tensor, ...]) -> tuple[Te
         *grads,
         None if inputs.D is None else grad_D,
         None if inputs.initial_state is None else grad_initial,
-        *(None,) * 7,  # cos, sin, seq_idx, chunk_size, keeps_states, backend, code
+        *(None,) * 8,  # cos, sin, seq_idx, cu_seqlens, chunk_size, keeps_states, backend, code
     )
 
 
@@ -259,7 +268,7 @@ def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callab
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
-    "Tensor? cos, Tensor? sin, Tensor? seq_idx"
+    "Tensor? cos, Tensor? sin, Tensor? seq_idx, Tensor? cu_seqlens"
 )
 _scan = _operator(
     "transxssm::ssd_chunked",
@@ -285,6 +294,36 @@ def _fold(state: Tensor, groups: int) -> Tensor:
 def _unfold(state: Tensor, head_dim: int) -> Tensor:
     """(b, g, n, r p) → (b, h, p, n)."""
     return state.unflatten(3, (-1, head_dim)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+def _carry(
+    state: Tensor,
+    updates: Tensor,
+    across: Tensor,
+    block: Block,
+    sequences: Tensor | None,
+    *,
+    backwards: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Carries states over the chunks of a block: those behind it (s, g, n, r p), and those that enter the chunks (b, m, g, n, r p).
+
+    Backwards it carries the gradients: those before the block, and those of the states that leave the chunks.
+
+    Args:
+        state: (s, g, n, r p), of each row, or of each sequence in the one row; the latter are written over.
+        sequences: (chunks,), of which sequence each chunk of the scan is. None if a row is one sequence.
+    """
+    if sequences is None:
+        states = _recurrence(state, updates, across, backwards=backwards)
+        return (states[:, 0], states[:, 1:]) if backwards else (states[:, -1], states[:, :-1])
+    entering, first = [], 0
+    numbers, counts = sequences[block.chunks].unique_consecutive(return_counts=True)
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        own = slice(first, first := first + count)
+        states = _recurrence(state[number, None], updates[:, own], across[:, own], backwards=backwards)
+        state[number] = states[0, 0 if backwards else -1]
+        entering.append(states[:, 1:] if backwards else states[:, :-1])
+    return state, torch.cat(entering, dim=1)
 
 
 def _recurrence(state: Tensor, updates: Tensor, across: Tensor, *, backwards: bool = False) -> Tensor:

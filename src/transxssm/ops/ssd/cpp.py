@@ -169,6 +169,7 @@ class _Scan:
                 tensors[name] = tensors[name].float()
         if "seq_idx" in tensors:
             tensors["seq_idx"] = tensors["seq_idx"].long()
+        self._sequences = inputs.sequences_of_chunks(chunk_size)
         strides = {
             f"{name}_{axis}": tensor.stride(d)
             for name, tensor in rows.items()
@@ -198,6 +199,8 @@ class _Scan:
             if size != known:
                 self.work, known = self._workspace(*size), size
             self._block.fill(first_token=block.tokens.start, num_chunks=size[0], chunk_length=size[1])
+            if self._sequences is not None:
+                self._block.fill(sequences=self._sequences[block.chunks])
             yield block
 
     def run(self, name: str, *tensors: Tensor) -> None:

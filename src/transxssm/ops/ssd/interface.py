@@ -1,8 +1,11 @@
-"""State-space duality: argument checks and the choice of backend. Contracts and shapes: `ssd_chunk_scan`, `ssd_step`, `ssd_step_`.
+"""State-space duality: argument checks and the choice of backend. Contracts and shapes: `ssd_chunk_scan`, `ssd_step`, and
+`ssd_chunk_scan_`, `ssd_step_` in place.
 
-Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
+Letters: b batch, s sequences, t time, h heads, g groups, p head_dim, n state size.
 """
 
+import itertools
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -11,9 +14,9 @@ import torch
 from torch import Tensor
 
 from transxssm.ops.dispatch import EXPORTED, Backend, Op, cpp_shortfall, is_exporting
-from transxssm.ops.sequences import check_slots
+from transxssm.ops.sequences import check_slots, checked_cu_seqlens, read_slots
 from transxssm.ops.ssd import cpp as scan_cpp
-from transxssm.ops.ssd.blocks import ScanInputs
+from transxssm.ops.ssd.blocks import ScanInputs, in_whole_chunks
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.portable import ssd_portable
 from transxssm.ops.ssd.reference import ssd_recurrence
@@ -37,8 +40,12 @@ class SSDBackend(StrEnum):
 
 
 def _chunked(backend: str, inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
-    arguments, options = _unpacked(inputs)
-    return ssd_chunked(*arguments, **options, chunk_size=_chunk_size_of(inputs.x, chunk_size), backend=backend)
+    chunk_size = _chunk_size_of(inputs.x, chunk_size)
+    if inputs.cu_seqlens is not None:  # a chunk longer than any sequence would hold pads for nothing
+        chunk_size = min(chunk_size, int(inputs.cu_seqlens.diff().max()))
+    arguments, options, places = _unpacked(inputs, chunk_size)
+    y, state = ssd_chunked(*arguments, **options, chunk_size=chunk_size, backend=backend)
+    return y if places is None else y[0].index_select(0, places)[None], state
 
 
 def _chunked_refusal(inputs: ScanInputs) -> str | None:
@@ -46,25 +53,59 @@ def _chunked_refusal(inputs: ScanInputs) -> str | None:
 
 
 def _triton(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
-    arguments, options = _unpacked(inputs)
-    return ssd_triton(*arguments, **options, chunk_size=chunk_size)
+    kernels_chunk = 0
+    if inputs.cu_seqlens is not None:
+        from transxssm.ops.ssd.triton.launch import tiles_of  # which imports Triton
+
+        kernels_chunk = tiles_of(inputs.x, inputs.B.shape[-1], chunk_size).chunk
+    arguments, options, places = _unpacked(inputs, kernels_chunk)
+    y, state = ssd_triton(*arguments, **options, chunk_size=chunk_size)
+    return y if places is None else y[0].index_select(0, places)[None], state
 
 
 def _portable(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
-    arguments, options = _unpacked(inputs)
+    arguments, options = _of_one_sequence(inputs)
     return ssd_portable(*arguments, **options, chunk_size=_chunk_size_of(inputs.x, chunk_size))
 
 
+def _portable_refusal(inputs: ScanInputs) -> str | None:
+    if inputs.cu_seqlens is not None:
+        return "one graph for any length knows no bounds of sequences within a row"
+    return None
+
+
 def _recurrence(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
-    arguments, options = _unpacked(inputs)
-    return ssd_recurrence(*arguments, **options)
+    if inputs.cu_seqlens is None:
+        arguments, options = _of_one_sequence(inputs)
+        return ssd_recurrence(*arguments, **options)
+    outputs, states = zip(*(_recurrence(each, chunk_size) for each in _each_sequence(inputs)), strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(states)
 
 
-def _unpacked(inputs: ScanInputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _each_sequence(inputs: ScanInputs) -> Iterator[ScanInputs]:
+    assert inputs.cu_seqlens is not None
+    for number, (start, stop) in enumerate(itertools.pairwise(inputs.cu_seqlens.tolist())):
+        state = None if inputs.initial_state is None else inputs.initial_state[number, None]
+        x, dt, B, C = (each[:, start:stop] for each in (inputs.x, inputs.dt, inputs.B, inputs.C))
+        cos, sin = (None if table is None else table[:, start:stop] for table in (inputs.cos, inputs.sin))
+        yield ScanInputs(x, dt, inputs.A, B, C, inputs.D, state, cos, sin, None)
+
+
+def _of_one_sequence(inputs: ScanInputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """The positional arguments of an implementation and its options."""
-    *_, D, initial_state, cos, sin, seq_idx = inputs
-    rotary = None if cos is None or sin is None else (cos, sin)
-    return inputs[:5], {"rotary": rotary, "D": D, "initial_state": initial_state, "seq_idx": seq_idx}
+    rotary = None if inputs.cos is None or inputs.sin is None else (inputs.cos, inputs.sin)
+    options = {"rotary": rotary, "D": inputs.D, "initial_state": inputs.initial_state, "seq_idx": inputs.seq_idx}
+    return inputs[:5], options
+
+
+def _unpacked(inputs: ScanInputs, chunk_size: int) -> tuple[tuple[Tensor, ...], dict[str, Any], Tensor | None]:
+    """The same for an implementation by chunks, which takes several sequences in a row where each begins with a chunk; and where each token
+    of the row went, (t,), or None if it stayed."""
+    places = None
+    if inputs.cu_seqlens is not None:
+        inputs, places = in_whole_chunks(inputs, chunk_size)
+    arguments, options = _of_one_sequence(inputs)
+    return arguments, options | {"cu_seqlens": inputs.cu_seqlens}, places
 
 
 def _chunk_size_of(x: Tensor, chunk_size: int | None) -> int:
@@ -82,10 +123,11 @@ def _call(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **_: Any,
 ) -> tuple[ScanInputs]:
     cos, sin = (None, None) if rotary is None else rotary
-    return (ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx),)
+    return (ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx, cu_seqlens),)
 
 
 SSD_CHUNK_SCAN = Op(
@@ -100,7 +142,7 @@ SSD_CHUNK_SCAN = Op(
         ),
         Backend(SSDBackend.CPP, partial(_chunked, "cpp"), refusal=scan_cpp.refusal, shortfall=cpp_shortfall),
         Backend(SSDBackend.CHUNKED, partial(_chunked, "chunked"), refusal=_chunked_refusal),
-        Backend(SSDBackend.PORTABLE, _portable),
+        Backend(SSDBackend.PORTABLE, _portable, refusal=_portable_refusal),
         Backend(SSDBackend.RECURRENCE, _recurrence),
     ),
     call=_call,
@@ -118,6 +160,7 @@ def ssd_chunk_scan(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     backend: SSDBackend | str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -139,15 +182,18 @@ def ssd_chunk_scan(
         initial_state: (b, h, p, n); belongs to the document of the first token. Defaults to zeros.
         seq_idx: (b, t) integers, non-decreasing: the documents of a packed row; score and state stop at a boundary. Defaults to one
             document for each row.
+        cu_seqlens: (s + 1,) integers on the CPU, 0, where the second sequence begins, …, t: of s sequences side by side in one row,
+            b = 1, each with an initial and a final state of its own, (s, h, p, n). Defaults to one sequence for each row.
         chunk_size: tokens in a chunk ≥ 1; results do not depend on it but for rounding, and "triton" takes the next power of 2 from
             16 to 256. Defaults to what is fastest on the device.
         backend: an `SSDBackend`. Defaults to the first that takes the inputs.
 
     Returns:
-        y: (b, t, h, p) in x's dtype; final_state: (b, h, p, n), that of the last token's document.
+        y: (b, t, h, p) in x's dtype; final_state: (b, h, p, n), that of the last token's document, or (s, h, p, n).
 
     Raises:
-        ValueError: shapes or the chunk size do not fit, or the requested backend does not take the inputs; the message says why.
+        ValueError: shapes, the chunk size or the sequences do not fit, or the requested backend does not take the inputs; the message
+            says why.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token: got {chunk_size}")
@@ -156,15 +202,75 @@ def ssd_chunk_scan(
     batch, length = x.shape[:2]
     if length == 0:
         raise ValueError(f"the sequence must have at least one token: got x of shape {tuple(x.shape)}")
-    _check_shapes(x, dt, A, B, C, rotary, D, initial_state, time=(length,), num_states=batch)
+    if cu_seqlens is not None:
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, batch, length)
+        if seq_idx is not None:
+            raise ValueError("a row holds either documents (seq_idx) or sequences (cu_seqlens): got both")
+    num_states = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    _check_shapes(x, dt, A, B, C, rotary, D, initial_state, time=(length,), num_states=num_states)
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"seq_idx must have shape {(batch, length)}: got {tuple(seq_idx.shape)}")
 
-    (inputs,) = _call(x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx)
+    if num_states == 1:
+        cu_seqlens = None  # which is what a row is anyway
+    (inputs,) = _call(
+        x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens
+    )
     chosen = SSD_CHUNK_SCAN.choose(backend, inputs)
     with torch.autocast(device_type=x.device.type, enabled=False):
         y, state = chosen.forward(inputs, chunk_size)
     return y, state
+
+
+def ssd_chunk_scan_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    state_indices: Tensor,
+    has_initial_state: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    D: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: SSDBackend | str | None = None,
+) -> Tensor:
+    """`ssd_chunk_scan` over states in the slots of a cache: each sequence's final state is written where its initial one was. For prompts
+    in a serving engine: nothing here is differentiable.
+
+    Args:
+        state: (slots, h, p, n) float32, float64 for float64 inputs; the slots may lie any distance apart, and those that are not named stay
+            as they are.
+        state_indices: (b,) or, with `cu_seqlens`, (s,) int32 or int64: the slot of each sequence, none of them twice.
+        has_initial_state: of the same shape, bool: whether a sequence goes on from its slot's state; others begin from zero, whatever the
+            slot holds. Defaults to all going on.
+        x, dt, A, B, C, rotary, D, cu_seqlens, chunk_size, backend: as in `ssd_chunk_scan`.
+
+    Returns:
+        y: (b, t, h, p) in x's dtype.
+
+    Raises:
+        ValueError: as `ssd_chunk_scan`; the state's dtype does not fit; a slot is not there or named twice (seen on a CPU alone);
+            gradients are on for one of the inputs.
+    """
+    given = (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,)))
+    _check_in_place(state, x, given)
+    check_slots(state_indices, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, len(state))
+    with torch.no_grad():
+        y, final_state = ssd_chunk_scan(
+            *(x, dt, A, B, C),
+            rotary=rotary,
+            D=D,
+            initial_state=read_slots(state, state_indices, has_initial_state),
+            cu_seqlens=cu_seqlens,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
+        state.index_copy_(0, state_indices.long(), final_state)
+    return y
 
 
 def ssd_step(
@@ -230,14 +336,20 @@ def ssd_step_(
             for one of the inputs, or the requested backend does not take the call.
     """
     token = _token(state, x, dt, A, B, C, rotary, D, state_indices)
-    if state.dtype != token.accumulate:
-        raise ValueError(f"the state must be {token.accumulate} to be written in place: got {state.dtype}")
-    given = (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,)))
-    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
-        raise ValueError("a step in place has no gradients: got inputs that require them, expected torch.no_grad()")
+    _check_in_place(state, x, (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,))))
     with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
         y: Tensor = SSD_STEP_.choose(backend, state, token).forward(state, token)
     return y
+
+
+def _check_in_place(state: Tensor, x: Tensor, given: tuple[Tensor, ...]) -> None:
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if state.dtype != wanted:
+        raise ValueError(f"the state must be {wanted} to be written in place: got {state.dtype}")
+    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
+        raise ValueError(
+            "what is written in place has no gradients: got inputs that require them, expected torch.no_grad()"
+        )
 
 
 def _token(

@@ -19,6 +19,7 @@ from transxssm.ops.dispatch import (
     triton_shortfall,
 )
 from transxssm.ops.rotary import apply_rotary
+from transxssm.ops.sequences import has_dense_slots
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -102,19 +103,9 @@ def _finished(y: Tensor, token: TokenInputs) -> Tensor:
 def _kernel_refusal(state: Tensor, token: TokenInputs) -> str | None:
     if not token.x.dtype == token.B.dtype == token.C.dtype:
         return "it takes x, B and C of one dtype"
-    if state.dtype != torch.float32 or not _is_dense_in_slots(state):
+    if state.dtype != torch.float32 or not has_dense_slots(state):
         return "it takes float32 states, each of them contiguous"
     return eager_cpp_refusal(token.x, state, *token.tensors)
-
-
-def _is_dense_in_slots(state: Tensor) -> bool:
-    """Whether each slot's state is contiguous; the slots may lie apart."""
-    expected = 1
-    for size, stride in zip(reversed(state.shape[1:]), reversed(state.stride()[1:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
@@ -148,7 +139,7 @@ def _by_kernel(state: Tensor, token: TokenInputs) -> Tensor:
 
 
 def _triton_refusal(state: Tensor, token: TokenInputs) -> str | None:
-    if not _is_dense_in_slots(state):
+    if not has_dense_slots(state):
         return "the kernel takes states, each of them contiguous"
     return eager_triton_refusal(state, *token.tensors)
 

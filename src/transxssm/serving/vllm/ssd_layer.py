@@ -4,7 +4,7 @@ Letters: n tokens of all sequences in a step, h heads, g groups, p head_dim, s s
 convolution; sizes are those of one shard.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.ssd_mixer import TransXSSMDynamics
-from transxssm.ops import short_convolution, ssd_chunk_scan, ssd_step_, swiglu
+from transxssm.ops import short_convolution, short_convolution_, ssd_chunk_scan_, ssd_step_, swiglu
 from transxssm.serving.vllm.plugin import STATE_BACKEND
 
 StateShapes = tuple[tuple[int, ...], ...]
@@ -51,14 +51,11 @@ def state_dtypes(config: TransXSSMConfig, dtype: torch.dtype) -> tuple[torch.dty
 class SSDMetadata(BaseMambaAttentionMetadata):
     """Which tokens of a step are whose: single tokens that go on from a state come first, longer pieces of prompts behind them."""
 
-    prefill_starts: list[int] = field(
-        default_factory=list
-    )  # where each piece begins among the prompts' tokens, and where all end
-    prefill_has_state: list[bool] = field(default_factory=list)  # whether it goes on from a state
+    cu_seqlens_p: Tensor | None = None  # (s + 1,) on the host: where each piece begins, and where the last ends
 
 
 class SSDMetadataBuilder(BaseMambaAttentionMetadataBuilder[SSDMetadata]):
-    """vLLM's own, which adds what the host has to know of the prompts' pieces: it is there without asking the device."""
+    """vLLM's own, which adds where the prompts' pieces begin: the host lays the scan out by it, and has it without asking the device."""
 
     metadata_cls = SSDMetadata
     needs_causal_conv1d_metadata = False
@@ -72,11 +69,9 @@ class SSDMetadataBuilder(BaseMambaAttentionMetadataBuilder[SSDMetadata]):
     ) -> SSDMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         if metadata.num_prefills:
-            num_cached, starts = self._prefill_cpu_metadata(
+            _, metadata.cu_seqlens_p = self._prefill_cpu_metadata(
                 common_attn_metadata, metadata.num_reqs, metadata.num_prefills, metadata.num_decode_tokens
             )
-            metadata.prefill_starts = starts.tolist()
-            metadata.prefill_has_state = (num_cached > 0).tolist()
         return metadata
 
 
@@ -206,12 +201,10 @@ class SSDLayer(MambaBase, nn.Module):
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, dict):
             metadata = metadata.get(self.prefix)
-        num_tokens, x_size = len(mixed), self.split_sizes[0]
-        y = mixed.new_zeros(num_tokens, x_size)
+        y = mixed.new_zeros(len(mixed), self.split_sizes[0])
         if metadata is None:  # vLLM measures memory, or compiles
             return y
-        num_decodes = metadata.num_decode_tokens
-        num_actual = num_decodes + metadata.num_prefill_tokens
+        num_decodes, num_actual = metadata.num_decode_tokens, metadata.num_decode_tokens + metadata.num_prefill_tokens
         mixed, projected_dt = mixed[:num_actual], projected_dt[:num_actual]
         if self.conv_weight is not None:
             mixed = self._convolve(mixed, self.conv_weight, metadata)
@@ -223,54 +216,40 @@ class SSDLayer(MambaBase, nn.Module):
         if self.config.ssd_scan_in_fp32:
             x, B, C = x.float(), B.float(), C.float()
         dt, A, D = self.dynamics(projected_dt)
-        states = self.kv_cache[0]
-        rotary = None if cos is None or sin is None else (cos, sin)
+        states, rotary = self.kv_cache[0], None if cos is None or sin is None else (cos, sin)
         if num_decodes:
-            slots = metadata.state_indices_tensor_d[:num_decodes, 0]
-            own = states[slots]
             x_d, dt_d, B_d, C_d = (tensor[:num_decodes] for tensor in (x, dt, B, C))
-            token_rotary = None if rotary is None else (rotary[0][:num_decodes], rotary[1][:num_decodes])
-            y_d = ssd_step_(own, x_d, dt_d, A, B_d, C_d, rotary=token_rotary, D=D)
-            states[slots] = own
-            y[:num_decodes] = y_d.flatten(1)
-        for slot, start, stop, has_state in _prompt_pieces(metadata):
-            piece = slice(start, stop)
-            piece_rotary = None if rotary is None else (rotary[0][None, piece], rotary[1][None, piece])
-            y_p, state = ssd_chunk_scan(
-                x[None, piece],
-                dt[None, piece],
-                A,
-                B[None, piece],
-                C[None, piece],
-                rotary=piece_rotary,
+            y[:num_decodes] = ssd_step_(
+                *(states, x_d, dt_d, A, B_d, C_d),
+                rotary=None if rotary is None else (rotary[0][:num_decodes], rotary[1][:num_decodes]),
                 D=D,
-                initial_state=states[slot][None] if has_state else None,
+                state_indices=metadata.state_indices_tensor_d[:num_decodes, 0],
+            ).flatten(1)
+        if metadata.num_prefills:
+            prompts = slice(num_decodes, num_actual)
+            x_p, dt_p, B_p, C_p = (tensor[None, prompts] for tensor in (x, dt, B, C))
+            y_p = ssd_chunk_scan_(
+                *(states, x_p, dt_p, A, B_p, C_p),
+                rotary=None if rotary is None else (rotary[0][None, prompts], rotary[1][None, prompts]),
+                D=D,
                 chunk_size=self.config.ssd_chunk_size,
+                **_slots_of_prompts(metadata),
             )
-            states[slot] = state[0]
-            y[piece] = y_p[0].flatten(1)
+            y[prompts] = y_p[0].flatten(1)
         return y
 
     def _convolve(self, mixed: Tensor, weight: Tensor, metadata: SSDMetadata) -> Tensor:
         """(n, e) → (n, e), each token with the last inputs of its own sequence."""
-        num_decodes = metadata.num_decode_tokens
-        has_memory = weight.shape[1] > 1
-        inputs = self.kv_cache[1] if has_memory else None
-        output = torch.empty_like(mixed)
+        if weight.shape[1] == 1:
+            return short_convolution(mixed[None], weight)[0][0]
+        inputs, num_decodes, outputs = self.kv_cache[1], metadata.num_decode_tokens, []
         if num_decodes:
             slots = metadata.state_indices_tensor_d[:num_decodes, 0]
-            before = None if inputs is None else inputs[slots]
-            convolved, after = short_convolution(mixed[:num_decodes, None], weight, initial_state=before)
-            output[:num_decodes] = convolved[:, 0]
-            if inputs is not None:
-                inputs[slots] = after.to(inputs.dtype)
-        for slot, start, stop, has_state in _prompt_pieces(metadata):
-            before = inputs[slot][None] if inputs is not None and has_state else None
-            convolved, after = short_convolution(mixed[None, start:stop], weight, initial_state=before)
-            output[start:stop] = convolved[0]
-            if inputs is not None:
-                inputs[slot] = after[0].to(inputs.dtype)
-        return output
+            outputs.append(short_convolution_(inputs, mixed[:num_decodes, None], weight, state_indices=slots)[:, 0])
+        if metadata.num_prefills:
+            prompts = mixed[None, num_decodes:]
+            outputs.append(short_convolution_(inputs, prompts, weight, **_slots_of_prompts(metadata))[0])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
         """(n, g, s): B or C of every group, normalised over the state and moved by its bias where there are any."""
@@ -280,16 +259,13 @@ class SSDLayer(MambaBase, nn.Module):
         return state_map if bias is None else (state_map + bias.view(self.num_groups, -1)).to(state_map.dtype)
 
 
-def _prompt_pieces(metadata: SSDMetadata) -> list[tuple[int, int, int, bool]]:
-    """Of each prompt's piece: its slot, where it begins and ends among the step's tokens, whether it goes on from a state."""
-    if not metadata.num_prefills or metadata.state_indices_tensor_p is None:
-        return []
-    offset, starts = metadata.num_decode_tokens, metadata.prefill_starts
-    slots = metadata.state_indices_tensor_p.tolist()
-    return [
-        (slot, offset + start, offset + stop, has_state)
-        for slot, start, stop, has_state in zip(slots, starts[:-1], starts[1:], metadata.prefill_has_state, strict=True)
-    ]
+def _slots_of_prompts(metadata: SSDMetadata) -> dict[str, Any]:
+    """Which of a step's tokens are one prompt's piece, the slot of each, and whether it goes on from what its slot holds."""
+    return {
+        "cu_seqlens": metadata.cu_seqlens_p,
+        "state_indices": metadata.state_indices_tensor_p,
+        "has_initial_state": metadata.has_initial_states_p,
+    }
 
 
 def _ssd(

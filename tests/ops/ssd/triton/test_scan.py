@@ -8,6 +8,7 @@ import torch
 from tests import gpu_kernels
 from tests.ops.ssd.cases import assert_equal_laws, make_case, results
 from tests.ops.ssd.oracle import ssd_oracle
+from tests.ops.ssd.ways import one_call_each, sequences_in_a_row
 from tests.tolerances import TOLERANCES
 from transxssm.ops import dispatch
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan
@@ -73,6 +74,17 @@ def test_is_the_recurrence(sizes, chunk_size, device):
     for dtype in dtypes_of(device):
         case = make_case(dtype=dtype, device=device, **sizes)
         assert_equal_laws(kernels(chunk_size), ssd_oracle, case, expected_case=case.double())
+
+
+@pytest.mark.parametrize("lengths", [(1, 16, 20), (33, 2)], ids=str)
+def test_sequences_in_a_row_are_one_call_each(lengths, device):
+    for dtype in dtypes_of(device):
+        case, cu_seqlens = sequences_in_a_row(lengths, dtype=dtype, device=device)
+
+        def in_a_row(case, cu_seqlens=cu_seqlens):
+            return case.scan(ssd_chunk_scan, cu_seqlens=cu_seqlens, chunk_size=16, backend="triton")
+
+        assert_equal_laws(in_a_row, one_call_each(lengths, ssd_oracle), case, expected_case=case.double())
 
 
 def test_half_precision_inputs(device):

@@ -339,12 +339,14 @@ def carry_states(
     carried,  # (b, h, p, n) float32: the state after the last chunk, or the gradient of the one before the first
     sums,
     seq_idx,
+    first_chunks,  # (s + 1,): where sequences side by side in one row begin and end; `given` and `carried` are then (s, h, p, n)
     length,
     num_chunks,
     heads: tl.constexpr,
     size: tl.constexpr,  # p · n
     has_given: tl.constexpr,
     has_documents: tl.constexpr,
+    has_sequences: tl.constexpr,
     backward: tl.constexpr,
     chunk: tl.constexpr,
     block: tl.constexpr,
@@ -354,12 +356,19 @@ def carry_states(
     e = tl.program_id(0) * block + tl.arange(0, block)
     inside = e < size
     place = row * heads + head
-    seq_idx += row * length
-    sums += place * length
     state = tl.zeros((block,), tl.float32)
     if has_given:
         state = tl.load(given + place * size + e, mask=inside, other=0.0)
-    states += (row * num_chunks * heads + head) * size
+    if has_sequences:
+        first = tl.load(first_chunks + row).to(tl.int64)
+        sums += head * length + first * chunk
+        states += (first * heads + head) * size
+        num_chunks = (tl.load(first_chunks + row + 1) - first).to(tl.int32)
+        length = num_chunks * chunk
+    else:
+        seq_idx += row * length
+        sums += place * length
+        states += (row * num_chunks * heads + head) * size
     token: tl.constexpr = heads * size
     kind = states.dtype.element_ty
     for step in tl.range(0, num_chunks, 4):

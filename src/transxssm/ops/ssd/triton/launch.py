@@ -144,7 +144,7 @@ def backward(
     grad_ends, grad_D = (torch.empty(of_blocks, dtype=torch.float32, device=device) for _ in range(2))
     grad_kept = torch.empty(call.batch, call.heads, call.num_chunks, dtype=torch.float32, device=device)
     grad_A = torch.empty(call.batch, call.num_chunks, call.heads, dtype=torch.float32, device=device)
-    grad_initial = torch.empty(call.batch, *states.shape[2:], dtype=torch.float32, device=device)
+    grad_initial = torch.empty(inputs.num_states, *states.shape[2:], dtype=torch.float32, device=device)
     leaving = torch.empty_like(states)
     cos, sin, rotary_row = _angles(inputs)
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *grad_y.stride()[:3], rotary_row)
@@ -224,6 +224,10 @@ class _Call:
         # A stands for what is not there and not read.
         self.D = self.A if D is None else D.contiguous()
         self.seq_idx = self.A if inputs.seq_idx is None else inputs.seq_idx.to(torch.int32).contiguous()
+        self.num_states = inputs.num_states
+        self.first_chunks = None
+        if inputs.cu_seqlens is not None:
+            self.first_chunks = (inputs.cu_seqlens // tiles.chunk).to(device=x.device, dtype=torch.int32)
         self.num_chunks = triton.cdiv(self.length, tiles.chunk)
         self.num_blocks = triton.cdiv(self.length, tiles.block)
         is_exact = x.dtype == torch.float32
@@ -282,13 +286,14 @@ class _Call:
             **(self.constants | {"stages": 2}),  # nothing but loads and two products, which hide behind each other
         )
         size = self.constants["head_dim"] * self.state_size
-        wrap_triton(kernels.carry_states)[(triton.cdiv(size, _CARRIED), self.heads, self.batch)](
+        wrap_triton(kernels.carry_states)[(triton.cdiv(size, _CARRIED), self.heads, self.num_states)](
             *(self.A if given is None else given.contiguous(), states, carried, self.sums, self.seq_idx),
-            *(self.length, self.num_chunks),
+            *(self.A if self.first_chunks is None else self.first_chunks, self.length, self.num_chunks),
             heads=self.heads,
             size=size,
             has_given=given is not None,
             has_documents=self.constants["has_documents"],
+            has_sequences=self.first_chunks is not None,
             backward=backward,
             chunk=self.tiles.chunk,
             block=_CARRIED,

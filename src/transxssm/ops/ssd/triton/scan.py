@@ -19,7 +19,7 @@ _UNDIVIDED_HEAD_DIM = 64
 
 def refusal(inputs: ScanInputs) -> str | None:
     """Why the kernels are not meant for this scan, or None if they are."""
-    return triton_refusal(*inputs)
+    return triton_refusal(*inputs._replace(cu_seqlens=None))  # which the host reads
 
 
 def shortfall(inputs: ScanInputs) -> str | None:
@@ -46,11 +46,13 @@ def ssd_triton(
     D: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The scan of `transxssm.ops.ssd.ssd_chunk_scan` by kernels. Differentiable once, in everything but the rotary tables.
 
     Args:
+        cu_seqlens: of sequences that are side by side in one row; they begin at multiples of the kernels' chunk.
         chunk_size: rounded up to a power of 2 from 16 to 256. Defaults to what measured best.
     """
     cos, sin = (None, None) if rotary is None else rotary
@@ -58,7 +60,8 @@ def ssd_triton(
     keeps_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     y, final_state, *_ = _scan(
         *(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), None if D is None else D.float()),
-        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, chunk_size, keeps_states),
+        *(None if initial_state is None else initial_state.float(), cos, sin, seq_idx, cu_seqlens),
+        *(chunk_size, keeps_states),
         code_checksum() if torch.compiler.is_compiling() else 0,
     )
     return y, final_state
@@ -80,7 +83,7 @@ def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
     rotated = inputs.B.shape if keeps_states and inputs.cos is not None else (0,)
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(batch, *of_state, dtype=torch.float32, device=x.device),
+        torch.empty(inputs.num_states, *of_state, dtype=torch.float32, device=x.device),
         torch.empty(states, dtype=x.dtype, device=x.device),
         *(decays if keeps_states else (decay.new_empty(0) for decay in decays)),
         *(torch.empty(rotated, dtype=x.dtype, device=x.device) for _ in range(2)),
@@ -98,16 +101,18 @@ def _forward(
     cos: Tensor | None,
     sin: Tensor | None,
     seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int | None,
     keeps_states: bool,
     code: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from transxssm.ops.ssd.triton.launch import forward, rotate, tiles_of
 
-    inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx)
+    inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx, cu_seqlens)
     tiles = tiles_of(x, B.shape[-1], chunk_size)
     rotated_B, rotated_C = rotate(inputs)
-    y, final_state, states, times, sums, no_B, no_C = _outputs(*inputs[:7], None, None, seq_idx, chunk_size, True, code)
+    outputs = _outputs(*inputs._replace(cos=None, sin=None), chunk_size, True, code)
+    y, final_state, states, times, sums, no_B, no_C = outputs
     forward(inputs._replace(B=rotated_B, C=rotated_C), y, final_state, states, (times, sums), tiles)
     if not keeps_states:
         return y, final_state, states.new_empty(0), times.new_empty(0), sums.new_empty(0), no_B, no_C
@@ -120,7 +125,8 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = ScanInputs(*arguments[: len(ScanInputs._fields)])
     x, dt, A, B, C, D = inputs[:6]
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, A, B, C)]
-    return (*grads, dt.new_empty(0 if D is None else x.shape[2]), dt.new_empty(x.shape[0], *x.shape[2:], B.shape[3]))
+    of_states = dt.new_empty(inputs.num_states, *x.shape[2:], B.shape[3])
+    return (*grads, dt.new_empty(0 if D is None else x.shape[2]), of_states)
 
 
 def _backward_of(
@@ -134,6 +140,7 @@ def _backward_of(
     cos: Tensor | None,
     sin: Tensor | None,
     seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
     grad_y: Tensor,
     grad_state: Tensor | None,
     states: Tensor,
@@ -144,7 +151,7 @@ def _backward_of(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from transxssm.ops.ssd.triton.launch import backward, tiles_of
 
-    inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx)
+    inputs = ScanInputs(x, dt, A, B, C, D, initial_state, cos, sin, seq_idx, cu_seqlens)
     return backward(inputs, grad_y, grad_state, states, (times, sums), tiles_of(x, B.shape[-1], chunk_size))
 
 
@@ -169,7 +176,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: No
         *grads,
         None if inputs.D is None else grad_D,
         None if inputs.initial_state is None else grad_initial,
-        *(None,) * 6,  # cos, sin, seq_idx, chunk_size, keeps_states, code
+        *(None,) * 7,  # cos, sin, seq_idx, cu_seqlens, chunk_size, keeps_states, code
     )
 
 
