@@ -6,15 +6,15 @@ from transxssm_cli.extras import require_extra
 
 
 def main() -> None:
-    """Runs the command line, and ends the process."""
+    """Runs the command line where it can run, and ends the process."""
     try:
         require_extra("train")
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    from transxssm_cli.app import app
+    from transxssm_cli import app
 
-    app()
+    app.main()
 
 
 if __name__ == "__main__":

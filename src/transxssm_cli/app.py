@@ -46,6 +46,11 @@ app.add_typer(benchmark, name="benchmark")
 app.add_typer(evaluate.app)
 
 
+def main() -> None:
+    """Runs the command line, and ends the process."""
+    app()
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
