@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from transxssm.evaluation import ResultTable
 from transxssm.inspection import cache_bytes
-from transxssm.inspection.flops import step_flops
+from transxssm.inspection.costs import step_flops
 from transxssm.machine import run_metadata
 from transxssm.models import read_device
 from transxssm.models.baselines import count_baseline_parameters, language_model_on_meta

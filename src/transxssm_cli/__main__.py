@@ -2,7 +2,7 @@
 
 import sys
 
-from transxssm_cli.extras import require_extra
+from transxssm_cli.places import require_extra
 
 
 def main() -> None:

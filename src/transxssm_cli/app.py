@@ -173,7 +173,7 @@ def generate(
     Examples: [cyan]transxssm generate runs/tiny -p "def "[/], [cyan]git diff | transxssm generate runs/tiny[/],
     [cyan]transxssm generate runs/tiny --prompts prompts.jsonl > completions.jsonl[/]
     """
-    from transxssm_cli.prompts import new_seed, read_prompt, read_prompts
+    from transxssm_cli.places import new_seed, read_prompt, read_prompts
 
     if sum(given is not None for given in (prompt, prompt_file, prompts)) > 1:
         raise ValueError("got several prompts: give one of --prompt, --prompt-file and --prompts")

@@ -1,6 +1,5 @@
 """`transxssm kernels`: which implementation of each op a model takes on this machine."""
 
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from transxssm.machine import device_name
 from transxssm.models import TransXSSMConfig, read_causal_lm_config
 from transxssm.models.checkpoint import read_device, read_dtype
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
@@ -57,17 +57,11 @@ def show_kernels(model: str, folder: Path | None, *, dtype_name: str, device_nam
     show(*tables(config, f"{model} in {dtype_name}", dtype, device, length))
 
 
-def _name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
-
-
 def tables(
     config: TransXSSMConfig, title: str, dtype: torch.dtype, device: torch.device, length: int
 ) -> Iterator[str | Table]:
     """What the command shows: the machine, the implementations that there are, and what a model takes."""
-    yield f"{title} on {_name_of(device)}, rows of {length:,} tokens"
+    yield f"{title} on {device_name(device)}, rows of {length:,} tokens"
     if device.type == "cpu":
         yield f"C++ kernels: {cpp_shortfall() or 'compiled'}"
     else:

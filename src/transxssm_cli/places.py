@@ -1,15 +1,22 @@
-"""Paths and names that a command line gives, checked before torch is imported: a mistyped one is answered at once.
+"""Paths, names, prompts and extras that a command line needs, checked before torch is imported: a mistyped one is answered at once.
 
 The library checks them again for its own callers. Importing it takes seconds, so that names which it knows are repeated here.
 """
 
 import difflib
+import importlib.metadata
 import importlib.util
+import json
+import os
 import re
+import secrets
+import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PACKAGE = "transxssm"
 DEFAULT_RECIPE = "tiny"
 PRESETS = ("tiny", "small", "320m", "1.3b", "tiny-conv", "small-conv", "320m-conv", "1.3b-conv")
 BUNDLED_IN = {"recipe": "transxssm", "study": "transxssm_lab"}
@@ -17,6 +24,42 @@ CORPORA = ("python-stdlib", "python-environment")
 # What a checkpoint needs of a repository on the hub: never pickled weights, of which loading may run code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+STDIN = "-"
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+def require_extra(extra: str) -> None:
+    """Checks that the libraries of an extra are installed.
+
+    Which they are is what the package's own metadata says, so that an extra is written down in pyproject.toml alone.
+
+    Raises:
+        ValueError: one or more are missing; says what to install.
+    """
+    if missing := missing_of(extra):
+        raise ValueError(
+            f"this command needs {', '.join(missing)}, which the extra {extra} brings: pip install '{PACKAGE}[{extra}]'"
+        )
+
+
+def missing_of(extra: str) -> list[str]:
+    """Names of an extra's distributions that are not installed; none where the package itself has no metadata, as in a bare checkout."""
+    try:
+        lines = importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    names = [line for line in lines if re.search(rf"""extra\s*==\s*["']{extra}["']""", line)]
+    required = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in names]
+    return [name for name in required if name != PACKAGE and not _is_installed(name)]
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def checkpoint_folder(name: str, *, weights: bool = True) -> Path:
@@ -199,3 +242,73 @@ def _bundled(kind: str) -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text of a single prompt: from the option, a file, or standard input.
+
+    What is piped in is the prompt where none is named; without a pipe it is then empty, and a new document begins.
+
+    Raises:
+        ValueError: it is no UTF-8 text. OSError: the file can't be read.
+    """
+    if prompt_file is not None:
+        return _text_of(prompt_file)
+    if prompt == STDIN or (prompt is None and _is_piped()):
+        return _decoded("standard input", sys.stdin.buffer.read())
+    return prompt or ""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: of .jsonl and .ndjson a string, or an object with a `prompt`, in each line; else each line as it is.
+
+    Raises:
+        ValueError: no prompt in a line, no line at all, or no UTF-8 text. OSError: the file can't be read.
+    """
+    lines = _text_of(path).split("\n")
+    lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    if not lines:
+        raise ValueError(f"--prompts: {path} is empty: expected a prompt in each line")
+    if path.suffix.lower() not in JSON_LINES:
+        return lines
+    return [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def new_seed() -> int:
+    """A seed that nobody chose."""
+    return secrets.randbelow(2**32)
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    prompt = record.get("prompt") if isinstance(record, dict) else record
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: got {line.strip()[:80]}, expected a string or {{"prompt": "…"}}')
+    return prompt
+
+
+def _is_piped() -> bool:
+    """Whether standard input is a pipe or a file: a terminal would wait for a reader, and the null device has nothing to say."""
+    if sys.stdin is None:
+        return False
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # a stream without a file
+        return not sys.stdin.isatty()
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _text_of(path: Path) -> str:
+    return _decoded(str(path), path.expanduser().read_bytes())
+
+
+def _decoded(name: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt in {name} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}"
+        ) from None

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from transxssm_cli.extras import require_extra
-from transxssm_cli.places import require_recipe
+from transxssm_cli.places import require_extra, require_recipe
 
 benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 

@@ -1,15 +1,18 @@
 """What a model is made of and costs, from its configuration alone: parameters, FLOPs, bytes. No weight is loaded."""
 
-from transxssm.inspection.flops import (
+from transxssm.inspection.costs import (
     TRAINING_PER_FORWARD,
+    AttentionLayer,
     Flops,
+    ScanLayer,
     attention_flops,
+    count_parameters,
     flops_per_token,
+    layers_of,
     mean_keys,
     scan_flops,
 )
 from transxssm.inspection.memory import CacheBytes, activation_bytes, all_attention_bytes, available_bytes, cache_bytes
-from transxssm.inspection.parameters import AttentionLayer, ScanLayer, count_parameters, layers_of
 
 __all__ = [
     "TRAINING_PER_FORWARD",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import Mamba2Config, PreTrainedConfig
 
-from transxssm.inspection.parameters import AttentionLayer, attention_of, layers_of
+from transxssm.inspection.costs import AttentionLayer, attention_of, layers_of
 from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import language_model_on_meta
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation

@@ -7,8 +7,7 @@ assumed (`Links`). Communication counts in full: it goes on beside computing, bu
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transxssm.inspection.flops import TRAINING_PER_FORWARD, flops_per_token
-from transxssm.inspection.parameters import count_parameters
+from transxssm.inspection.costs import TRAINING_PER_FORWARD, count_parameters, flops_per_token
 from transxssm.models import TransXSSMConfig
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes

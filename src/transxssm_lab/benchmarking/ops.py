@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transxssm.inspection import attention_flops, mean_keys, scan_flops
-from transxssm.inspection.flops import TRAINING_PER_FORWARD
+from transxssm.inspection.costs import TRAINING_PER_FORWARD
 from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import MAMBA2_CHUNK_SIZE
 from transxssm.ops import (

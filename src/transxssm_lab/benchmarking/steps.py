@@ -39,7 +39,7 @@ class Entry:
         build: a function of a module, called in the child as `build(*arguments, device=…)`; returns a `Step`.
         arguments: picklable.
         num_tokens: tokens that one run processes, or None where it processes no tokens.
-        flops: of one run, counted as `transxssm.inspection.flops` does, or None where it has no matrix products.
+        flops: of one run, counted as `transxssm.inspection.costs` does, or None where it has no matrix products.
         compiles: in its first run, which says nothing about the next.
     """
 

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedConfig
 
-from transxssm.inspection.flops import step_flops
+from transxssm.inspection.costs import step_flops
 from transxssm.models import TransXSSMConfig
 from transxssm.ops.ssd import DEFAULT_CHUNK_SIZE
 from transxssm_lab.benchmarking.benchmark_run import BenchmarkRun, Budget

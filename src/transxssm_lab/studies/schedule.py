@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from transxssm.inspection.flops import step_flops
+from transxssm.inspection.costs import step_flops
 from transxssm.models.baselines import count_baseline_parameters
 from transxssm.training import Recipe, recipe_of
 from transxssm.training.loop import VOCABULARY_MULTIPLE
