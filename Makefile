@@ -8,8 +8,8 @@ ARGS ?=
 # The CPU's C++ kernels, and the tests of the ops that they compute.
 CSRC := src/transxssm/ops/csrc
 KERNEL_TESTS := tests/ops/csrc/test_launch.py tests/ops/ssd/test_cpp.py tests/ops/ssd/test_step.py tests/ops/test_causal_attention.py \
-	tests/ops/test_single_query_attention.py tests/ops/test_linear.py tests/ops/test_linear_cross_entropy.py \
-	tests/ops/test_rms_norm.py tests/ops/test_swiglu.py
+	tests/ops/test_single_query_attention.py tests/ops/test_linear.py tests/ops/test_token_layer.py \
+	tests/ops/test_linear_cross_entropy.py tests/ops/test_rms_norm.py tests/ops/test_swiglu.py
 
 VENV := .venv
 BIN := $(VENV)/bin

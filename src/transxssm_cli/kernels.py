@@ -133,9 +133,18 @@ def _calls(
         k, v = (made(1, config.num_key_value_heads, length, config.head_dim) for _ in range(2))
         name = "single_query_attention" if is_decoding else "causal_attention"
         yield name, (q, k, v), {}
+    if is_decoding:
+        norm, square, down = (
+            made(config.hidden_size),
+            made(*[config.hidden_size] * 2),
+            made(config.hidden_size, config.intermediate_size),
+        )
+        yield "layer_start", (hidden, norm, config.rms_norm_eps, (square,)), {}
+        yield "layer_end", (hidden, hidden, square, norm, config.rms_norm_eps, weight, weight, down), {}
     yield "linear", (hidden, weight), {}
     yield "rms_norm", (hidden, made(config.hidden_size), config.rms_norm_eps), {}
-    yield "swiglu", tuple(made(*time, config.intermediate_size) for _ in range(2)), {}
+    if not is_decoding:
+        yield "swiglu", tuple(made(*time, config.intermediate_size) for _ in range(2)), {}
     if needs_grad:
         labels = torch.zeros(length, dtype=torch.int64, device=device)
         yield "linear_cross_entropy", (hidden[0], made(config.vocab_size, config.hidden_size), labels), {}

@@ -54,7 +54,8 @@ def test_what_it_names_is_what_the_layers_take(situation, dtype, taken):
         model, cache = after
         with torch.no_grad():
             model(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
-    assert expected.keys() >= {"linear", "rms_norm", "swiglu", "short_convolution"}
+    around = {"layer_start", "layer_end"} if situation == "decoding" else {"swiglu"}
+    assert expected.keys() >= {"linear", "rms_norm", "short_convolution"} | around
     for op, backend in expected.items():
         if op == "causal_attention" and backend == "sdpa":  # which the model takes from transformers
             continue

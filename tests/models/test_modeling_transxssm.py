@@ -247,3 +247,24 @@ def test_llama_and_qwen3_are_special_cases(num_key_value_heads, rope, qk_norm, c
     assert_close(logits_of(model, ids), logits_of(peer, ids), torch.float32)
     arguments = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **arguments), peer.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "mlp", "mlp.down_proj", "ssd", "ssd.dt_proj", "self_attn"])
+def test_a_decoded_token_calls_what_is_hooked(name):
+    """Each layer's two calls around its mixer leave out the modules, but not those that someone watches."""
+    model = TransXSSMForCausalLM(tiny_config()).eval()
+    tokens, seen = torch.randint(1, 90, (2, 7)), []
+    with torch.no_grad():
+        expected = model(tokens).logits[:, -1]
+
+        def decoded():
+            cache = model(tokens[:, :-1], use_cache=True).past_key_values
+            seen.clear()
+            return model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
+
+        assert_close(decoded(), expected, torch.float32, num_ops=4)
+        watched = [layer for layer in model.model.layers if hasattr(layer, name.split(".")[0])]
+        for layer in watched:
+            layer.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+        assert_close(decoded(), expected, torch.float32, num_ops=4)
+    assert len(seen) == len(watched) > 0

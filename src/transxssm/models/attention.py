@@ -3,7 +3,7 @@
 Letters: b batch, t time, h heads, d head_dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -60,6 +60,16 @@ class TransXSSMAttention(nn.Module):
         if config.is_selective and config.rotates_attention:
             self.rotation = TransXSSMSelectiveRotation(config, config.num_key_value_heads, self.head_dim // 2)
 
+    @property
+    def input_layers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the input, whose outputs `mix` takes."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        return layers if self.g_proj is None else (*layers, self.g_proj)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.o_proj
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -69,17 +79,36 @@ class TransXSSMAttention(nn.Module):
         angle_state: LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        gates = [] if self.g_proj is None else [self.g_proj]
-        projections = apply_linears([self.q_proj, self.k_proj, self.v_proj, *gates], hidden_states)
-        q, k, v = (projected.view(heads) for projected in projections[:3])  # (b, t, h, d)
-        v = v.transpose(1, 2)  # (b, h, t, d)
+        projected = apply_linears(self.input_layers, hidden_states)
+        angles = None
+        if self.rotation is not None and positions.attention_frequencies is not None:
+            angles = self.rotation(hidden_states, positions.attention_frequencies, positions, angle_state)
+        output, weights = self.mix(projected, positions, attention_mask, past_key_values, angles, **kwargs)
+        return apply_linear(self.output_layer, output), weights
+
+    def mix(
+        self,
+        projected: Sequence[Tensor],
+        positions: Positions,
+        attention_mask: Tensor | FirstKeys | None,
+        past_key_values: Cache | None = None,
+        angles: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the output projection takes, (b, t, h d), and the weights, of what `input_layers` give.
+
+        Args:
+            angles: of the selective rotation.
+        """
+        queries, keys, values, *gates = projected
+        heads = (*queries.shape[:2], -1, self.head_dim)
+        q, k = queries.view(heads), keys.view(heads)  # (b, t, h, d)
+        v = values.view(heads).transpose(1, 2)  # (b, h, t, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             q = (q * positions.length_scale[..., None, None]).to(q.dtype)
-        if self.rotation is not None and positions.attention_frequencies is not None:
-            angles = self.rotation(hidden_states, positions.attention_frequencies, positions, angle_state)
+        if angles is not None:
             q, k = rotate_by_angles(q, angles), rotate_by_angles(k, angles)
         if positions.attention_rotary is not None:
             q, k = apply_rotary(q, *positions.attention_rotary), apply_rotary(k, *positions.attention_rotary)
@@ -117,10 +146,10 @@ class TransXSSMAttention(nn.Module):
                     sliding_window=self.sliding_window,
                     **kwargs,
                 )
-        output = output.reshape(*hidden_states.shape[:2], -1)
-        if self.g_proj is not None:
-            output = output * torch.sigmoid(projections[3])
-        return apply_linear(self.o_proj, output), weights
+        output = output.reshape(*heads[:2], -1)
+        if gates:
+            output = output * torch.sigmoid(gates[0])
+        return output, weights
 
     def _is_causal_for_kernels(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, options: dict[str, Any]

@@ -91,6 +91,17 @@ class _JoinedProduct(torch.autograd.Function):
         return grad_x, *grad_weights[::-1]
 
 
+def plain_weights(modules: Iterable[nn.Module]) -> tuple[Tensor, ...] | None:
+    """The weights of layers that are all plain (`is_plain_linear`), else None."""
+    weights = []
+    for module in modules:
+        weight = _plain_weight(module)
+        if weight is None:
+            return None
+        weights.append(weight)
+    return tuple(weights)
+
+
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether x · weightᵀ with the module's dense weight is all that a call of it does.
 
@@ -110,16 +121,21 @@ def _plain_weight(module: nn.Module) -> Tensor | None:
     state = module.__dict__
     parameters = state["_parameters"]
     weight = parameters["weight"] if "weight" in parameters else state.get("weight")
-    is_plain = (
-        type(weight) in DENSE
-        and parameters.get("bias") is None
-        and "bias" not in state
-        and "forward" not in state
-        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
-        and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
-        and not module_hooks._has_any_global_hook()
+    has_bias = parameters.get("bias") is not None or "bias" in state
+    return weight if type(weight) in DENSE and not has_bias and is_untouched(module) else None
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs the forward of its class and nothing else: no hooks, and no forward of its own."""
+    state = module.__dict__
+    return not (
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or module_hooks._has_any_global_hook()
     )
-    return weight if is_plain else None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

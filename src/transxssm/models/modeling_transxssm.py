@@ -43,7 +43,7 @@ from transxssm.models.context_parallel import (
     part_of_group,
     refusal_of_parts,
 )
-from transxssm.models.linear import apply_linear, at_least_float32, is_plain_linear
+from transxssm.models.linear import apply_linear, at_least_float32, is_plain_linear, is_untouched, plain_weights
 from transxssm.models.masks import (
     attention_masks,
     documents_of,
@@ -68,8 +68,17 @@ from transxssm.models.positions import (
 )
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.models.ssd_mixer import TransXSSMDynamics, TransXSSMSSDMixer
-from transxssm.ops import keep_pairs, linear_cross_entropy, rotary_cos_sin, subsample_rotary, swiglu
+from transxssm.ops import (
+    keep_pairs,
+    layer_end,
+    layer_start,
+    linear_cross_entropy,
+    rotary_cos_sin,
+    subsample_rotary,
+    swiglu,
+)
 from transxssm.ops.devices import has_float64
+from transxssm.ops.token_layer import MOST_TOKENS
 
 SILU = type(ACT2FN["silu"])
 MODEL_CARD = "README.md"
@@ -209,6 +218,15 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
     ) -> Tensor:
         """past_key_values: the cache where the layer attends; where it is an SSD layer its own part of it (`ssd_state_of`).
         angle_state: what the cache keeps of the layer's selective rotation (`angle_states_of`)."""
+        weights = self._weights_of_a_token(hidden_states, positions)
+        if weights is not None:
+            start, end = weights
+            projected = layer_start(hidden_states, *start)
+            if self.is_ssd:
+                mixed = self.ssd.mix(projected, positions, past_key_values)
+            else:
+                mixed, _ = self.self_attn.mix(projected, positions, attention_mask, past_key_values, **kwargs)
+            return layer_end(mixed, hidden_states, *end)
         normed = self.input_layernorm(hidden_states)
         if self.is_ssd:
             mixed = self.ssd(normed, positions, past_key_values, angle_state)
@@ -216,6 +234,36 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
             mixed, _ = self.self_attn(normed, positions, attention_mask, past_key_values, angle_state, **kwargs)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _weights_of_a_token(self, hidden_states: Tensor, positions: Positions) -> tuple[Any, Any] | None:
+        """What `layer_start` and `layer_end` take of this layer, where few tokens are decoded and a call of the layer's modules would do
+        nothing but compute with their weights; else None."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or positions.padding_mask is not None:
+            return None
+        if hidden_states.shape[0] * hidden_states.shape[1] > MOST_TOKENS:
+            return None
+        mixer, mlp, before, after = (
+            self.ssd if self.is_ssd else self.self_attn,
+            self.mlp,
+            self.input_layernorm,
+            self.post_attention_layernorm,
+        )
+        is_plain = (
+            type(mixer) in (TransXSSMSSDMixer, TransXSSMAttention)
+            and mixer.rotation is None  # which reads what the norm gives, too
+            and type(mlp) is TransXSSMMLP
+            and type(mlp.act_fn) is SILU
+            and type(before) is type(after) is TransXSSMRMSNorm
+            and all(map(is_untouched, (mixer, mlp, before, after)))
+        )
+        if not is_plain:
+            return None
+        inputs = plain_weights(mixer.input_layers)
+        others = plain_weights((mixer.output_layer, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        if inputs is None or others is None:
+            return None
+        output, *ffn = others
+        return (before.weight, before.eps, inputs), (output, after.weight, after.eps, *ffn)
 
 
 _IN_FLOAT32 = (TransXSSMDynamics, TransXSSMSelectiveRotation)  # whatever the dtype of the model

@@ -6,6 +6,7 @@ Letters: b batch, t time, h heads, g groups, p head_dim, n state size.
 import functools
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,6 +116,16 @@ class TransXSSMSSDMixer(nn.Module):
                 state_dict[f"{prefix}dynamics.{name}"] = state_dict.pop(f"{prefix}{name}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    @property
+    def input_layers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the input, whose outputs `mix` takes."""
+        layers = (self.x_proj, self.B_proj, self.C_proj, self.dt_proj)
+        return layers if self.z_proj is None else (*layers, self.z_proj)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.out_proj
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -122,11 +133,29 @@ class TransXSSMSSDMixer(nn.Module):
         cached: LinearAttentionLayer | None = None,
         angle_state: LinearAttentionLayer | None = None,
     ) -> Tensor:
-        batch, length, _ = hidden_states.shape
-        state, conv_state = read_ssd_state(cached)
         if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
             hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
-        x, B, C, projected_dt, *gate = apply_linears(self._input_projections(), hidden_states)
+        projected = apply_linears(self.input_layers, hidden_states)
+        angles = None
+        if self.rotation is not None and positions.ssd_frequencies is not None:
+            angles = self.rotation(hidden_states, positions.ssd_frequencies, positions, angle_state)
+        return apply_linear(self.output_layer, self.mix(projected, positions, cached, angles))
+
+    def mix(
+        self,
+        projected: Sequence[Tensor],
+        positions: Positions,
+        cached: LinearAttentionLayer | None = None,
+        angles: Tensor | None = None,
+    ) -> Tensor:
+        """What the output projection takes, (b, t, h p), of what `input_layers` give: zeros at pads.
+
+        Args:
+            angles: of the selective rotation.
+        """
+        x, B, C, dt_input, *gates = projected
+        batch, length, _ = x.shape
+        state, conv_state = read_ssd_state(cached)
         new_conv_state = None
         if self.conv_weight is not None:
             inputs = torch.cat((x, B, C), dim=-1)
@@ -140,7 +169,7 @@ class TransXSSMSSDMixer(nn.Module):
                 mask=positions.padding_mask,
             )
             x, B, C = mixed.split(self.split_sizes, dim=-1)
-        dt, A, D = self.dynamics(projected_dt)
+        dt, A, D = self.dynamics(dt_input)
         if dt.dtype in HALF_PRECISION:  # the module returns float32
             warn_of_rounded_decays(dt.dtype)
             dt, A, D = dt.float(), A.float(), None if D is None else D.float()
@@ -150,8 +179,7 @@ class TransXSSMSSDMixer(nn.Module):
         B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
-        if self.rotation is not None and positions.ssd_frequencies is not None:  # and the scan rotates by position
-            angles = self.rotation(hidden_states, positions.ssd_frequencies, positions, angle_state)
+        if angles is not None:  # and the scan rotates by position
             B, C = rotate_by_angles(B, angles), rotate_by_angles(C, angles)
         dtype = x.dtype
         if self.scan_in_fp32:
@@ -184,13 +212,9 @@ class TransXSSMSSDMixer(nn.Module):
         if cached is not None:
             write_ssd_state(cached, state, new_conv_state)
         y = y.reshape(batch, length, -1).to(dtype)
-        if self.norm is not None:
-            y = self.norm(swiglu(gate[0], y))
-        return apply_linear(self.out_proj, y)
-
-    def _input_projections(self) -> list[nn.Module]:
-        gate = [] if self.z_proj is None else [self.z_proj]
-        return [self.x_proj, self.B_proj, self.C_proj, self.dt_proj, *gate]
+        if gates and self.norm is not None:
+            y = self.norm(swiglu(gates[0], y))
+        return y
 
     def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
         """(b, t, g, n): B or C of every group, normalised over the state and moved by its bias where there are any."""

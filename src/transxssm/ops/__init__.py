@@ -20,6 +20,7 @@ from transxssm.ops.short_convolution import short_convolution, short_convolution
 from transxssm.ops.single_query_attention import has_single_query_attention, single_query_attention
 from transxssm.ops.ssd import SSDBackend, ssd_chunk_scan, ssd_chunk_scan_, ssd_step, ssd_step_
 from transxssm.ops.swiglu import swiglu
+from transxssm.ops.token_layer import layer_end, layer_start
 
 __all__ = [
     "Choice",
@@ -31,6 +32,8 @@ __all__ = [
     "has_attention_kernels",
     "has_single_query_attention",
     "keep_pairs",
+    "layer_end",
+    "layer_start",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

@@ -13,6 +13,7 @@ from transxssm.ops.single_query_attention import SINGLE_QUERY_ATTENTION
 from transxssm.ops.ssd.interface import SSD_CHUNK_SCAN
 from transxssm.ops.ssd.step import SSD_STEP, SSD_STEP_
 from transxssm.ops.swiglu import SWIGLU
+from transxssm.ops.token_layer import LAYER_END, LAYER_START
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -22,6 +23,8 @@ OPS: dict[str, Op] = {
         SSD_STEP_,
         CAUSAL_ATTENTION,
         SINGLE_QUERY_ATTENTION,
+        LAYER_START,
+        LAYER_END,
         LINEAR,
         RMS_NORM,
         SWIGLU,

@@ -65,7 +65,18 @@ def _kernel_refusal(x: Tensor, weight: Tensor) -> str | None:
 def _by_kernel(x: Tensor, weight: Tensor) -> Tensor:
     output = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    kernels_of(x.dtype).on_rows("multiply_few", rows, weight.shape[0], rows, weight, output)
+    kernels = kernels_of(x.dtype)
+    call = kernels.structure(
+        "Projections",
+        rows=len(rows),
+        width=rows.shape[1],
+        threads=torch.get_num_threads(),
+        x=rows,
+        weight_0=weight,
+        width_0=len(weight),
+        output=output,
+    )
+    kernels.run("project", call)
     return output
 
 

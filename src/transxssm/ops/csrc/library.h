@@ -81,6 +81,7 @@ inline void describe_field(std::string& to, const char* name, size_t offset, con
 
 // Each file adds what it has.
 void describe_rows(std::string& to);
+void describe_few_tokens(std::string& to);
 void describe_step(std::string& to);
 void describe_scan(std::string& to);
 void describe_scan_bf16(std::string& to);

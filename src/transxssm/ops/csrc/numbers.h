@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -49,6 +50,18 @@ inline float exp_of_nonpositive(float x) {
     float scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return x < -87.0f ? 0.0f : sum * scale;
+}
+
+// y = x · scale ∘ weight with scale = 1 / sqrt(mean(x²) + eps), over d numbers. Returns the scale.
+template <class T, class W>
+inline float normalize(int64_t d, float eps, const T* x, const W* weight, T* y) {
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < d; ++i) squares += to_float(x[i]) * to_float(x[i]);
+    const float scale = 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i) store(y[i], to_float(x[i]) * scale * to_float(weight[i]));
+    return scale;
 }
 
 inline float sigmoid(float x) {

@@ -1,5 +1,4 @@
-// Kernels over the rows of a matrix, each of which reads its inputs once: SwiGLU, RMSNorm, cross-entropy, and the
-// linear layer of a few rows.
+// Kernels over the rows of a matrix, each of which reads its inputs once: SwiGLU, RMSNorm and cross-entropy.
 //
 // Letters: n rows, d columns. The matrices are contiguous.
 
@@ -8,10 +7,6 @@
 
 #include "library.h"
 #include "numbers.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -45,21 +40,11 @@ void swiglu_backward(
         }
 }
 
-// y = x · scale ∘ weight with scale = 1 / sqrt(mean(x²) + eps), which goes to `scales` (n) for the backward pass.
+// Each row's 1 / sqrt(mean(x²) + eps) goes to `scales` (n) for the backward pass.
 template <class T>
 void rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const T* x, const float* weight, T* y, float* scales) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < n; ++row) {
-        const T* from = x + row * d;
-        T* to = y + row * d;
-        float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < d; ++i) squares += to_float(from[i]) * to_float(from[i]);
-        const float scale = 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
-        scales[row] = scale;
-#pragma omp simd
-        for (int64_t i = 0; i < d; ++i) store(to[i], to_float(from[i]) * scale * weight[i]);
-    }
+    for (int64_t row = 0; row < n; ++row) scales[row] = normalize(d, eps, x + row * d, weight, y + row * d);
 }
 
 // The gradient of the weight is left as one partial sum for each task of rows, (tasks, d).
@@ -124,53 +109,6 @@ void cross_entropy(
     }
 }
 
-// x · y over d numbers. Many partial sums at once hide the latency of additions; y is read from its start to its end,
-// as memory is read fastest.
-template <class T>
-inline float dot(int64_t d, const T* x, const T* y) {
-    constexpr int64_t SUMS = 64;
-    float sums[SUMS] = {};
-    int64_t i = 0;
-    for (; i + SUMS <= d; i += SUMS)
-#pragma omp simd
-        for (int64_t j = 0; j < SUMS; ++j) sums[j] += to_float(x[i + j]) * to_float(y[i + j]);
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < SUMS; ++j) sum += sums[j];
-    for (; i < d; ++i) sum += to_float(x[i]) * to_float(y[i]);
-    return sum;
-}
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-inline float dot(int64_t d, const bfloat16* x, const bfloat16* y) {
-    const auto load = [](const bfloat16* from) { return (__m512bh)_mm512_loadu_si512(from); };
-    __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 64 <= d; i += 64) {
-        first = _mm512_dpbf16_ps(first, load(x + i), load(y + i));
-        second = _mm512_dpbf16_ps(second, load(x + i + 32), load(y + i + 32));
-    }
-    for (; i < d; i += 32) {
-        const __mmask32 rest = d - i < 32 ? (1u << (d - i)) - 1u : ~0u;
-        first = _mm512_dpbf16_ps(
-            first, (__m512bh)_mm512_maskz_loadu_epi16(rest, x + i), (__m512bh)_mm512_maskz_loadu_epi16(rest, y + i)
-        );
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(first, second));
-}
-#endif
-
-// out = x · weightᵀ, (n, width), for so few rows that reading the weight (width, d) takes all the time. A small weight
-// is read by one thread.
-template <class T>
-void multiply_few(int64_t n, int64_t d, int64_t threads, int64_t width, const T* x, const T* weight, T* out) {
-    constexpr int64_t SMALL = 1 << 16;
-#pragma omp parallel for num_threads(threads) if (width * d > SMALL)
-    for (int64_t column = 0; column < width; ++column)
-        for (int64_t row = 0; row < n; ++row)
-            store(out[row * width + column], dot(d, x + row * d, weight + column * d));
-}
-
 template <class T>
 void describe_rows_in(std::string& to, const std::string& format) {
     describe_function(to, "swiglu", format, swiglu<T>);
@@ -178,7 +116,6 @@ void describe_rows_in(std::string& to, const std::string& format) {
     describe_function(to, "rms_norm", format, rms_norm<T>);
     describe_function(to, "rms_norm_backward", format, rms_norm_backward<T>);
     describe_function(to, "cross_entropy", format, cross_entropy<T>);
-    describe_function(to, "multiply_few", format, multiply_few<T>);
 }
 
 }  // namespace
