@@ -21,7 +21,7 @@ from transxssm.plotting import (
     short_ticks,
 )
 from transxssm_lab.benchmarking.report import draw_rates
-from transxssm_lab.studies.plots import contender_looks, draw_curve, draw_lengths
+from transxssm_lab.studies.report import contender_looks, draw_curve, draw_lengths
 
 FIGURES = ROOT / "docs" / "figures"
 LENGTHS = (1024, 4096, 16384, 65536)

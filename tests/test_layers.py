@@ -195,3 +195,24 @@ def test_a_planted_definition_in_an_init_is_found(tree, source):
     )
     assert len(found) == 1
     assert found[0].startswith("ops/__init__.py:4")
+
+
+# Modules of one name in several folders, each by a rule that a reader can guess.
+SAME_NAMES = {
+    "generation": "of text, and its command",
+    "kernels": "Triton's, and the command that shows what runs",
+    "launch": "of compiled kernels, and of processes",
+    "linear": "the op, and the layer that calls it",
+    "needle": "the task, and its evaluation",
+    "processes": "that share an evaluation, and that measure",
+    "report": "of a benchmark, and of a study",
+    "step": "in torch's operations, and in Triton",
+    "tables": "in a terminal, and of a study",
+}
+
+
+def test_no_module_has_the_name_of_another_but_by_a_rule():
+    modules = [
+        path.stem for root in (PACKAGE, *OTHERS) for path in root.rglob("*.py") if not path.stem.startswith("__")
+    ]
+    assert {name for name in modules if modules.count(name) > 1} == set(SAME_NAMES)

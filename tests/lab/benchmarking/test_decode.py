@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from transxssm_lab.benchmarking import Budget, DecodeSettings, Setup, batch_search, decode, run_decode
-from transxssm_lab.benchmarking.decode import num_parts
+from transxssm_lab.benchmarking import Budget, DecodeSettings, Setup, decode, run_decode
+from transxssm_lab.benchmarking.decode import num_parts, pending_batches
 from transxssm_lab.benchmarking.processes import OutOfMemory
 from transxssm_lab.benchmarking.steps import DECODE_TOKENS, Prompt
 from transxssm_lab.benchmarking.workers import DecodeRun
@@ -58,7 +58,7 @@ def child_with(memory_of, seconds=0.5):
 
 
 def measured(folder, child, settings=SMALL, **options):
-    with mock.patch.object(batch_search, "run_in_child", child):
+    with mock.patch.object(decode, "run_in_child", child):
         return run_decode(settings, folder, setup=SETUP, budget=ONCE, **options)
 
 
@@ -192,7 +192,7 @@ def test_interrupted_and_called_again_goes_on(tmp_path, caplog):
 
 
 def test_what_the_budget_does_not_allow_is_out_of_time_and_measured_later(tmp_path):
-    with mock.patch.object(batch_search, "run_in_child", child_with({})):
+    with mock.patch.object(decode, "run_in_child", child_with({})):
         early = run_decode(SMALL, tmp_path, setup=SETUP, budget=Budget(repeats=1, minutes=1e-9))
     assert early["status"] == "out of time"
     assert outcomes(early) == [(name, b, "out of time") for name in ("transxssm", "llama") for b in (1, 2, 4)]
@@ -226,3 +226,29 @@ def test_progress_never_runs_past_its_end(tmp_path):
     measured(tmp_path, child_with({"transxssm": 3, "llama": 100}), notify=lambda what, done: parts.append(done))
     assert parts == sorted(parts)
     assert parts[-1] <= num_parts(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        ({}, [2, 4, 16]),
+        ({2: "ok"}, [4, 16]),
+        ({2: "ok", 4: "interrupted", 16: "out of time"}, [4, 16]),
+        ({2: "ok", 4: "ok", 16: "ok"}, []),
+        ({2: "ok", 4: "ok", 16: "out of memory"}, [10]),
+        ({2: "ok", 4: "ok", 16: "out of memory", 10: "interrupted"}, [10]),
+        ({2: "ok", 4: "ok", 10: "ok", 16: "out of memory"}, []),
+        ({2: "ok", 4: "ok", 10: "out of memory", 16: "out of memory"}, []),
+        ({2: "ok", 4: "ok", 10: "failed", 16: "out of memory"}, []),
+        ({2: "out of memory"}, [1]),
+        ({1: "out of memory", 2: "out of memory"}, []),
+        ({2: "ok", 4: "failed"}, []),
+    ],
+)
+def test_pending_batches(outcomes, expected):
+    assert pending_batches((2, 4, 16), outcomes) == expected
+
+
+def test_neighbours_have_nothing_between():
+    assert pending_batches((1, 2), {1: "ok", 2: "out of memory"}) == []
+    assert pending_batches((1, 2), {1: "out of memory"}) == []
