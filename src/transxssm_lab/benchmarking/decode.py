@@ -1,7 +1,7 @@
 """Decoding over the batch: how many tokens a second whole models give, up to the largest batch that fits; in tables and a picture.
 
-The search for the largest batch tries the planned ones from the smallest on, and then one between the last that fits and the first that does
-not.
+The search for the largest batch tries the planned ones from the smallest on, and then one between the last that fits and the first that
+does not.
 """
 
 import functools
