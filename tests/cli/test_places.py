@@ -45,7 +45,7 @@ MISTYPED = [
     (["evaluate", "runs/tiny", "perplexity", "--recipe", "tinny"], "no recipe 'tinny': did you mean tiny?"),
     (["evaluate", "runs/tiny", "harness", "--tasks", "a", "--include-path", "absent"], "--include-path: absent"),
     (["train", "smal"], "no recipe 'smal': did you mean small?"),
-    (["train", "my.yaml"], "no recipe 'my.yaml': Expected a YAML file, or one of laptop, small, "),
+    (["train", "my.yaml"], "no recipe 'my.yaml': Expected a YAML file, or one of chat, laptop, small, "),
     (["train", "small", "data.corpus=text/"], "no corpus 'text/' (did you mean texts?)"),
     (["train", "small", "data.corpus=python-stlib"], "no corpus 'python-stlib' (did you mean python-stdlib?)"),
     (["train", "tiny", "data.validation=noets.txt"], "no data.validation 'noets.txt' (did you mean notes.txt?): expected a"),

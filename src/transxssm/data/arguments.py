@@ -1,8 +1,10 @@
 """The recipe's `data:` section."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
+FORMATS = ("text", "chat")
+MESSAGES = "messages"  # the column of conversations
 SMALLEST_BPE_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -28,6 +30,8 @@ class DataArguments:
         cache_dir: where prepared data is kept. Defaults to the cache of `datasets`.
         validation: a file or folder of one's own that is held out whole; None holds out a part of the corpus.
         max_bytes: use only about so much text, of documents drawn at random, the same each time; None uses all.
+        format: `text`, or `chat`: records have `messages`, each with a role (system, user, assistant) and a content, and what the
+            assistant says is learnt.
 
     Raises:
         ValueError: a value out of its range.
@@ -47,8 +51,18 @@ class DataArguments:
     cache_dir: str | None = None
     validation: str | None = None
     max_bytes: int | None = None
+    format: str = field(default="text", metadata={"choices": FORMATS})
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"data.format must be one of {', '.join(FORMATS)}: got {self.format!r}")
+        if self.format == "chat" and self.text_column == "text":
+            self.text_column = MESSAGES
+        if (self.format == "chat") != (self.text_column == MESSAGES):
+            raise ValueError(
+                f"data.format=chat reads conversations in the column {MESSAGES!r}, and no other format does: got "
+                f"data.format={self.format} and data.text_column={self.text_column}"
+            )
         for name in ("corpus", "corpus_split", "text_column", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(

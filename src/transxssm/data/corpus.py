@@ -234,6 +234,10 @@ def load_corpus(data: DataArguments) -> Corpus:
         ConnectionError: a hub data set, and the hub can't be reached.
     """
     path = Path(data.corpus).expanduser()
+    if data.format == "chat" and data.corpus in EMBEDDED_CORPORA:
+        raise ValueError(
+            f"data.format=chat learns from conversations: got corpus {data.corpus!r}, which has none; name a file with data.corpus"
+        )
     validation = _validation_path(data, path)
     if data.corpus in EMBEDDED_CORPORA or path.exists():
         for name in ("streaming", "corpus_config"):
@@ -269,6 +273,8 @@ def load_corpus(data: DataArguments) -> Corpus:
             fingerprint("validation", identity, held_out_identity),
             f"{len(documents):,} documents to train on; held out: the {len(held_out):,} of {data.validation}",
         )
+    if data.format == "chat":
+        return _split_whole(data, documents, identity)
     return _split(data, documents, identity, is_own)
 
 
@@ -392,6 +398,26 @@ def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool)
         for name, held in (("train", False), ("held-out", True))
     )
     return Corpus(train, held_out_documents, identity, f"{total:,} characters; held out: {share}")
+
+
+def _split_whole(data: DataArguments, documents: Dataset, identity: str) -> Corpus:
+    """Both splits of conversations, which cannot be cut: so many of the first by their names' hash as are nearest to the fraction."""
+    names = list(documents["name"])
+    order = sorted(set(names), key=hash_of)
+    if len(order) < 2:
+        raise ValueError(
+            f"corpus {data.corpus!r} cannot be split in two: it is one conversation; add more, or name data.validation"
+        )
+    count = min(max(1, round(data.held_out_fraction * len(order))), len(order) - 1)
+    held_out = set(order[:count])
+    side = np.array([name in held_out for name in names])
+    identity = fingerprint("whole", identity, data.held_out_fraction)
+    train, held_out_documents = (
+        documents.select(np.flatnonzero(side == held), new_fingerprint=fingerprint(name, identity))
+        for name, held in (("train", False), ("held-out", True))
+    )
+    share = f"{int(side.sum()):,} of {len(names):,} conversations"
+    return Corpus(train, held_out_documents, identity, f"held out: {share}, by a hash of their names")
 
 
 def text_bytes(documents: Dataset) -> int:

@@ -22,6 +22,9 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from transxssm.data.arguments import MESSAGES
+from transxssm.data.chat import conversation_text
+
 logger = logging.getLogger(__name__)
 
 GZIP_SUFFIX = ".gz"
@@ -334,7 +337,7 @@ def _record_document(record: Any, text_column: str, where: str, oddities: Odditi
     if not isinstance(record, dict) or text_column not in record:
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where} has no {text_column!r}: got {found}; set data.text_column to where the text is")
-    return named_document(record[text_column], record.get("name"), where, oddities)
+    return named_document(text_in(record[text_column], text_column, where), record.get("name"), where, oddities)
 
 
 @contextmanager
@@ -399,7 +402,19 @@ def _parquet_documents(
         for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=wanted):
             for record in batch.to_pylist():
                 row += 1
-                yield named_document(record[text_column], record.get("name"), f"{file.path}, row {row}", oddities)
+                where = f"{file.path}, row {row}"
+                yield named_document(
+                    text_in(record[text_column], text_column, where), record.get("name"), where, oddities
+                )
+
+
+def text_in(value: Any, text_column: str, where: str) -> Any:
+    """What a record's column holds, conversations as JSON text.
+
+    Raises:
+        ValueError: see `conversation_text`.
+    """
+    return conversation_text(value, where) if text_column == MESSAGES and value is not None else value
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")

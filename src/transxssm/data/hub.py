@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 
 from transxssm.data.arguments import DataArguments
-from transxssm.data.files import Advance, Oddities, named_document
+from transxssm.data.files import Advance, Oddities, named_document, text_in
 
 _READ_BATCH_DOCUMENTS = 256
 
@@ -72,7 +72,9 @@ def hub_documents(
         for text, name in zip(batch[text_column], names, strict=True):
             number += 1
             advance(1)
-            document = named_document(text, name, f"record {number}", oddities)
+            document = named_document(
+                text_in(text, text_column, f"record {number}"), name, f"record {number}", oddities
+            )
             if document["text"].strip():
                 yield document
     oddities.warn()

@@ -8,6 +8,7 @@ Letters: b batch, t time.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from transformers import PreTrainedTokenizerFast
 
 from transxssm.data.arguments import DataArguments
 from transxssm.data.cache import fingerprint, generated_dataset
+from transxssm.data.chat import said, tokenize_conversations
 from transxssm.data.corpus import Corpus
 from transxssm.data.progress import progress
 from transxssm.data.tokenizer import document_bounds, tokenizer_identity
 
 ROW_FEATURES = Features({"input_ids": List(Value("int32")), "seq_idx": List(Value("int32"))})
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
+_TARGETS = {"is_target": List(Value("bool"))}  # of conversations
 # Tokenizers keep about a hundred bytes a token while they work: small batches bound that for long documents.
 _TOKENIZER_BATCH_DOCUMENTS = 64
 _TOKENIZER_BATCH_CHARACTERS = 2**21
@@ -36,6 +39,8 @@ IGNORED_LABEL = -100
 @dataclass(frozen=True)
 class PackedDatasets:
     """Packed rows with the columns `input_ids` and `seq_idx`, the document of each token, counted from 0 in every row.
+
+    Rows of conversations also have `is_target`: which tokens are the assistant's.
 
     Args:
         train: documents in seeded random order, every row full; an `IterableDataset` when streaming.
@@ -60,17 +65,19 @@ def build_datasets(data: DataArguments, corpus: Corpus, tokenizer: PreTrainedTok
     if isinstance(corpus.train, IterableDataset):
         train = IterableDataset.from_generator(
             _streamed_rows,
-            features=ROW_FEATURES,
+            features=_with_targets(ROW_FEATURES, data),
             gen_kwargs={
                 "documents": corpus.train.shuffle(seed=data.seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS),
                 "tokenizer": tokenizer,
                 "sequence_length": data.sequence_length,
+                "tokenize": _tokenize_of(data),
             },
         )
     else:
         train = _pack_split(data, corpus.train, "train", corpus.identity, tokenizer)
+    read = partial(said, roles=("assistant",)) if data.format == "chat" else str
     held_out_bytes = sum(
-        len(text.encode()) for batch in corpus.held_out.iter(_READ_BATCH_DOCUMENTS) for text in batch["text"]
+        len(read(text).encode()) for batch in corpus.held_out.iter(_READ_BATCH_DOCUMENTS) for text in batch["text"]
     )
     return PackedDatasets(train, held_out, held_out_bytes)
 
@@ -79,33 +86,46 @@ def pack(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[dict
     """Rows of `sequence_length` tokens, the last one shorter if the documents end before it is full.
 
     Args:
-        documents: token ids, bos and eos included.
+        documents: token ids (tokens,), bos and eos included; of conversations (2, tokens), ids and which of them are targets.
         sequence_length: tokens a row, at least 2.
 
     Yields:
-        `input_ids` and `seq_idx`, each (sequence_length,) int32.
+        `input_ids` and `seq_idx`, each (sequence_length,) int32; of conversations also `is_target`, (sequence_length,) bool.
     """
-    row = _empty_row(sequence_length)
+    row: dict[str, np.ndarray] = {}
     filled = segment = 0
     for document in documents:
+        columns = dict(zip(("input_ids", "is_target"), np.atleast_2d(document), strict=False))
+        size = document.shape[-1]
         begin, end = 0, 0
-        while end < len(document):
-            end = min(len(document), begin + sequence_length - filled)
+        while end < size:
+            row = row or _empty_row(columns, sequence_length)
+            end = min(size, begin + sequence_length - filled)
             piece = slice(filled, filled + end - begin)
-            row["input_ids"][piece] = document[begin:end]
+            for name, column in columns.items():
+                row[name][piece] = column[begin:end]
             row["seq_idx"][piece] = segment
             filled, segment = piece.stop, segment + 1
             if filled == sequence_length:
                 yield row
-                row = _empty_row(sequence_length)
+                row = {}
                 filled = segment = 0
             begin = end - 1  # the continuation repeats its context
     if filled:
         yield {name: column[:filled] for name, column in row.items()}
 
 
-def _empty_row(sequence_length: int) -> dict[str, np.ndarray]:
-    return {name: np.empty(sequence_length, dtype=np.int32) for name in ROW_FEATURES}
+def _empty_row(columns: Iterable[str], sequence_length: int) -> dict[str, np.ndarray]:
+    kinds = {name: np.bool_ if name == "is_target" else np.int32 for name in (*columns, "seq_idx")}
+    return {name: np.empty(sequence_length, dtype=kind) for name, kind in kinds.items()}
+
+
+def _with_targets(features: Features, data: DataArguments) -> Features:
+    return Features({**features, **_TARGETS}) if data.format == "chat" else features
+
+
+def _tokenize_of(data: DataArguments) -> Callable[[list[str], PreTrainedTokenizerFast], list[np.ndarray]]:
+    return tokenize_conversations if data.format == "chat" else tokenize_documents
 
 
 def tokenize_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[np.ndarray]:
@@ -140,7 +160,8 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 def _pack_split(
     data: DataArguments, documents: Dataset, split: str, corpus_identity: str, tokenizer: PreTrainedTokenizerFast
 ) -> Dataset:
-    tokens_identity = fingerprint("tokens", split, corpus_identity, tokenizer_identity(tokenizer))
+    layout = (tokenizer.chat_template,) if data.format == "chat" else ()
+    tokens_identity = fingerprint("tokens", split, corpus_identity, tokenizer_identity(tokenizer), *layout)
     spoken = split.replace("_", "-")
     with progress(f"Tokenizing the {spoken} split", len(documents), "documents") as advance:
         tokens = documents.map(
@@ -148,8 +169,8 @@ def _pack_split(
             batched=True,
             batch_size=_TOKENIZER_BATCH_DOCUMENTS,
             remove_columns=documents.column_names,
-            features=_TOKEN_FEATURES,
-            fn_kwargs={"tokenizer": tokenizer, "advance": advance},
+            features=_with_targets(_TOKEN_FEATURES, data),
+            fn_kwargs={"tokenizer": tokenizer, "tokenize": _tokenize_of(data), "advance": advance},
             new_fingerprint=tokens_identity,
         )
     rows_identity = fingerprint("rows", tokens_identity, data.sequence_length, data.seed if split == "train" else None)
@@ -160,7 +181,7 @@ def _pack_split(
         rows = generated_dataset(
             _training_rows if split == "train" else _held_out_rows,
             {**arguments, "advance": advance},
-            features=ROW_FEATURES,
+            features=_with_targets(ROW_FEATURES, data),
             split=split,
             identity=rows_identity,
             cache_dir=data.cache_dir,
@@ -173,11 +194,17 @@ def _pack_split(
 
 
 def _tokenized_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, advance: Callable[[int], object]
+    batch: dict[str, list[str]],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenize: Callable[[list[str], PreTrainedTokenizerFast], list[np.ndarray]],
+    advance: Callable[[int], object],
 ) -> dict[str, list[np.ndarray]]:
-    documents = tokenize_documents(batch["text"], tokenizer)
+    documents = [np.atleast_2d(document) for document in tokenize(batch["text"], tokenizer)]
     advance(len(documents))
-    return {"input_ids": documents}
+    columns = {"input_ids": [document[0] for document in documents]}
+    if tokenize is tokenize_conversations:
+        columns["is_target"] = [document[1].astype(bool) for document in documents]
+    return columns
 
 
 def _training_rows(
@@ -195,21 +222,22 @@ def _held_out_rows(
 
 
 def _streamed_rows(
-    documents: IterableDataset, tokenizer: PreTrainedTokenizerFast, sequence_length: int
+    documents: IterableDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    sequence_length: int,
+    tokenize: Callable[[list[str], PreTrainedTokenizerFast], list[np.ndarray]],
 ) -> Iterator[dict[str, np.ndarray]]:
     tokens = (
-        array
-        for batch in documents.iter(_TOKENIZER_BATCH_DOCUMENTS)
-        for array in tokenize_documents(batch["text"], tokenizer)
+        array for batch in documents.iter(_TOKENIZER_BATCH_DOCUMENTS) for array in tokenize(batch["text"], tokenizer)
     )
     return (row for row in pack(tokens, sequence_length) if len(row["input_ids"]) == sequence_length)
 
 
 def _arrays(tokens: Dataset, advance: Callable[[int], object]) -> Iterator[np.ndarray]:
     for batch in tokens.with_format("numpy").iter(_READ_BATCH_DOCUMENTS):
-        for array in batch["input_ids"]:
+        for ids, *targets in zip(*(batch[name] for name in tokens.column_names), strict=True):
             advance(1)
-            yield array
+            yield np.stack([ids, *targets]) if targets else ids
 
 
 class PackedCollator:
@@ -232,7 +260,8 @@ class PackedCollator:
         """A batch, every tensor (b, t) int64, t the longest row.
 
         Args:
-            rows: `input_ids` and `seq_idx`, each (t,) integers. Other columns are left out.
+            rows: `input_ids` and `seq_idx`, each (t,) integers; with `is_target`, (t,) booleans, only those tokens have labels. Other
+                columns are left out.
 
         Returns:
             `input_ids`; `seq_idx`, the segment of each token, pads being a last one of their own; `position_ids`, from 0 in
@@ -254,7 +283,11 @@ class PackedCollator:
         first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
         time = np.arange(length)
         position_ids = time - np.maximum.accumulate(np.where(first, time, 0), axis=1)
-        labels = np.where(first | padding, IGNORED_LABEL, input_ids)
+        is_target = ~(first | padding)
+        for index, row in enumerate(rows):
+            if "is_target" in row:
+                is_target[index, : len(row["input_ids"])] &= row["is_target"]
+        labels = np.where(is_target, input_ids, IGNORED_LABEL)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transxssm.data.arguments import SPECIAL_TOKENS, DataArguments
 from transxssm.data.cache import cache_folder, fingerprint
+from transxssm.data.chat import said, set_chat_template
 from transxssm.data.corpus import Corpus
 from transxssm.data.progress import progress
 
@@ -46,13 +47,18 @@ def build_tokenizer(data: DataArguments, corpus: Corpus) -> PreTrainedTokenizerF
     """The tokenizer that `data` names; `bpe` is trained on the corpus's training split, or taken from the cache.
 
     Raises:
-        ValueError: `AutoTokenizer` can't load it, it has no fast version, or no token that ends a text.
+        ValueError: `AutoTokenizer` can't load it, it has no fast version, no token that ends a text, or a chat template that cannot be
+            trained on.
     """
     if data.tokenizer == "bytes":
-        return _wrapped(_byte_tokenizer())
-    if data.tokenizer == "bpe":
-        return _wrapped(_cached_bpe(data, corpus))
-    return _named_tokenizer(data.tokenizer)
+        tokenizer = _wrapped(_byte_tokenizer())
+    elif data.tokenizer == "bpe":
+        tokenizer = _wrapped(_cached_bpe(data, corpus))
+    else:
+        tokenizer = _named_tokenizer(data.tokenizer)
+    if data.format == "chat":
+        set_chat_template(tokenizer)
+    return tokenizer
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -97,7 +103,7 @@ def _cached_bpe(data: DataArguments, corpus: Corpus) -> Tokenizer:
     path = cache_folder(data.cache_dir) / "transxssm_tokenizers" / f"bpe-{key}.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
-    tokenizer = _train_bpe(corpus, data.vocab_size)
+    tokenizer = _train_bpe(corpus, data.vocab_size, said if data.format == "chat" else str)
     # Renamed when whole: a run that is killed here, or another that starts now, never sees half a file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
@@ -106,7 +112,7 @@ def _cached_bpe(data: DataArguments, corpus: Corpus) -> Tokenizer:
     return tokenizer
 
 
-def _train_bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
+def _train_bpe(corpus: Corpus, vocab_size: int, read: Callable[[str], str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -121,7 +127,7 @@ def _train_bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     with progress("Training the tokenizer", 0, "B") as advance:
-        tokenizer.train_from_iterator(_training_texts(corpus, advance), trainer)
+        tokenizer.train_from_iterator(map(read, _training_texts(corpus, advance)), trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         logger.warning("bpe: the training split has text for %d tokens only, asked for %d", found, vocab_size)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -34,6 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transxssm.data import PackedCollator, build_datasets, build_tokenizer, load_corpus
 from transxssm.machine import device_name, versions
 from transxssm.models.baselines import new_language_model, use_our_scan
+from transxssm.models.checkpoint import load_causal_lm
 from transxssm.plotting import reason_without_pictures
 from transxssm.training import run_folder
 from transxssm.training.callbacks import LastStep, MetricsFile, ProgressDisplay, rows_of
@@ -387,7 +389,11 @@ def _build_trainer(
             "training.metric_for_best_model: got bits_per_byte, expected loss or perplexity: what is held out is no text"
         )
     set_seed(arguments.seed)
-    model = new_language_model(_config_for(recipe, data.tokenizer))
+    config = _config_for(recipe, data.tokenizer)
+    if recipe.checkpoint is None:
+        model = new_language_model(config)
+    else:
+        model = load_causal_lm(recipe.checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     use_our_scan(model)
     arguments.remove_unused_columns = False  # the collator reads columns that not every model's forward names
     callbacks: list[TrainerCallback] = [

@@ -14,6 +14,7 @@ from transxssm.data import DataArguments
 from transxssm.machine import has_accelerator, has_fast_bfloat16
 from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import BASELINES
+from transxssm.models.checkpoint import read_config
 from transxssm.training.schema import ARCHITECTURES, check_sections, dump_yaml, load_yaml
 from transxssm.training.sharding import Parallelism
 
@@ -66,7 +67,8 @@ class Recipe:
     Args:
         name: of the file it came from, without suffix.
         model: an optional `preset`, fields of `TransXSSMConfig`, and an optional `architecture`: "transxssm", or a baseline
-            ("llama", "mamba2", "jamba"), which then gets the parameters of the TransXSSM that the other keys describe.
+            ("llama", "mamba2", "jamba"), which then gets the parameters of the TransXSSM that the other keys describe. Or `checkpoint`
+            alone, the folder of a TransXSSM whose weights and tokenizer training goes on from.
         data: where text comes from and how it is cut into rows.
         training: fields of `transformers.TrainingArguments`, verbatim.
         fit: `minutes` that the run may take on this machine; empty: nothing is fitted.
@@ -85,12 +87,20 @@ class Recipe:
         """The run folder."""
         return Path(self.training["output_dir"]).expanduser()
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where training begins; None begins with new weights."""
+        folder = self.model.get("checkpoint")
+        return None if folder is None else Path(folder).expanduser()
+
     def model_config(self, **defaults: Any) -> TransXSSMConfig:
         """The TransXSSM that the model section describes; `defaults` hold where the recipe is silent.
 
         Raises:
-            ValueError: sizes that do not fit each other, an unknown preset.
+            ValueError: sizes that do not fit each other, an unknown preset, a checkpoint that cannot be read.
         """
+        if self.checkpoint is not None:
+            return read_config(self.checkpoint)
         fields = {**defaults, **self.model}
         preset, _ = fields.pop("preset", None), fields.pop("architecture", None)
         try:
@@ -212,10 +222,16 @@ def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
         ValueError: as `load_recipe`.
     """
     check_sections(sections)
+    model, data = sections.get("model", {}), dict(sections.get("data", {}))
+    if "checkpoint" in model:
+        if len(model) > 1:
+            others = ", ".join(f"model.{key}" for key in model if key != "checkpoint")
+            raise ValueError(f"model.checkpoint says what the model is: got {others} beside it; leave out either")
+        data.setdefault("tokenizer", model["checkpoint"])
     recipe = Recipe(
         name=name,
-        model=sections.get("model", {}),
-        data=DataArguments(**sections.get("data", {})),
+        model=model,
+        data=DataArguments(**data),
         training=_with_defaults(sections.get("training", {}), name),
         fit=_checked_fit(sections.get("fit", {})),
         open_settings=_open_settings(sections) if sections.get("fit") else frozenset(),

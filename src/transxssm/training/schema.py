@@ -161,6 +161,7 @@ def known_fields() -> dict[str, dict[str, Field]]:
         "model": {
             "preset": Field(str | None, tuple(PRESETS)),
             "architecture": Field(str, ARCHITECTURES),
+            "checkpoint": Field(str),
             **config,
         },
         "data": _dataclass_fields(DataArguments),
