@@ -1,17 +1,31 @@
 """What is refused before the engine starts: settings of vLLM that the model's states do not allow, and sizes that vLLM cannot serve."""
 
+import logging
 from typing import Any
 
-from vllm.config import VllmConfig
+import torch
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.activation import _ACTIVATION_AND_MUL_REGISTRY
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE, STATIC_ROPE_TYPES, TransXSSMConfig
 
+logger = logging.getLogger(__name__)
+
 
 class TransXSSMEngineConfig(VerifyAndUpdateConfig):
     """vLLM calls it with every setting in hand, before it makes a worker."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Says where weights are rounded: vLLM's `--dtype auto` takes bfloat16 for a checkpoint in float32, without a word."""
+        if model_config.hf_config.dtype == torch.float32 != model_config.dtype:
+            logger.warning(
+                "The checkpoint is float32, and vLLM serves it in %s: its words may differ from those of `generate`. Give --dtype float32 "
+                "for its own numbers.",
+                str(model_config.dtype).removeprefix("torch."),
+            )
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
