@@ -41,6 +41,7 @@ def train_recipe_on(gpus: str, name: str, overrides: Sequence[str], *, resume: b
     """
     recipe = load_recipe(name, overrides)
     processes = number_of_processes(gpus, on_cpu=setting(name, overrides, "training.use_cpu") is True)
+    recipe.check_processes(processes)
     if not resume:
         run_folder.check_empty(recipe.output_dir)
     launch(["train", name, *overrides, *(["--resume"] if resume else [])], processes)

@@ -71,6 +71,15 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
             )
             ids = tokens(2, 12) % VOCAB_SIZE
             found[name] = {"sharded": outcome(sharded, ids), "alone": outcome(alone, ids)}
+    sharded.save_pretrained(folder / "saved")
+    dist.barrier()
+    again = AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()
+    found["saved as it was"] = all(torch.equal(again[key], weight) for key, weight in alone.state_dict().items())
+    saved_model(folder / "one group", "hybrid", ssd_num_groups=1)
+    try:
+        AutoModelForCausalLM.from_pretrained(folder / "one group", distributed_config=DistributedConfig(tp_size=2))
+    except ValueError as error:
+        found["one group"] = str(error)
     return found
 
 

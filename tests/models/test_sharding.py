@@ -36,9 +36,13 @@ def found_by(check: str, folder: Path, *, processes: int = 2) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_tensor_parallel(tmp_path):
-    for name, models in found_by("tensor_parallel", tmp_path).items():
+    found = found_by("tensor_parallel", tmp_path)
+    assert found.pop("saved as it was")
+    assert "got ssd_num_groups=1, expected a multiple of 2" in found.pop("one group")
+    for name, models in found.items():
         sharded, alone = models["sharded"], models["alone"]
-        assert any(".mlp.up_proj." in weight for weight in sharded["sharded"]), name
+        for part in (".mlp.up_proj.", ".ssd.x_proj.", ".ssd.out_proj.", ".ssd.dynamics.A_log"):
+            assert any(part in weight for weight in sharded["sharded"]), (name, part)
         assert "model.embed_tokens.weight" in sharded["sharded"], name
         assert ("lm_head.weight" in sharded["sharded"]) == ("untied" in name), name
         assert_close(sharded["loss"], alone["loss"], torch.float32, name)

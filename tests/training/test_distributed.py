@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.models.tiny import tiny_config
 from tests.training.conftest import write_recipe
 from transxssm.training import load_recipe, train
 from transxssm.training.sharding import Parallelism
@@ -108,12 +109,32 @@ def test_a_run_of_one_process_goes_on_sharded_and_with_shared_rows(recipe_file, 
     assert_same_as_one_process(folder, one_process)
 
 
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_heads_divided_and_then_alone(recipe_file, recipe, corpus, tmp_path):
+    (tmp_path / "alone").mkdir()
+    settings = [*STEPS, "model.ssd_num_groups=2", "training.per_device_train_batch_size=8"]
+    settings += ["training.save_steps=1", "training.save_total_limit=6"]
+    alone = load_recipe(write_recipe(tmp_path / "alone", corpus), settings)
+    train(alone)
+    folder = recipe().output_dir
+    folder.mkdir()
+    shutil.copy(alone.output_dir / "recipe.yaml", folder)
+    shutil.copytree(alone.output_dir / "checkpoint-3", folder / "checkpoint-3")
+    divided = ["training.parallelism.tp=2", "--resume", "--kill-in-step", "6"]
+    run(*TORCHRUN, recipe_file, *settings, *divided, expect=1)
+    assert (folder / "checkpoint-5" / "optimizer").is_dir()
+    train(load_recipe(recipe_file, settings), resume=True)
+    assert_same_as_one_process(folder, alone.output_dir, processes=1)
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
         ("training.parallelism=zero", "expected one of ddp, fsdp, hsdp"),
         ("training.parallelism.cp=0", "expected a whole number of processes from 1 on"),
-        ("training.parallelism.tensor=2", "expected data or cp"),
+        ("training.parallelism.tensor=2", "expected data, cp or tp"),
+        ("training.parallelism.tp=two", "expected a whole number of processes from 1 on"),
+        ("training.parallelism={cp: 2, tp: 2}", "got cp=2 and tp=2, expected one of them"),
         ("training.parallelism=3", "training.parallelism: got 3"),
     ],
 )
@@ -128,13 +149,19 @@ def test_wrong_settings_are_found_when_the_recipe_is_read(recipe_file, setting, 
         (Parallelism(cp=2), 1, {}, "got 1 process, expected a multiple of 2"),
         (Parallelism(cp=2), 3, {}, "got 3 processes, expected a multiple of 2"),
         (Parallelism(cp=4), 4, {}, "data.sequence_length=66, expected a multiple of 4"),
-        (Parallelism("fsdp"), 2, {"is_own_model": False}, "is for model.architecture transxssm"),
+        (Parallelism("fsdp"), 2, {"config": None}, "is for model.architecture transxssm"),
         (Parallelism("fsdp"), 2, {"uses_accelerate_fsdp": True}, "leave out either"),
+        (Parallelism(tp=2), 3, {}, "got 3 processes, expected a multiple of 2"),
+        (Parallelism(tp=2), 4, {}, "got 4 processes, expected 2; for more, data: fsdp"),
+        (Parallelism(tp=3), 3, {}, "got ssd_num_heads=4, expected a multiple of 3"),
+        (Parallelism(tp=2), 2, {"config": tiny_config(ssd_num_groups=1)}, "got ssd_num_groups=1, expected a multiple"),
+        (Parallelism(tp=2), 2, {"config": tiny_config(num_key_value_heads=1)}, "got num_key_value_heads=1"),
+        (Parallelism(tp=2), 2, {"compiles": True}, "training.torch_compile: got true"),
     ],
 )
 def test_what_processes_cannot_share(parallelism, processes, options, expected):
     with pytest.raises(ValueError, match=expected):
-        parallelism.check(processes, 66, **({"is_own_model": True, "uses_accelerate_fsdp": False} | options))
+        parallelism.check(processes, 66, **({"config": tiny_config(), "uses_accelerate_fsdp": False} | options))
 
 
 @pytest.mark.slow

@@ -109,8 +109,7 @@ class TransXSSMConfig(PreTrainedConfig):
 
     model_type = "transxssm"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
-    # Attention's rules come from `_tensor_parallel_plan`. SSD layers are replicated: their heads read A_log and dt_bias, which no plan
-    # of transformers shards.
+    # Rules of mixers come from `_tensor_parallel_plan`.
     base_model_tp_plan = {  # noqa: RUF012 (transformers' own form)
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -283,16 +282,30 @@ class TransXSSMConfig(PreTrainedConfig):
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """The rules of the modules that the model has; transformers warns of a rule without a module.
 
-        Attention with a selective rotation is replicated, as SSD layers are: one projection makes the angles of all its heads.
+        A layer with a selective rotation is replicated: one projection makes the angles of all its heads.
         """
-        if not self.has_attention or (self.rotates_attention and self.rope_type == SELECTIVE_ROPE_TYPE):
-            return self.base_model_tp_plan
+        plan, is_selective = dict(self.base_model_tp_plan), self.is_selective
+        if SSD_LAYER_TYPE in self.layer_types and not (self.rotates_ssd and is_selective):
+            plan |= {f"layers.*.ssd{name}": style for name, style in self._ssd_styles().items()}
+        if not self.has_attention or (self.rotates_attention and is_selective):
+            return plan
         styles = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
         if self.attention_output_gate:
             styles["g_proj"] = "colwise"
         if self.qk_norm:  # one weight for the heads of every shard
             styles |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
-        return self.base_model_tp_plan | {f"layers.*.self_attn.{name}": style for name, style in styles.items()}
+        plan["layers.*.self_attn"] = "transxssm_attention"
+        return plan | {f"layers.*.self_attn.{name}": style for name, style in styles.items()}
+
+    def _ssd_styles(self) -> dict[str, str]:
+        """Heads and groups of SSD layers over processes; styles of our own are in `transxssm.models.tensor_parallel`."""
+        styles = {"": "transxssm_mixer", ".dynamics": "transxssm_heads", ".out_proj": "rowwise"}
+        styles |= dict.fromkeys((".x_proj", ".B_proj", ".C_proj", ".dt_proj"), "colwise")
+        if self.ssd_norm_BC:  # one weight for the groups of every shard
+            styles |= dict.fromkeys((".B_norm", ".C_norm"), "replicated_with_grad_allreduce")
+        if self.ssd_output_gate:
+            styles |= {".z_proj": "colwise", ".norm": "transxssm_wide_norm"}
+        return styles
 
     def _check_layer_types(self) -> None:
         allowed = (SSD_LAYER_TYPE, *ATTENTION_LAYER_TYPES)

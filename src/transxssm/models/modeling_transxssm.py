@@ -68,6 +68,7 @@ from transxssm.models.positions import (
 )
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.models.ssd_mixer import TransXSSMDynamics, TransXSSMSSDMixer
+from transxssm.models.tensor_parallel import register_styles
 from transxssm.ops import (
     keep_pairs,
     layer_end,
@@ -79,6 +80,8 @@ from transxssm.ops import (
 )
 from transxssm.ops.devices import has_float64
 from transxssm.ops.token_layer import MOST_TOKENS
+
+register_styles()
 
 SILU = type(ACT2FN["silu"])
 MODEL_CARD = "README.md"

@@ -168,14 +168,14 @@ class TransXSSMSSDMixer(nn.Module):
                 seq_idx=positions.seq_idx,
                 mask=positions.padding_mask,
             )
-            x, B, C = mixed.split(self.split_sizes, dim=-1)
+            x, B, C = mixed.split([part.shape[-1] for part in (x, B, C)], dim=-1)
         dt, A, D = self.dynamics(dt_input)
         if dt.dtype in HALF_PRECISION:  # the module returns float32
             warn_of_rounded_decays(dt.dtype)
             dt, A, D = dt.float(), A.float(), None if D is None else D.float()
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
             dt = dt * positions.padding_mask[..., None]
-        x = x.view(batch, length, self.num_heads, self.head_dim)
+        x = x.view(batch, length, -1, self.head_dim)  # under tensor parallelism this process's heads
         B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
         if positions.length_scale is not None:  # behind the norm, which would take it out
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
@@ -218,11 +218,11 @@ class TransXSSMSSDMixer(nn.Module):
 
     def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
         """(b, t, g, n): B or C of every group, normalised over the state and moved by its bias where there are any."""
-        state_map = projected.unflatten(-1, (self.num_groups, self.state_size))
+        state_map = projected.unflatten(-1, (-1, self.state_size))
         if norm is not None:
             state_map = norm(state_map)
         if bias is not None:
-            state_map = (state_map + bias.view(self.num_groups, self.state_size)).to(state_map.dtype)
+            state_map = (state_map + bias.view(-1, self.state_size)).to(state_map.dtype)
         return state_map
 
 

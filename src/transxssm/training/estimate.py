@@ -169,7 +169,7 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 def processes_with_own_rows(arguments: TrainingArguments) -> int:
     """Processes, of which those that share rows count as one."""
-    return arguments.world_size // getattr(arguments, "context_parallel_size", 1)
+    return arguments.world_size // getattr(arguments, "processes_of_a_row", 1)
 
 
 def number_of_steps(arguments: TrainingArguments, train: Any) -> int | None:

@@ -59,7 +59,6 @@ from transxssm.training.interrupt import BudgetSpentError, Interrupt, stopped_at
 from transxssm.training.nonfinite import NonFiniteError
 from transxssm.training.recipe import Recipe
 from transxssm.training.run_folder import SUMMARY, plot_loss, read_summary, write_summary
-from transxssm.training.schema import ARCHITECTURES
 from transxssm.training.trainer import TransXSSMTrainer, asks_accelerate_to_shard
 from transxssm.whole_files import write_text_whole
 
@@ -211,12 +210,7 @@ def _train(
         if chosen:
             logger.warning("%s", chosen)
     arguments = recipe.training_arguments()
-    recipe.parallelism.check(
-        arguments.world_size,
-        recipe.data.sequence_length,
-        is_own_model=recipe.model.get("architecture", ARCHITECTURES[0]) == ARCHITECTURES[0],
-        uses_accelerate_fsdp=asks_accelerate_to_shard(arguments),
-    )
+    recipe.check_processes(arguments.world_size, uses_accelerate_fsdp=asks_accelerate_to_shard(arguments))
     run_dir, is_main = recipe.output_dir, arguments.process_index == 0
     say = logger.warning if is_main else logger.debug
     with arguments.main_process_first(local=False):

@@ -142,8 +142,28 @@ class Recipe:
             arguments = TrainingArguments(**(settings | deepcopy(given)))
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ValueError(f"training: {_one_line(error)}") from error
-        arguments.context_parallel_size = self.parallelism.cp
+        arguments.processes_of_a_row = self.parallelism.sharing
         return arguments
+
+    def check_processes(self, processes: int, *, uses_accelerate_fsdp: bool | None = None) -> None:
+        """Checks that so many processes can share the run as `training.parallelism` says.
+
+        Args:
+            uses_accelerate_fsdp: accelerate shards. Defaults to whether `training.fsdp` says so.
+
+        Raises:
+            ValueError: see `Parallelism.check`.
+        """
+        is_own_model = self.model.get("architecture", ARCHITECTURES[0]) == ARCHITECTURES[0]
+        self.parallelism.check(
+            processes,
+            self.data.sequence_length,
+            config=self.model_config() if is_own_model else None,
+            uses_accelerate_fsdp=bool(self.training.get("fsdp"))
+            if uses_accelerate_fsdp is None
+            else uses_accelerate_fsdp,
+            compiles=bool(self.training.get("torch_compile")),
+        )
 
     @property
     def parallelism(self) -> Parallelism:

@@ -1,4 +1,4 @@
-"""How processes share a run: data parallelism with whole weights (DDP) or with shards of them (torch's FSDP2), and parts of rows.
+"""How processes share a run: data parallelism with whole weights (DDP) or with shards of them (torch's FSDP2), parts of rows, and heads.
 
 Weights, gradients and optimizer states of a sharded model are `DTensor`s; checkpoints hold its weights whole, as any other's.
 """
@@ -25,8 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from transxssm.models import TransXSSMForCausalLM
+from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
+from transxssm.models.configuration_transxssm import SSD_LAYER_TYPE
 from transxssm.models.ssd_mixer import name_in_checkpoints
+from transxssm.models.tensor_parallel import divide_heads, refusal_of_heads
 
 DATA_PARALLEL = ("ddp", "fsdp", "hsdp")
 # Weights are gathered as they are, and rounded by autocast where it multiplies them, as in one process. FSDP would round the vectors of
@@ -41,10 +43,17 @@ class Parallelism:
     Args:
         data: "ddp", each process has the whole model; "fsdp", all of them share it; "hsdp", those of a machine share it.
         cp: processes that share the tokens of each row (context parallelism).
+        tp: processes that share the heads of each layer (tensor parallelism).
     """
 
     data: str = "ddp"
     cp: int = 1
+    tp: int = 1
+
+    @property
+    def sharing(self) -> int:
+        """Processes that compute the same rows together."""
+        return self.cp * self.tp
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | None) -> "Parallelism":
@@ -54,26 +63,40 @@ class Parallelism:
             ValueError: an unknown key or value.
         """
         fields = {"data": given} if isinstance(given, str) else dict(given or {})
-        unknown = fields.keys() - {"data", "cp"}
+        unknown = fields.keys() - {"data", "cp", "tp"}
         if unknown:
-            raise ValueError(f"unknown key training.parallelism.{min(unknown)}: expected data or cp")
+            raise ValueError(f"unknown key training.parallelism.{min(unknown)}: expected data, cp or tp")
         parallelism = cls(**fields)
         if parallelism.data not in DATA_PARALLEL:
             raise ValueError(
                 f"training.parallelism.data: got {parallelism.data!r}, expected one of {', '.join(DATA_PARALLEL)}"
             )
-        if type(parallelism.cp) is not int or parallelism.cp < 1:
+        for name in ("cp", "tp"):
+            number = getattr(parallelism, name)
+            if type(number) is not int or number < 1:
+                raise ValueError(
+                    f"training.parallelism.{name}: got {number!r}, expected a whole number of processes from 1 on"
+                )
+        if parallelism.cp > 1 and parallelism.tp > 1:
             raise ValueError(
-                f"training.parallelism.cp: got {parallelism.cp!r}, expected a whole number of processes from 1 on"
+                f"training.parallelism: got cp={parallelism.cp} and tp={parallelism.tp}, expected one of them"
             )
         return parallelism
 
-    def check(self, processes: int, sequence_length: int, *, is_own_model: bool, uses_accelerate_fsdp: bool) -> None:
+    def check(
+        self,
+        processes: int,
+        sequence_length: int,
+        *,
+        config: TransXSSMConfig | None,
+        uses_accelerate_fsdp: bool,
+        compiles: bool = False,
+    ) -> None:
         """Checks that so many processes can share a run.
 
         Args:
             sequence_length: tokens of a row.
-            is_own_model: the model is a TransXSSM.
+            config: of the model. None if it is no TransXSSM.
             uses_accelerate_fsdp: sharding is asked for through `training.fsdp` or accelerate's environment.
 
         Raises:
@@ -81,23 +104,42 @@ class Parallelism:
         """
         if self == Parallelism():
             return
-        if processes % self.cp:
+        got = f"got {processes} process{'es' if processes > 1 else ''}"
+        for name, number in (("cp", self.cp), ("tp", self.tp)):
+            if processes % number:
+                raise ValueError(
+                    f"training.parallelism.{name}={number}: {got}, expected a multiple of {number} (transxssm train … --gpus {number})"
+                )
+        if self.tp > 1 and self.data == "ddp" and processes > self.tp:
             raise ValueError(
-                f"training.parallelism.cp={self.cp}: got {processes} process{'es' if processes > 1 else ''}, expected a multiple of "
-                f"{self.cp} (transxssm train … --gpus {self.cp})"
+                f"training.parallelism.tp={self.tp} with data: ddp: {got}, expected {self.tp}; for more, data: fsdp shares weights among "
+                "the processes that have the same heads"
             )
         if sequence_length % self.cp:
             raise ValueError(
                 f"training.parallelism.cp={self.cp} cuts rows into equal parts: got data.sequence_length={sequence_length}, expected a "
                 f"multiple of {self.cp}"
             )
-        if not is_own_model:
+        if config is None:
             raise ValueError(
                 "training.parallelism is for model.architecture transxssm: a baseline is sharded by training.fsdp"
             )
         if uses_accelerate_fsdp:
             raise ValueError(
                 "training.parallelism and training.fsdp (or accelerate's FSDP) both shard: leave out either"
+            )
+        if self.tp > 1:
+            self._check_heads(config, compiles)
+
+    def _check_heads(self, config: TransXSSMConfig, compiles: bool) -> None:
+        names = ["ssd_num_heads", "ssd_num_groups"] if SSD_LAYER_TYPE in config.layer_types else []
+        names += ["num_attention_heads", "num_key_value_heads"] if config.has_attention else []
+        refusal = refusal_of_heads(self.tp, **{name: getattr(config, name) for name in names})
+        if refusal is not None:
+            raise ValueError(f"training.parallelism.tp: {refusal}")
+        if compiles:
+            raise ValueError(
+                "training.torch_compile: got true with training.parallelism.tp, which is not compiled; leave out either"
             )
 
 
@@ -115,16 +157,58 @@ def shard(model: TransXSSMForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def mesh_of(parallelism: Parallelism, device_type: str) -> DeviceMesh:
-    """The processes over which gradients are averaged: all of them. A row's processes average too, since its loss is that of the whole."""
+    """The processes over which gradients are averaged, and under tensor parallelism in another dimension those that share heads.
+
+    Those that share a row average too, since its loss is that of the whole.
+    """
     world = dist.get_world_size()
-    if parallelism.data == "hsdp":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        return init_device_mesh(device_type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    replicas = world // local if parallelism.data == "hsdp" else 1
+    sizes = {"dp_replicate": replicas, "dp_shard": world // replicas // parallelism.tp, "tp": parallelism.tp}
+    kept = {
+        name: size
+        for name, size in sizes.items()
+        if name == "dp_shard" or (name == "tp" and size > 1) or (name == "dp_replicate" and parallelism.data == "hsdp")
+    }
+    return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+
+def share_weights(model: TransXSSMForCausalLM, parallelism: Parallelism, mesh: DeviceMesh) -> None:
+    """Divides heads, then shards what each process has.
+
+    Args:
+        mesh: of `mesh_of`.
+    """
+    names = [name for name in mesh.mesh_dim_names or () if name != "tp"]
+    if parallelism.tp > 1:
+        divide_heads(model, mesh["tp"])
+    if parallelism.data != "ddp" and mesh.size() > parallelism.tp:
+        shard(model, mesh[tuple(names)] if len(names) > 1 else mesh[names[0]])
 
 
 def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def keep_two_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """What decays and what does not, whichever process has what of it: a checkpoint's groups are those of every parallelism.
+
+    Trainer makes a group for each mesh, whose weights one kernel can update.
+    """
+    order = {id(weight): number for number, weight in enumerate(model.parameters())}
+    merged: dict[float, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        merged.setdefault(group["weight_decay"], {**group, "params": []})["params"] += group["params"]
+    for group in merged.values():
+        group["params"].sort(key=lambda weight: order[id(weight)])
+    optimizer.param_groups[:] = merged.values()
+    update_one_by_one(optimizer)
+
+
+def update_one_by_one(optimizer: torch.optim.Optimizer) -> None:
+    """Takes no kernel for several weights, which would have to be on one mesh."""
+    for group in optimizer.param_groups:
+        group |= {name: False for name in ("foreach", "fused") if name in group}
 
 
 def compile_layers(model: TransXSSMForCausalLM) -> None:

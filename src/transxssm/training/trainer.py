@@ -50,12 +50,14 @@ from transxssm.training.sharding import (
     Parallelism,
     compile_layers,
     is_sharded,
+    keep_two_groups,
     load_optimizer,
     load_whole_optimizer,
     load_whole_weights,
     mesh_of,
     save_optimizer,
-    shard,
+    share_weights,
+    update_one_by_one,
     whole_weights,
 )
 
@@ -122,18 +124,20 @@ class TransXSSMTrainer(Trainer):
     def _share(self) -> None:
         """Prepares model and data as `parallelism` says, before accelerate would wrap them in its own way."""
         model: Any = self.model
-        device_type, shared = self.args.device.type, self._parallelism.cp
-        if shared > 1:
-            mesh = init_device_mesh(
-                device_type, (self.args.world_size // shared, shared), mesh_dim_names=("dp_shard", "cp")
-            )
+        parallelism, device_type = self._parallelism, self.args.device.type
+        mesh = mesh_of(parallelism, device_type) if parallelism.data != "ddp" or parallelism.tp > 1 else None
+        rows = mesh
+        if parallelism.cp > 1:
+            sizes = (self.args.world_size // parallelism.cp, parallelism.cp)
+            rows = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_shard", "cp"))
+            model.enable_context_parallel(rows["cp"].get_group())
+        if parallelism.sharing > 1:
             self.accelerator.state.device_mesh = (
-                mesh  # by which its data loaders give the same rows to those who share them
+                rows  # by which data loaders give the same rows to those who share them
             )
-            model.enable_context_parallel(mesh["cp"].get_group())
-            self.add_callback(CountTokensOnce(shared))
-        if self._parallelism.data != "ddp":
-            shard(model, mesh_of(self._parallelism, device_type))
+            self.add_callback(CountTokensOnce(parallelism.sharing))
+        if mesh is not None:
+            share_weights(model, parallelism, mesh)
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast alone
             model._is_accelerate_prepared = True
         if self._compiles:  # layer by layer, which takes seconds and not minutes
@@ -148,6 +152,12 @@ class TransXSSMTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weights of products decay; norms, biases, A_log, dt_bias and D, which are vectors, don't."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._parallelism.tp > 1:
+            keep_two_groups(optimizer, self.model)
+        return optimizer
 
     # A step, and the check before it changes a weight
 
@@ -223,7 +233,7 @@ class TransXSSMTrainer(Trainer):
         self._held_out_sums = torch.zeros(2, dtype=widest, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(self._held_out_sums, reduction="sum")
-        nats, tokens = (sums / self._parallelism.cp).tolist()  # each of a row's processes has summed the whole row
+        nats, tokens = (sums / self._parallelism.sharing).tolist()  # each of a row's processes has summed the whole row
         if tokens == 0:
             raise ValueError("the held-out rows have no labelled token: raise data.held_out_fraction")
         loss = nats / tokens
@@ -256,7 +266,7 @@ class TransXSSMTrainer(Trainer):
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return num_rows
-        return min(num_rows, max(0, state.remainder - self.args.process_index // self._parallelism.cp * num_rows))
+        return min(num_rows, max(0, state.remainder - self.args.process_index // self._parallelism.sharing * num_rows))
 
     # Log: tokens and seconds beside what Trainer logs
 
@@ -356,6 +366,8 @@ class TransXSSMTrainer(Trainer):
             load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint, OPTIMIZER_SHARDS))
         else:
             load_whole_optimizer(self.optimizer.optimizer, Path(checkpoint, OPTIMIZER_NAME))
+        if self._parallelism.tp > 1:
+            update_one_by_one(self.optimizer.optimizer)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def save_final(self) -> None:
