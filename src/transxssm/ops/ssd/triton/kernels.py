@@ -307,29 +307,26 @@ def sum_chunks(
 
 
 @triton.jit
-def _load_update(
-    states,
-    sums,
-    seq_idx,
-    step,
-    num_chunks,
-    length,
-    token,
-    e,
-    inside,
-    backward: tl.constexpr,
-    has_documents: tl.constexpr,
-    chunk: tl.constexpr,
-):
-    """Of the chunk that is number `step` in this direction: its place, its update and the decay across it; 0 and 1 beyond the last."""
+def _step(step, num_chunks, token, e, inside, backward: tl.constexpr):
+    """Of the chunk that is number `step` in this direction: its number, its place among the states, and what of it is inside.
+
+    No pointer comes in. Those that the place came out with would count as written to, and be copied before a compiled launch.
+    """
     is_there = step < num_chunks
     c = num_chunks - 1 - step if backward else step
     c = tl.where(is_there, c, 0)
+    return c, tl.cast(c, tl.int64) * token + e, inside & is_there
+
+
+@triton.jit
+def _load_update(
+    states, sums, seq_idx, c, place, step, num_chunks, length, inside, has_documents: tl.constexpr, chunk: tl.constexpr
+):
+    """The update of a chunk and the decay across it; 0 and 1 beyond the last."""
     first = c * chunk
-    place = tl.cast(c, tl.int64) * token + e
-    update = tl.load(states + place, mask=inside & is_there, other=0.0).to(tl.float32)
+    update = tl.load(states + place, mask=inside, other=0.0).to(tl.float32)
     across = _across(sums, seq_idx, first, tl.minimum(first + chunk, length) - 1, has_documents)
-    return place, update, tl.where(is_there, across, 1.0), inside & is_there
+    return update, tl.where(step < num_chunks, across, 1.0)
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks"])
@@ -373,17 +370,21 @@ def carry_states(
     kind = states.dtype.element_ty
     for step in tl.range(0, num_chunks, 4):
         # Loads of four chunks are under way before the first store, since the compiler moves no load over a store.
-        place0, update0, across0, inside0 = _load_update(
-            *(states, sums, seq_idx, step, num_chunks, length, token, e, inside, backward, has_documents, chunk)
+        c0, place0, inside0 = _step(step, num_chunks, token, e, inside, backward)
+        update0, across0 = _load_update(
+            *(states, sums, seq_idx, c0, place0, step, num_chunks, length, inside0, has_documents, chunk)
         )
-        place1, update1, across1, inside1 = _load_update(
-            *(states, sums, seq_idx, step + 1, num_chunks, length, token, e, inside, backward, has_documents, chunk)
+        c1, place1, inside1 = _step(step + 1, num_chunks, token, e, inside, backward)
+        update1, across1 = _load_update(
+            *(states, sums, seq_idx, c1, place1, step + 1, num_chunks, length, inside1, has_documents, chunk)
         )
-        place2, update2, across2, inside2 = _load_update(
-            *(states, sums, seq_idx, step + 2, num_chunks, length, token, e, inside, backward, has_documents, chunk)
+        c2, place2, inside2 = _step(step + 2, num_chunks, token, e, inside, backward)
+        update2, across2 = _load_update(
+            *(states, sums, seq_idx, c2, place2, step + 2, num_chunks, length, inside2, has_documents, chunk)
         )
-        place3, update3, across3, inside3 = _load_update(
-            *(states, sums, seq_idx, step + 3, num_chunks, length, token, e, inside, backward, has_documents, chunk)
+        c3, place3, inside3 = _step(step + 3, num_chunks, token, e, inside, backward)
+        update3, across3 = _load_update(
+            *(states, sums, seq_idx, c3, place3, step + 3, num_chunks, length, inside3, has_documents, chunk)
         )
         tl.store(states + place0, state.to(kind), mask=inside0)
         state = across0 * state + update0
