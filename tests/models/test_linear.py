@@ -152,6 +152,7 @@ class JoinedLayers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(linear_layers, "_joins_products", lambda x: torch.compiler.is_compiling())
+        monkeypatch.setattr(linear_layers, "_NARROWEST_JOINED", 2)
         self.layers = nn.ModuleList(nn.Linear(5, size, bias=False) for size in (4, 6, 2))
         self.products: list[int] = []  # of each graph
         torch.compiler.reset()
@@ -192,10 +193,14 @@ def test_joined_products_leave_frozen_layers_and_autocast_as_they_are(monkeypatc
         assert_close(got.float(), wanted.float(), torch.bfloat16)
 
 
-def test_layers_that_are_not_plain_are_not_joined(monkeypatch):
+@pytest.mark.parametrize("reason", ["hook", "width"])
+def test_layers_that_are_not_plain_or_narrow_are_not_joined(monkeypatch, reason):
     joined, x = JoinedLayers(monkeypatch), torch.randn(2, 3, 5)
-    joined.layers[2].register_forward_hook(lambda _, args, output: 2 * output)
+    if reason == "hook":
+        joined.layers[1].register_forward_hook(lambda _, args, output: 2 * output)
+    else:
+        monkeypatch.setattr(linear_layers, "_NARROWEST_JOINED", 3)
     expected = joined.gradients_of(apply_linears, x)
     for got, wanted in zip(joined.gradients_of(joined.compiled, x), expected, strict=True):
         assert_close(got, wanted, torch.float32)
-    assert joined.products[0] == 3
+    assert joined.products == [2, 4]

@@ -20,6 +20,7 @@ from transxssm.ops import linear
 DENSE = (nn.Parameter, Tensor)  # FSDP1 leaves a view in the place of a parameter
 LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 HALF_PRECISION = (torch.bfloat16, torch.float16)
+_NARROWEST_JOINED = 64  # outputs
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -52,17 +53,22 @@ def apply_linears(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
         modules: linear layers of as many inputs as x has.
         x: (…, i).
     """
-    if _joins_products(x):
-        plain = [_plain_weight(module) for module in modules]
-        weights = [weight for weight in plain if weight is not None]
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        if len(weights) == len(modules) and all(weight.dtype == x.dtype for weight in weights):
-            outputs: tuple[Tensor, ...] = _JoinedProduct.apply(x, *weights)
-            return outputs
-    return [apply_linear(module, x) for module in modules]
+    joined = [module for module in modules if _is_joined(module)] if _joins_products(x) else []
+    weights: list[Tensor] = [module.weight for module in joined]
+    rows, device = x, x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    if len(joined) < 2 or any(weight.dtype != rows.dtype for weight in weights):
+        return [apply_linear(module, x) for module in modules]
+    outputs = list(_JoinedProduct.apply(rows, *weights))
+    return [outputs.pop(0) if _is_joined(module) else apply_linear(module, x) for module in modules]
+
+
+def _is_joined(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether its weight is all that it computes with, and wide enough: torch 2.11's compiler fails on narrow columns of a wide result in
+    rows of 64K tokens."""
+    return is_plain_linear(module) and module.weight.shape[0] >= _NARROWEST_JOINED
 
 
 def _joins_products(x: Tensor) -> bool:
