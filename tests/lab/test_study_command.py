@@ -120,9 +120,12 @@ def test_an_interruption_says_how_to_go_on(run, study_file, monkeypatch):
     [
         (["tabel2-cpu"], "no study 'tabel2-cpu': did you mean table2-cpu?"),
         (["table2-cpu", "--only", "hybrid-rop"], "did you mean hybrid-rope?"),
-        (["table2-cpu", "grid.seed=[0]"], "unknown key grid.seed: did you mean seeds?"),
-        (["table2-cpu", "tunning.max_steps=3"], "unknown key tunning: did you mean tuning?"),
-        (["table2-cpu", "cells.hybrid-rope.modell={}"], "unknown key cells.hybrid-rope.modell: did you mean model?"),
+        (["table2-cpu", "grid.seed=[0]"], "unknown key grid.seed: did you mean grid.seeds?"),
+        (["table2-cpu", "tunning.max_steps=3"], "unknown section 'tunning': did you mean tuning?"),
+        (
+            ["table2-cpu", "cells.hybrid-rope.modell={}"],
+            "unknown key cells.hybrid-rope.modell: did you mean cells.hybrid-rope.model?",
+        ),
         (["table2-cpu", "training.max_stepss=3"], "did you mean training.max_steps?"),
         (["table2-cpu", "model.hidden_sizee=3"], "did you mean model.hidden_size?"),
         (["table2-cpu", "grid.seeds=[zero]"], "grid.seeds.0: got 'zero'"),

@@ -7,7 +7,6 @@ Generated tables are left out of both.
 Whole documents are held out by a hash of their names, or pieces of them where documents are too few or too long for that.
 """
 
-import difflib
 import hashlib
 import itertools
 import logging
@@ -28,6 +27,7 @@ from transxssm.data.cache import fingerprint, generated_dataset
 from transxssm.data.files import JSONL_SUFFIXES, Advance, TextFile, cut_end, decode, local_documents, local_files
 from transxssm.data.hub import hub_documents, open_hub_dataset
 from transxssm.data.progress import progress
+from transxssm.wording import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -480,8 +480,8 @@ def _streamed_held_out(records: IterableDataset, text_column: str, fraction: flo
 
 
 def _unknown(corpus: str) -> str:
-    nearest = difflib.get_close_matches(corpus, EMBEDDED_CORPORA, n=1)
-    suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
+    close = nearest(corpus, EMBEDDED_CORPORA)
+    suggestion = f"; did you mean {close}?" if close else ""
     return (
         f"no corpus {corpus!r}: expected {' or '.join(EMBEDDED_CORPORA)} (embedded), a file or folder that exists, or a hub "
         f"data set owner/name{suggestion}"

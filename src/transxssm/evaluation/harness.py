@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.plotting import BLUE, picture
+from transxssm.wording import one_line
 
 # The tasks of the paper's Table 3. Of ARC the paper does not say which part: both are run.
 PAPER_GROUP = "transxssm-paper"
@@ -100,7 +101,7 @@ def measure_task(
             model=adapter, tasks=[task], task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
         )
     except OSError as error:  # a connection, a missing file
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"the data of task {task} cannot be had: {reason}; go online once, or name a local task with --include-path"
         ) from error

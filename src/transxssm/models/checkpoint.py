@@ -18,6 +18,7 @@ from transformers import (
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.modeling_transxssm import TransXSSMForCausalLM
 from transxssm.models.ssd_mixer import name_in_checkpoints
+from transxssm.wording import one_line
 
 CONFIG = "config.json"
 HEADER_LENGTH_BYTES = 8  # a safetensors file: the header's length, the header in JSON, the tensors
@@ -37,7 +38,7 @@ def read_config(folder: Path) -> TransXSSMConfig:
     try:
         return TransXSSMConfig.from_pretrained(folder)
     except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
-        raise ValueError(f"{folder / CONFIG}: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{folder / CONFIG}: {one_line(error.__cause__ or error)}") from error
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> TransXSSMForCausalLM:
@@ -82,7 +83,7 @@ def read_causal_lm_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
-        raise ValueError(f"{folder / CONFIG}: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{folder / CONFIG}: {one_line(error.__cause__ or error)}") from error
     is_masked = any(str(name).endswith("ForMaskedLM") for name in config.architectures or ())
     if is_masked or getattr(config, "is_encoder_decoder", False):
         kind = "a masked" if is_masked else "an encoder-decoder"
@@ -99,7 +100,7 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer in {folder}: {_one_line(error)}; save it there with save_pretrained") from error
+        raise ValueError(f"no tokenizer in {folder}: {one_line(error)}; save it there with save_pretrained") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     vocab_size = config.get_text_config().vocab_size
     if largest >= vocab_size:
@@ -169,7 +170,7 @@ def _load(
             ignore_mismatched_sizes=True,  # not ignored, but named below: transformers' error names none
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
     if mismatched := sorted(report["mismatched_keys"]):
         weight, got, expected = mismatched[0]
         raise ValueError(
@@ -212,10 +213,6 @@ def _unfinished_hint(folder: Path) -> str:
         return "; expected a run folder or a saved model"
     last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return f", the run is unfinished: continue it with --resume, or take its last checkpoint, {last}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_dtype(name: str, *others: str) -> torch.dtype:

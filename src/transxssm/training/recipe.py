@@ -1,10 +1,10 @@
 """A recipe: the YAML that describes a run in the sections `model`, `data` and `training`, and `fit` for one that sizes itself."""
 
 import dataclasses
-import difflib
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,24 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from transxssm.data import DataArguments
 from transxssm.machine import has_accelerator, has_fast_bfloat16
-from transxssm.models import TransXSSMConfig
+from transxssm.models import PRESETS, TransXSSMConfig
 from transxssm.models.baselines import BASELINES
 from transxssm.models.checkpoint import read_config
-from transxssm.training.schema import ARCHITECTURES, check_sections, dump_yaml, load_yaml
+from transxssm.training.schema import (
+    apply_override,
+    bundled,
+    dump_yaml,
+    fields_of,
+    read_document,
+    sections_of,
+    validated,
+    within,
+    words,
+)
 from transxssm.training.sharding import Parallelism
+from transxssm.wording import one_line
 
+SECTIONS = ("model", "data", "training", "fit")
 # What a silent recipe means: the optimiser and the schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -58,6 +70,71 @@ FITTED = (
     "data.max_bytes",
     "training.max_steps",
 )
+
+# The values of model.architecture: this package's model, or one that it is compared with.
+ARCHITECTURES = ("transxssm", *BASELINES)
+_FROM_1 = (lambda n: 1 <= n < math.inf, "at least 1")
+_FROM_0 = (lambda n: 0 <= n < math.inf, "0 or more")
+_ABOVE_0 = (lambda n: 0 < n < math.inf, "more than 0")
+_BELOW_1 = (lambda n: 0 <= n < 1, "at least 0 and less than 1")
+_SEED = (lambda n: 0 <= n < 2**32, "at least 0 and less than 2**32")
+_INTERVAL = (
+    lambda n: 0 < n < 1 or (1 <= n < math.inf and n == int(n)),
+    "a whole number of steps from 1 on, or a share of all steps between 0 and 1",
+)
+_WARMUP = (
+    lambda n: 0 <= n < 1 or (1 <= n < math.inf and n == int(n)),
+    "a whole number of steps from 0 on, or a share of all steps between 0 and 1",
+)
+_MAX_STEPS = (lambda n: n >= 1 or n == -1, "at least 1, or -1 to train for training.num_train_epochs")
+# Of TrainingArguments' numbers, which takes nearly any and fails in the middle of a run, or does something else than it was told.
+TRAINING_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_steps": _MAX_STEPS,
+    "num_train_epochs": _ABOVE_0,
+    "per_device_train_batch_size": _FROM_1,
+    "per_device_eval_batch_size": _FROM_1,
+    "gradient_accumulation_steps": _FROM_1,
+    "eval_accumulation_steps": _FROM_1,
+    "torch_empty_cache_steps": _FROM_1,
+    "learning_rate": _FROM_0,
+    "warmup_steps": _WARMUP,
+    "weight_decay": _FROM_0,
+    "adam_beta1": _BELOW_1,
+    "adam_beta2": _BELOW_1,
+    "adam_epsilon": _FROM_0,
+    "max_grad_norm": _FROM_0,
+    "neftune_noise_alpha": _FROM_0,
+    "logging_steps": _INTERVAL,
+    "eval_steps": _INTERVAL,
+    "save_steps": _INTERVAL,
+    "eval_delay": _FROM_0,
+    "save_total_limit": _FROM_0,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": _FROM_0,
+    "dataloader_prefetch_factor": _FROM_1,
+    "ddp_bucket_cap_mb": _FROM_1,
+    "ddp_timeout": _ABOVE_0,
+}
+
+
+@functools.cache
+def recipe_schema() -> Any:
+    """What a recipe may hold: fields of `TransXSSMConfig`, `DataArguments` and `TrainingArguments`, and of its own a few."""
+    training = fields_of(TrainingArguments, parallelism=str | dict | None)
+    # Annotated as transformers' own command line takes it; its documentation and YAML say `fsdp: true`.
+    training["fsdp"] = bool | str | None
+    training |= {name: within(training[name], *allowed) for name, allowed in TRAINING_RANGES.items()}
+    model = {"preset": words(str | None, PRESETS), "architecture": words(str, ARCHITECTURES), "checkpoint": str}
+    return sections_of(
+        "recipe",
+        {
+            "model": sections_of("model", model | TransXSSMConfig.__annotations__),
+            "data": sections_of("data", fields_of(DataArguments)),
+            "training": sections_of("training", training),
+            "fit": sections_of("fit", {"minutes": float}),
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +183,7 @@ class Recipe:
         try:
             return TransXSSMConfig(**fields) if preset is None else TransXSSMConfig.from_preset(preset, **fields)
         except Exception as error:  # a strict dataclass raises its own kinds, with the reason as their cause
-            raise ValueError(f"model: {_one_line(error.__cause__ or error)}") from error
+            raise ValueError(f"model: {one_line(error.__cause__ or error)}") from error
 
     def language_model_config(self, **defaults: Any) -> PreTrainedConfig:
         """The configuration of what is trained: `model_config`, or the baseline `architecture` with as many parameters.
@@ -120,7 +197,7 @@ class Recipe:
         try:
             return BASELINES[architecture](config)
         except ValueError as error:
-            raise ValueError(f"model: {_one_line(error)}") from error
+            raise ValueError(f"model: {one_line(error)}") from error
 
     def training_arguments(self) -> TrainingArguments:
         """The arguments of the Trainer. Building them chooses the device and joins the other processes, if there are any.
@@ -141,7 +218,7 @@ class Recipe:
             given = {name: value for name, value in self.training.items() if name != "parallelism"}
             arguments = TrainingArguments(**(settings | deepcopy(given)))
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-            raise ValueError(f"training: {_one_line(error)}") from error
+            raise ValueError(f"training: {one_line(error)}") from error
         arguments.processes_of_a_row = self.parallelism.sharing
         return arguments
 
@@ -199,7 +276,7 @@ class Recipe:
 
 def bundled_recipes() -> list[str]:
     """Names of the recipes inside the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _bundle().iterdir() if entry.name.endswith(".yaml"))
+    return bundled("transxssm")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -214,18 +291,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         ValueError: no such recipe (with the bundled ones), no valid YAML, an unknown section or key (with the nearest known
             one), a value of a wrong type or out of its range, a model that cannot be built. Always one line.
     """
-    name, text = _read(str(name_or_path))
-    try:
-        sections = load_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{name_or_path}: {error}") from None
-    sections = {} if sections is None else sections
-    if not isinstance(sections, dict):
-        raise ValueError(
-            f"{name_or_path}: got {type(sections).__name__}, expected the sections model, data, training and fit"
-        )
+    name, sections = read_document("recipe", "transxssm", str(name_or_path), SECTIONS)
     sections = {section: {} if values is None else values for section, values in sections.items()}
-    check_sections(sections)
+    validated(recipe_schema(), sections, "recipe")
     for override in overrides:
         apply_override(override, sections)
     return recipe_of(name, sections)
@@ -241,7 +309,7 @@ def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: as `load_recipe`.
     """
-    check_sections(sections)
+    validated(recipe_schema(), sections, "recipe")
     model, data = sections.get("model", {}), dict(sections.get("data", {}))
     if "checkpoint" in model:
         if len(model) > 1:
@@ -279,47 +347,6 @@ def _open_settings(sections: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name for name in FITTED if name not in given and instead.get(name) not in given)
 
 
-def _read(name_or_path: str) -> tuple[str, str]:
-    if name_or_path in bundled_recipes():
-        return name_or_path, (_bundle() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
-    bundled = ", ".join(bundled_recipes())
-    if path.is_dir():
-        raise ValueError(f"recipe {name_or_path} is a folder: expected a YAML file, or one of {bundled}")
-    try:
-        return path.stem, path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        close = difflib.get_close_matches(name_or_path, bundled_recipes(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"no recipe {name_or_path!r}: {hint}Expected a YAML file, or one of {bundled}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {name_or_path} cannot be read as text: {_one_line(error)}") from None
-
-
-def apply_override(override: str, sections: dict[str, Any]) -> None:
-    """Sets what an override `section.key=value` says, in place.
-
-    Raises:
-        ValueError: it has another form, or a key below something that has none.
-    """
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise ValueError(f"override {override!r}: expected section.key=value, for example training.max_steps=100")
-    try:
-        value = load_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"override {override!r}: {error}") from None
-    target: Any = sections
-    for depth, key in enumerate(keys[:-1], start=1):
-        if target.get(key) is None:
-            target[key] = {}
-        target = target[key]
-        if not isinstance(target, dict):
-            raise ValueError(f"override {override!r}: {'.'.join(keys[:depth])} is {target!r}, which has no keys")
-    target[keys[-1]] = value
-
-
 def _with_defaults(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, (value, reason) in FIXED_TRAINING.items():
         if key in given and given[key] != value:
@@ -331,11 +358,3 @@ def _with_defaults(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not training.get("fp16"):
         training.setdefault("bf16", has_fast_bfloat16())
     return training
-
-
-def _bundle() -> Any:
-    return files("transxssm") / "recipes"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,6 +1,5 @@
 """One run, one folder: what it may hold before a run starts, whether a resumed run is still the same one, and what is left at its end."""
 
-import difflib
 import json
 import logging
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 from transxssm.plotting import BLUE, VERMILLION, Look, draw_line, label_lines, picture, short_ticks
 from transxssm.training.recipe import Recipe, load_recipe
 from transxssm.whole_files import write_text_whole
+from transxssm.wording import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ def _something_else(run_dir: Path) -> str:
 
 def _nearest_run(run_dir: Path) -> str:
     runs = [path.parent.name for path in run_dir.parent.glob(f"*/{RECIPE}")]
-    close = difflib.get_close_matches(run_dir.name, runs, n=1)
-    return f" (did you mean {run_dir.parent / close[0]}?)" if close else ""
+    close = nearest(run_dir.name, runs)
+    return f" (did you mean {run_dir.parent / close}?)" if close else ""
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], section: str) -> list[str]:

@@ -1,25 +1,25 @@
-"""The YAML of recipes: version 1.2 scalars, so that `3e-4` is a number and `no` is a word, no key given twice, and known keys only.
+"""Recipes and studies as YAML says them: read, overridden and checked. Whatever is wrong with one is said in one line.
 
-An unknown key names the nearest known one.
+What a document may hold is a type, of `sections_of` or a dataclass, which pydantic checks. Of YAML's scalars those of version 1.2 count,
+so that `3e-4` is a number and `no` is a word, and no key is given twice.
 """
 
 import dataclasses
-import difflib
 import enum
-import math
+import functools
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict, is_typeddict  # pydantic takes typing's own from Python 3.12 on
 
-from transxssm.data import DataArguments
-from transxssm.models import PRESETS, TransXSSMConfig
-from transxssm.models.baselines import BASELINES
+from transxssm.wording import nearest, one_line
 
 # PyYAML reads YAML 1.1, where `3e-4` is a string, `no` is false, `1:30` is 90 and `010` is 8. These are 1.2's rules, with
 # underscores allowed in whole numbers (1_000_000).
@@ -33,14 +33,12 @@ _SCALARS = (
         list("-+.0123456789"),
     ),
 )
-
-
-# Annotated as transformers' own command line takes it; its documentation and YAML say `fsdp: true`.
-_WIDER_TYPES: dict[str, Any] = {"fsdp": bool | str | None}
-# The values of model.architecture: this package's model, or one that it is compared with.
-ARCHITECTURES = ("transxssm", *BASELINES)
-# No coercion: "1" is no number, 1.5 no whole number, 1 no truth value. A whole number is a float all the same.
-_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+# A key that has this share of its letters in common with one of its section is a typing error; another may belong to another section.
+_TYPING_ERROR = 0.85
+# A list of names up to this long is shown whole; of a longer one the nearest.
+_MANY = 20
+# Nothing is coerced: the string "1" is not a number, 1.5 is not a whole number and 1 is not a truth value, but a whole number is a float.
+_CLOSED = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,7 +75,7 @@ def load_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise ValueError(where + (getattr(error, "problem", None) or " ".join(str(error).split()))) from None
+        raise ValueError(where + (getattr(error, "problem", None) or one_line(error))) from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -85,169 +83,242 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Which of the numbers of a type a setting may have; comparisons are written so that not-a-number is in no range."""
-
-    holds: Callable[[float], bool]
-    expected: str
-
-
-_FROM_1 = Range(lambda n: 1 <= n < math.inf, "at least 1")
-_FROM_0 = Range(lambda n: 0 <= n < math.inf, "0 or more")
-_ABOVE_0 = Range(lambda n: 0 < n < math.inf, "more than 0")
-_BELOW_1 = Range(lambda n: 0 <= n < 1, "at least 0 and less than 1")
-_SEED = Range(lambda n: 0 <= n < 2**32, "at least 0 and less than 2**32")
-_INTERVAL = Range(
-    lambda n: 0 < n < 1 or (1 <= n < math.inf and n == int(n)),
-    "a whole number of steps from 1 on, or a share of all steps between 0 and 1",
-)
-_WARMUP = Range(
-    lambda n: 0 <= n < 1 or (1 <= n < math.inf and n == int(n)),
-    "a whole number of steps from 0 on, or a share of all steps between 0 and 1",
-)
-_MAX_STEPS = Range(lambda n: n >= 1 or n == -1, "at least 1, or -1 to train for training.num_train_epochs")
-# Of TrainingArguments' numbers, which takes nearly any and fails in the middle of a run, or does something else than it was told.
-_TRAINING_RANGES = {
-    "max_steps": _MAX_STEPS,
-    "num_train_epochs": _ABOVE_0,
-    "per_device_train_batch_size": _FROM_1,
-    "per_device_eval_batch_size": _FROM_1,
-    "gradient_accumulation_steps": _FROM_1,
-    "eval_accumulation_steps": _FROM_1,
-    "torch_empty_cache_steps": _FROM_1,
-    "learning_rate": _FROM_0,
-    "warmup_steps": _WARMUP,
-    "weight_decay": _FROM_0,
-    "adam_beta1": _BELOW_1,
-    "adam_beta2": _BELOW_1,
-    "adam_epsilon": _FROM_0,
-    "max_grad_norm": _FROM_0,
-    "neftune_noise_alpha": _FROM_0,
-    "logging_steps": _INTERVAL,
-    "eval_steps": _INTERVAL,
-    "save_steps": _INTERVAL,
-    "eval_delay": _FROM_0,
-    "save_total_limit": _FROM_0,
-    "seed": _SEED,
-    "data_seed": _SEED,
-    "dataloader_num_workers": _FROM_0,
-    "dataloader_prefetch_factor": _FROM_1,
-    "ddp_bucket_cap_mb": _FROM_1,
-    "ddp_timeout": _ABOVE_0,
-}
+def bundled(package: str) -> list[str]:
+    """Names of the documents that a package brings in its folder `recipes`."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in _folder(package).iterdir() if entry.name.endswith(".yaml")
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One key of a section: the type of its values and, where there is one, the closed list of its words."""
+def read_document(kind: str, package: str, name_or_path: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """The name and the sections of a bundled document, or of a YAML file; no section is checked yet.
 
-    type: Any
-    choices: tuple[str, ...] = ()
-
-    @property
-    def expected(self) -> str:
-        """The choices or the type, for an error message."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        is_union = typing.get_origin(self.type) in (typing.Union, types.UnionType)
-        return " or ".join(_type_name(part) for part in (typing.get_args(self.type) if is_union else (self.type,)))
-
-
-def known_fields() -> dict[str, dict[str, Field]]:
-    """Every key that a recipe may hold, by section."""
-    config = {name: Field(kind) for name, kind in TransXSSMConfig.__annotations__.items()}
-    return {
-        "model": {
-            "preset": Field(str | None, tuple(PRESETS)),
-            "architecture": Field(str, ARCHITECTURES),
-            "checkpoint": Field(str),
-            **config,
-        },
-        "data": _dataclass_fields(DataArguments),
-        "training": _dataclass_fields(TrainingArguments) | {"parallelism": Field(str | dict | None)},
-        "fit": {"minutes": Field(float)},
-    }
-
-
-def check_sections(sections: Mapping[str, Any]) -> None:
-    """Checks every key and value of a recipe.
+    Args:
+        kind: what it is called in messages.
+        package: that brings the bundled ones.
+        name_or_path: a bundled one's name, or a file's path.
+        known: names of the sections, for a message.
 
     Raises:
-        ValueError: an unknown section or key (with the nearest known one), a value of a wrong type (with the expected one), or a
-            number of the training section that is out of its range.
+        ValueError: there is none of this name (with the nearest one), it cannot be read, or is no mapping in YAML.
     """
-    fields = known_fields()
-    for section, values in sections.items():
-        if section not in fields:
-            raise ValueError(f"unknown section {section!r}: {_nearest(str(section), fields)}")
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{section}: got {_shown(values)}, expected keys with values")
-        for key, value in values.items():
-            if key not in fields[section]:
-                raise ValueError(f"unknown key {section}.{key}: {_nearest_key(section, str(key), fields)}")
-            _check_value(f"{section}.{key}", value, fields[section][key])
-            if section == "training":
-                _check_range(key, value)
-
-
-def _check_value(name: str, value: Any, field: Field) -> None:
+    names = bundled(package)
+    path = Path(name_or_path).expanduser()
+    if name_or_path in names:
+        name, text = name_or_path, (_folder(package) / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif path.is_dir():
+        raise ValueError(f"{kind} {name_or_path} is a folder: expected a YAML file, or one of {', '.join(names)}")
+    else:
+        try:
+            name, text = path.stem, path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            hint = f"did you mean {close}? " if (close := nearest(name_or_path, names)) else ""
+            raise ValueError(
+                f"no {kind} {name_or_path!r}: {hint}Expected a YAML file, or one of {', '.join(names)}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{kind} {name_or_path} cannot be read as text: {one_line(error)}") from None
     try:
-        TypeAdapter(field.type, config=_STRICT).validate_python(value)
-        fits = not (field.choices and isinstance(value, str) and value not in field.choices)
-    except ValidationError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name}: got {_shown(value)}, expected {field.expected}")
-
-
-def _check_range(key: str, value: Any) -> None:
-    allowed = _TRAINING_RANGES.get(key)
-    if allowed is not None and isinstance(value, (int, float)) and not allowed.holds(value):
-        raise ValueError(f"training.{key}: got {value}, expected {allowed.expected}")
-
-
-def _dataclass_fields(cls: type) -> dict[str, Field]:
-    hints = typing.get_type_hints(cls)
-    return {
-        field.name: Field(
-            _WIDER_TYPES.get(field.name, hints[field.name]),
-            _choices(hints[field.name], field.metadata.get("choices", ())),
+        sections = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}: {error}") from None
+    sections = {} if sections is None else sections
+    if not isinstance(sections, dict):
+        raise ValueError(
+            f"{name_or_path}: got {type(sections).__name__}, expected the sections of a {kind}, {', '.join(known)}"
         )
+    return name, sections
+
+
+def apply_override(override: str, sections: dict[str, Any]) -> None:
+    """Sets what an override `section.key=value` says, in place.
+
+    Raises:
+        ValueError: it has another form, or a key below something that has none.
+    """
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ValueError(f"override {override!r}: expected section.key=value, for example training.max_steps=100")
+    try:
+        value = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"override {override!r}: {error}") from None
+    target: Any = sections
+    for depth, key in enumerate(keys[:-1], start=1):
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(keys[:depth])} is {target!r}, which has no keys")
+    target[keys[-1]] = value
+
+
+def sections_of(name: str, fields: Mapping[str, Any]) -> Any:
+    """The type of a mapping with these keys and no others, all optional."""
+    kind: Any = TypedDict(name, dict(fields), total=False)  # type: ignore[misc]
+    return with_config(_CLOSED)(kind)
+
+
+def fields_of(cls: type, **others: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, with the words that each may have; `others` go before them, or add to them."""
+    hints = typing.get_type_hints(cls)
+    fields = {
+        field.name: words(hints[field.name], field.metadata.get("choices", ()))
         for field in dataclasses.fields(cls)
         if field.init
     }
+    return fields | others
 
 
-def _choices(kind: Any, declared: Iterable[str]) -> tuple[str, ...]:
-    # A field of words is typed `SomeEnum | str`: the words are the enum's.
-    for part in typing.get_args(kind):
-        if isinstance(part, type) and issubclass(part, enum.Enum):
-            return tuple(str(member.value) for member in part)
-    return tuple(declared)
+def words(kind: Any, choices: Iterable[str] = ()) -> Any:
+    """The type `kind`, a string only where it is one of the words: those of an enum in it (`SomeEnum | str`), else the choices."""
+    parts = typing.get_args(kind) if _is_union(kind) else (kind,)
+    enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
+    chosen = tuple(str(member.value) for part in enums for member in part) or tuple(choices)
+    if not chosen:
+        return kind
+    return functools.reduce(
+        lambda one, other: one | other, [typing.Literal[chosen], *(part for part in parts if part is not str)]
+    )
 
 
-def _nearest_key(section: str, key: str, fields: Mapping[str, Mapping[str, Field]]) -> str:
-    elsewhere = [f"{other}.{key}" for other in fields if key in fields[other]]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    close = difflib.get_close_matches(key, fields[section], n=1)
-    if close:
-        return f"did you mean {section}.{close[0]}?"
-    return _nearest(f"{section}.{key}", [f"{other}.{name}" for other in fields for name in fields[other]])
+def within(kind: Any, holds: Callable[[float], bool], expected: str) -> Any:
+    """The type `kind`, of whose numbers only those that `holds` accepts; it must refuse what is not a number.
+
+    Args:
+        expected: in words, for the message.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and not holds(value):
+            raise ValueError(expected)
+        return value
+
+    return typing.Annotated[kind, AfterValidator(check)]
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    best = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"the nearest known one is {best}" if len(known) > 4 else f"expected one of {', '.join(known)}"
+def validated(schema: Any, sections: Mapping[str, Any], kind: str, *, also_known: Sequence[str] = ()) -> Any:
+    """What pydantic makes of sections: the mapping itself for a type of `sections_of`, an instance for a dataclass.
+
+    Args:
+        schema: the type.
+        sections: as YAML gave them.
+        kind: what the document is called in messages.
+        also_known: further sections, for messages.
+
+    Raises:
+        ValueError: an unknown section or key (with the nearest known one), a value of a wrong type or out of its range (with the
+            expected one), a missing one.
+    """
+    try:
+        return _adapter(schema).validate_python(sections)
+    except ValidationError as error:
+        errors = error.errors()
+    first = next((one for one in errors if one["type"] in _UNKNOWN), errors[0])
+    path = [str(part) for part in first["loc"]]
+    if first["type"] in _UNKNOWN:
+        raise ValueError(_unknown(path, schema, also_known))
+    if first["type"] in _MISSING:
+        raise ValueError(f"a {kind} needs {'.'.join(path)}: it is missing")
+    at, value, where = schema, sections, []
+    for part in first["loc"]:
+        inner = _inside(at, part)
+        if inner is None:  # the rest says which member of a union failed
+            break
+        at, value = inner, value[part]  # type: ignore[index]
+        where.append(str(part))
+    expected = str(first["ctx"]["error"]) if first["type"] == "value_error" else _expected(at)  # of `within`
+    raise ValueError(f"{'.'.join(where)}: got {_shown(value)}, expected {expected}")
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_MISSING = ("missing", "missing_argument")
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _unknown(path: list[str], schema: Any, also_known: Sequence[str]) -> str:
+    *above, key = path
+    owner = schema
+    for part in above:
+        owner = _inside(owner, part)
+    known = [*_keys(owner), *(() if above else also_known)]
+    what = f"unknown key {'.'.join(path)}" if above else f"unknown section {key!r}"
+    all_known = {f"{section}.{name}": name for section, inner in _keys(schema).items() for name in _keys(inner)}
+    elsewhere = [whole for whole, name in all_known.items() if above and name == key]
+    if elsewhere and not nearest(key, known, least=_TYPING_ERROR):
+        return f"{what}: did you mean {elsewhere[0]}?"
+    if close := nearest(key, known):
+        return f"{what}: did you mean {'.'.join([*above, close])}?"
+    if len(known) <= _MANY:
+        return f"{what}: expected one of {', '.join(known)}"
+    return f"{what}: the nearest known one is {nearest('.'.join(path), all_known, least=0)}"
+
+
+def _keys(kind: Any) -> dict[str, Any]:
+    """The keys of a mapping's type and their types; none of another type."""
+    kind = _bare(kind)
+    if is_typeddict(kind):
+        return typing.get_type_hints(kind, include_extras=True)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind) if not field.metadata.get("is_own")}
+    return {}
+
+
+def _inside(kind: Any, part: str | int) -> Any:
+    """The type of what is under a key or an index; None where that is not known."""
+    kind = _bare(kind)
+    if typing.get_origin(kind) is dict:
+        return typing.get_args(kind)[1]
+    if typing.get_origin(kind) is list and isinstance(part, int):
+        return typing.get_args(kind)[0]
+    return _keys(kind).get(str(part))
+
+
+def _bare(kind: Any) -> Any:
+    """The type without annotations, and without null where there is one other."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _bare(typing.get_args(kind)[0])
+    if _is_union(kind):
+        others = [part for part in typing.get_args(kind) if part is not type(None)]
+        return _bare(others[0]) if len(others) == 1 else kind
+    return kind
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _expected(kind: Any) -> str:
+    """A type in words: the choices where there are any."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _expected(typing.get_args(kind)[0])
+    parts = typing.get_args(kind) if _is_union(kind) else (kind,)
+    literals = [
+        str(value) for part in parts if typing.get_origin(part) is typing.Literal for value in typing.get_args(part)
+    ]
+    return f"one of {', '.join(literals)}" if literals else " or ".join(map(_type_name, parts))
 
 
 def _type_name(kind: Any) -> str:
+    kind = kind if kind is type(None) else _bare(kind)
     if kind is type(None):
         return "null"
+    if _keys(kind):
+        return "keys with values"
+    if typing.get_origin(kind) is list:
+        return f"list[{_type_name(typing.get_args(kind)[0])}]"
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).removeprefix("typing.")
 
 
 def _shown(value: Any) -> str:
     return "null" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _folder(package: str) -> Any:
+    return files(package) / "recipes"

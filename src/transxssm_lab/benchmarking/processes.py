@@ -17,6 +17,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from transxssm.wording import one_line
+
 POLL_SECONDS = 0.02
 _PRELOADED = ["transxssm_lab.benchmarking"]
 # What torch's allocators and the system say where no class of its own tells that memory ran out.
@@ -109,7 +111,7 @@ def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[An
         try:
             sender.send(("result", function(send, *arguments)))
         except Exception as error:
-            line = " ".join(str(error).split()) or type(error).__name__
+            line = one_line(error)
             sender.send(("memory" if _is_out_of_memory(error) else "failed", f"{type(error).__name__}: {line}"))
 
 

@@ -1,19 +1,17 @@
 """A study: the YAML that says which models are trained, how often, on what, and how they are compared."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StrictFloat, StrictInt
 from pydantic.dataclasses import dataclass
 
 from transxssm.data import RecallTask
 from transxssm.data.needle import NUM_NAMES
-from transxssm.training.recipe import apply_override
-from transxssm.training.schema import load_yaml
+from transxssm.training.schema import apply_override, bundled, read_document, validated
+from transxssm.wording import nearest
 
 # Numbers are strict: "1" is none. Sections are mappings that become the dataclasses.
 _CLOSED = ConfigDict(extra="forbid")
@@ -134,7 +132,7 @@ class Needle:
 class Study:
     """A checked study. `model`, `data` and `training` are sections of a recipe, shared by all cells."""
 
-    name: str
+    name: str = dataclasses.field(metadata={"is_own": True})  # that of its file, not in it
     cells: dict[str, Cell]
     grid: Grid = dataclasses.field(default_factory=Grid)
     tuning: Tuning | None = None
@@ -168,20 +166,9 @@ class Study:
         return settings
 
 
-_SECTION_TYPES: dict[str, Any] = {
-    "grid": Grid,
-    "tuning": Tuning,
-    "cells": Cell,
-    "sizes": Size,
-    "perplexity": Perplexity,
-    "recall": Recall,
-    "needle": Needle,
-}
-
-
 def bundled_studies() -> list[str]:
     """Names of the studies inside the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _bundle().iterdir() if entry.name.endswith(".yaml"))
+    return bundled("transxssm_lab")
 
 
 def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -197,7 +184,7 @@ def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study
         apply_override(override, sections)
     if "name" in sections:
         raise ValueError("unknown section name: a study has the name of its file")
-    study = _validated(_without_nulls(sections) | {"name": name})
+    study: Study = validated(Study, _without_nulls(sections) | {"name": name}, "study", also_known=("base",))
     _check(study)
     return study
 
@@ -208,30 +195,22 @@ def study_from_settings(name: str, title: str, settings: Mapping[str, Any]) -> S
     Raises:
         ValueError: settings that this version does not know.
     """
-    study = _validated({**settings, "grid": {**settings["grid"], "title": title}, "name": name})
+    sections = {**settings, "grid": {**settings["grid"], "title": title}, "name": name}
+    study: Study = validated(Study, sections, "study")
     _check(study)
     return study
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def meant(name: str, known: Iterable[str]) -> str:
     """What a mistyped name may have meant, and the names there are, for an error message."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    return f"{meant}Expected one of {', '.join(known)}"
+    close = nearest(name, known)
+    return f"{f'did you mean {close}? ' if close else ''}Expected one of {', '.join(known)}"
 
 
 def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """A study's name, and its sections over those of the study that it names as its `base`; `heirs` are those that led here."""
-    name, text = _read(name_or_path)
-    try:
-        sections = load_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{name_or_path}: {error}") from None
-    if not isinstance(sections, dict):
-        raise ValueError(
-            f"{name_or_path}: got {type(sections).__name__}, expected the sections of a study, {_sections_in_words()}"
-        )
+    name, sections = read_document("study", "transxssm_lab", name_or_path, _sections())
     base = sections.pop("base", None)
     if base is None:
         return name, sections
@@ -258,35 +237,6 @@ def _without_nulls(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {key: _without_nulls(value) for key, value in values.items() if value is not None}
-
-
-def _read(name_or_path: str) -> tuple[str, str]:
-    if name_or_path in bundled_studies():
-        return name_or_path, (_bundle() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
-    try:
-        return path.stem, path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"no study {name_or_path!r}: {nearest(name_or_path, bundled_studies())}, or a file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"study {name_or_path} cannot be read as text: {' '.join(str(error).split())}") from None
-
-
-def _validated(sections: dict[str, Any]) -> Study:
-    try:
-        return TypeAdapter(Study).validate_python(sections)
-    except ValidationError as error:
-        first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    where = ".".join(path)
-    if first["type"] == "unexpected_keyword_argument":
-        owner = _SECTION_TYPES[path[0]] if len(path) > 1 else Study
-        known = [field.name for field in dataclasses.fields(owner) if field.name != "name"]
-        known += ["base"] if owner is Study else []
-        raise ValueError(f"unknown key {where}: {nearest(path[-1], known)}")
-    if first["type"] in ("missing", "missing_argument"):
-        raise ValueError(f"a study needs {where}: it is missing")
-    raise ValueError(f"{where}: got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}")
 
 
 def _check(study: Study) -> None:
@@ -319,7 +269,7 @@ def _check(study: Study) -> None:
             continue
         if cell.weights_of not in study.cells:
             raise ValueError(
-                f"cells.{name}.weights_of: no cell {cell.weights_of!r}: {nearest(cell.weights_of, study.cells)}"
+                f"cells.{name}.weights_of: no cell {cell.weights_of!r}: {meant(cell.weights_of, study.cells)}"
             )
         if study.cells[cell.weights_of].weights_of is not None:
             raise ValueError(
@@ -358,9 +308,5 @@ def _check_needle(needle: Needle) -> None:
         )
 
 
-def _sections_in_words() -> str:
-    return ", ".join(["base", *(field.name for field in dataclasses.fields(Study) if field.name != "name")])
-
-
-def _bundle() -> Any:
-    return files("transxssm_lab") / "recipes"
+def _sections() -> list[str]:
+    return ["base", *(field.name for field in dataclasses.fields(Study) if field.name != "name")]

@@ -11,7 +11,7 @@ from transxssm.inspection.costs import step_flops
 from transxssm.models.baselines import count_baseline_parameters
 from transxssm.training import Recipe, recipe_of
 from transxssm.training.loop import VOCABULARY_MULTIPLE
-from transxssm_lab.studies.definition import Study, nearest
+from transxssm_lab.studies.definition import Study, meant
 
 # What a run of a study does otherwise than a run alone: many folders, none of which is watched.
 RUN_DEFAULTS = {"report_to": "none", "save_total_limit": 1}
@@ -65,7 +65,7 @@ def contenders_of(study: Study, only: Sequence[str] = ()) -> list[Contender]:
     known = list(dict.fromkeys(name for contender in found for name in (contender.cell, contender.name)))
     for name in only:
         if name not in known:
-            raise ValueError(f"no cell {name!r} in study {study.name}: {nearest(name, known)}")
+            raise ValueError(f"no cell {name!r} in study {study.name}: {meant(name, known)}")
     chosen = [contender for contender in found if not only or {contender.cell, contender.name} & set(only)]
     names = {contender.name for contender in chosen}
     for contender in chosen:

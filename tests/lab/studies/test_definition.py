@@ -140,7 +140,7 @@ def test_bad_bases(tmp_path, base, words):
             {"needle": {"train_lengths": [64], "lengths": [64]}, "perplexity": {"lengths": [16]}},
             "one of perplexity, recall and needle",
         ),
-        ({"sizes": {"s": {"models": {}}}}, "unknown key sizes.s.models: did you mean model?"),
+        ({"sizes": {"s": {"models": {}}}}, "unknown key sizes.s.models: did you mean sizes.s.model?"),
     ],
     ids=str,
 )
