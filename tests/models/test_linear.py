@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from tests.models.tiny import ALL_VARIANTS, logits_of, tiny_model, tokens
 from tests.tolerances import assert_close
 from transxssm.models import linear as linear_layers
-from transxssm.models.linear import apply_linear, apply_linears, is_plain_linear
+from transxssm.models.linear import apply_linear, is_plain_linear
 
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
@@ -145,62 +143,3 @@ def test_a_copy_computes_with_its_own_weights(duplicate):
         for weight in model.parameters():
             weight.zero_()
     assert torch.equal(logits_of(other, ids), expected)
-
-
-class JoinedLayers:
-    """Layers of 4, 6 and 2 outputs with one input, and the graphs that a training step on a GPU would take of their products."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(linear_layers, "_joins_products", lambda x: torch.compiler.is_compiling())
-        monkeypatch.setattr(linear_layers, "_NARROWEST_JOINED", 2)
-        self.layers = nn.ModuleList(nn.Linear(5, size, bias=False) for size in (4, 6, 2))
-        self.products: list[int] = []  # of each graph
-        torch.compiler.reset()
-        count = aot_autograd(fw_compiler=self._count, bw_compiler=self._count)
-        self.compiled = torch.compile(apply_linears, fullgraph=True, backend=count)
-
-    def _count(self, graph: torch.fx.GraphModule, _: object) -> object:
-        self.products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
-
-    def gradients_of(self, function, x: Tensor) -> list[Tensor]:
-        x = x.clone().requires_grad_()
-        outputs = function(self.layers, x)
-        sum((output.float() * (i + 1)).square().sum() for i, output in enumerate(outputs)).backward()
-        grads = [x.grad, *(layer.weight.grad for layer in self.layers)]
-        self.layers.zero_grad()
-        return [*outputs, *(grad for grad in grads if grad is not None)]
-
-
-def test_joined_products_are_those_of_each_layer_in_a_third_of_the_launches(monkeypatch):
-    joined, x = JoinedLayers(monkeypatch), torch.randn(2, 3, 5)
-    expected = joined.gradients_of(apply_linears, x)
-    assert joined.products == []
-    for got, wanted in zip(joined.gradients_of(joined.compiled, x), expected, strict=True):
-        assert_close(got, wanted, torch.float32)
-    assert joined.products == [1, 2]
-
-
-def test_joined_products_leave_frozen_layers_and_autocast_as_they_are(monkeypatch):
-    joined, x = JoinedLayers(monkeypatch), torch.randn(2, 3, 5)
-    joined.layers[1].requires_grad_(False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = joined.gradients_of(apply_linears, x)
-        gradients = joined.gradients_of(joined.compiled, x)
-    assert len(gradients) == 3 + 1 + 2
-    assert gradients[0].dtype == torch.bfloat16
-    for got, wanted in zip(gradients, expected, strict=True):
-        assert_close(got.float(), wanted.float(), torch.bfloat16)
-
-
-@pytest.mark.parametrize("reason", ["hook", "width"])
-def test_layers_that_are_not_plain_or_narrow_are_not_joined(monkeypatch, reason):
-    joined, x = JoinedLayers(monkeypatch), torch.randn(2, 3, 5)
-    if reason == "hook":
-        joined.layers[1].register_forward_hook(lambda _, args, output: 2 * output)
-    else:
-        monkeypatch.setattr(linear_layers, "_NARROWEST_JOINED", 3)
-    expected = joined.gradients_of(apply_linears, x)
-    for got, wanted in zip(joined.gradients_of(joined.compiled, x), expected, strict=True):
-        assert_close(got, wanted, torch.float32)
-    assert joined.products == [2, 4]

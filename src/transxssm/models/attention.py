@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.context_parallel import attention_in_parts
-from transxssm.models.linear import apply_linear, apply_linears
+from transxssm.models.linear import apply_linear
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import FirstKeys, Positions
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
@@ -79,7 +79,7 @@ class TransXSSMAttention(nn.Module):
         angle_state: LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        projected = apply_linears(self.input_layers, hidden_states)
+        projected = [apply_linear(layer, hidden_states) for layer in self.input_layers]
         angles = None
         if self.rotation is not None and positions.attention_frequencies is not None:
             angles = self.rotation(hidden_states, positions.attention_frequencies, positions, angle_state)

@@ -5,7 +5,7 @@ are called wherever anything but torch's own forward may act. Everywhere else th
 fast in half precision on any CPU.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -20,7 +20,6 @@ from transxssm.ops import linear
 DENSE = (nn.Parameter, Tensor)  # FSDP1 leaves a view in the place of a parameter
 LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 HALF_PRECISION = (torch.bfloat16, torch.float16)
-_NARROWEST_JOINED = 64  # outputs
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -41,60 +40,6 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     else:
         output = module(x)
     return output
-
-
-def apply_linears(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What `apply_linear` gives for each of several layers that read the same input.
-
-    In a training step that `torch.compile` makes for a GPU they are one product of all their weights, side by side: launching a product
-    takes the host some 20 µs, as long as a small one takes the GPU.
-
-    Args:
-        modules: linear layers of as many inputs as x has.
-        x: (…, i).
-    """
-    joined = [module for module in modules if _is_joined(module)] if _joins_products(x) else []
-    weights: list[Tensor] = [module.weight for module in joined]
-    rows, device = x, x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    if len(joined) < 2 or any(weight.dtype != rows.dtype for weight in weights):
-        return [apply_linear(module, x) for module in modules]
-    outputs = list(_JoinedProduct.apply(rows, *weights))
-    return [outputs.pop(0) if _is_joined(module) else apply_linear(module, x) for module in modules]
-
-
-def _is_joined(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight is all that it computes with, and wide enough: torch 2.11's compiler fails on narrow columns of a wide result in
-    rows of 64K tokens."""
-    return is_plain_linear(module) and module.weight.shape[0] >= _NARROWEST_JOINED
-
-
-def _joins_products(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda
-
-
-class _JoinedProduct(torch.autograd.Function):
-    """x W_iᵀ for several W_i (o_i, i) as one product, forward, for the gradient of x, and for those of the W_i.
-
-    The joined weights are written anew for the backward pass, where keeping them would take as much memory as the layers do. They stand
-    there in the reverse order, or the compiler would take the one for the other and keep it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, torch.cat(weights)).split([weight.shape[0] for weight in weights], dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        x, *weights = ctx.saved_tensors
-        grad = torch.cat(grads[::-1], dim=-1).flatten(0, -2)
-        weights.reverse()
-        grad_x = (grad @ torch.cat(weights)).view(x.shape)
-        grad_weights = (grad.T @ x.flatten(0, -2)).split([weight.shape[0] for weight in weights])
-        return grad_x, *grad_weights[::-1]
 
 
 def plain_weights(modules: Iterable[nn.Module]) -> tuple[Tensor, ...] | None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transxssm.models.cache_transxssm import read_ssd_state, write_ssd_state
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 from transxssm.models.context_parallel import inputs_before, state_before
-from transxssm.models.linear import HALF_PRECISION, apply_linear, apply_linears, at_least_float32
+from transxssm.models.linear import HALF_PRECISION, apply_linear, at_least_float32
 from transxssm.models.norm import TransXSSMRMSNorm
 from transxssm.models.positions import Positions
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
@@ -135,7 +135,7 @@ class TransXSSMSSDMixer(nn.Module):
     ) -> Tensor:
         if positions.padding_mask is not None:  # a pad may hold anything, NaN of a fully masked attention row included
             hidden_states = hidden_states.masked_fill(~positions.padding_mask[..., None].bool(), 0.0)
-        projected = apply_linears(self.input_layers, hidden_states)
+        projected = [apply_linear(layer, hidden_states) for layer in self.input_layers]
         angles = None
         if self.rotation is not None and positions.ssd_frequencies is not None:
             angles = self.rotation(hidden_states, positions.ssd_frequencies, positions, angle_state)
