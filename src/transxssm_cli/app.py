@@ -261,8 +261,16 @@ def plan(
     rows: Annotated[int, typer.Option(help="Rows in a step of each GPU, or of those that share one.")] = 4,
     cp: Annotated[int, typer.Option(help="GPUs that share each row (context parallelism).")] = 1,
     gpu: Annotated[str, typer.Option(help="h100 or h200.")] = "h100",
-    link: Annotated[float, typer.Option(help="GB/s that a GPU sends to others of its machine.")] = 300.0,
+    link: Annotated[
+        float | None,
+        typer.Option(
+            help="GB/s that a GPU sends to others of its machine. Default: 300, or as measured.", show_default=False
+        ),
+    ] = None,
     node_link: Annotated[float, typer.Option(help="GB/s that a GPU sends to other machines.")] = 40.0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure on this machine's GPUs how fast they compute and exchange.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of a table.")] = False,
 ) -> None:
     """Show what a training run takes on many GPUs: memory by kind, seconds of a step, days and GPU-hours, for each parallelism.
@@ -274,7 +282,8 @@ def plan(
     from transxssm_cli.tables import show
 
     sizes = {"gpus": gpus, "length": length, "rows": rows, "cp": cp, "gpu": gpu}
-    description = describe(model, folder, tokens=tokens, link_gigabytes=(link, node_link), **sizes)
+    links = (link, node_link)
+    description = describe(model, folder, tokens=tokens, link_gigabytes=links, is_measured=measure, **sizes)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return

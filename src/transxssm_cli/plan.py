@@ -1,15 +1,17 @@
 """`transxssm plan`."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
-from transxssm.inspection.training_plan import GPU_BYTES, Links, plan_training
+from transxssm.inspection.training_plan import GPU_BYTES, MEASURED_RATE, Links, plan_training
 from transxssm.models import TransXSSMConfig, read_config
+from transxssm_cli.plan_rates import measured_flops_per_second, measured_link_bytes_per_second
 from transxssm_cli.tables import table_of
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -28,28 +30,53 @@ def parse_tokens(text: str) -> float:
 
 
 def describe(
-    model: str, folder: Path | None, *, tokens: str, link_gigabytes: Sequence[float], **sizes: Any
+    model: str,
+    folder: Path | None,
+    *,
+    tokens: str,
+    link_gigabytes: tuple[float | None, float],
+    is_measured: bool = False,
+    **sizes: Any,
 ) -> dict[str, Any]:
     """The plans as plain values, the quickest that fits first.
 
     Args:
-        link_gigabytes: a second, inside a machine and between machines.
+        link_gigabytes: a second, inside a machine (None: as measured, or else assumed) and between machines.
+        is_measured: whether rates are those of this machine's GPUs.
         sizes: as for `plan_training`.
 
     Raises:
-        ValueError: no TransXSSM, or sizes that do not fit.
+        ValueError: no TransXSSM, sizes that do not fit, or no GPU to measure on.
     """
     config = TransXSSMConfig.from_preset(model) if folder is None else read_config(folder)
     if not isinstance(config, TransXSSMConfig):
         raise ValueError(f"{model}: got a {config.model_type}, expected a TransXSSM")
-    if min(link_gigabytes) <= 0:
-        raise ValueError(f"links: got {min(link_gigabytes)} GB/s, expected more than 0")
-    links = Links(*(1e9 * rate for rate in link_gigabytes))
-    plans = plan_training(config, num_tokens=parse_tokens(tokens), links=links, **sizes)
+    inside, between = link_gigabytes
+    for given in link_gigabytes:
+        if given is not None and given <= 0:
+            raise ValueError(f"links: got {given} GB/s, expected more than 0")
+    links = Links(Links.inside if inside is None else 1e9 * inside, 1e9 * between)
+    num_tokens, rate, measured = parse_tokens(tokens), MEASURED_RATE, None
+    plans = plan_training(config, num_tokens=num_tokens, links=links, **sizes)
+    if is_measured:
+        if not torch.cuda.is_available():
+            raise ValueError("--measure: torch sees no GPU here; leave it out for rates that were measured on an H100")
+        gpus = torch.cuda.device_count()
+        # One GPU's part of a row, as the plan has it.
+        length = sizes["length"] // sizes["cp"]
+        rate = measured_flops_per_second(config, length=length, rows=sizes["rows"], device=torch.device("cuda"))
+        torch.cuda.empty_cache()
+        if inside is None and gpus > 1:
+            links = Links(measured_link_bytes_per_second(gpus, "cuda"), links.between)
+        measured = {"gpu": torch.cuda.get_device_name(), "gpus": gpus, "has_link": inside is None and gpus > 1}
+        plans = plan_training(config, num_tokens=num_tokens, links=links, rate=rate, **sizes)
     return {
         "model": model,
-        "tokens": parse_tokens(tokens),
+        "tokens": num_tokens,
         **sizes,
+        "flops_per_second": rate,
+        "link_bytes_per_second": links.inside,
+        "measured": measured,
         "gpu_bytes": GPU_BYTES[sizes["gpu"]],
         "plans": [{**asdict(plan), "memory": {**plan.memory._asdict(), "total": plan.memory.total}} for plan in plans],
     }
@@ -93,7 +120,20 @@ def tables(description: dict[str, Any]) -> Iterator[str | Table]:
     if best["is_checkpointing"]:
         settings.append("training.gradient_checkpointing=true")
     yield f"The first row, in a recipe: {' '.join(settings)}"
-    yield (
-        "Memory in GB. Steps are computed at the rate that 1.3b has on one H100; smaller models reach less of it. Rates of links are "
-        "assumed (--link, --node-link)."
+    yield f"Memory in GB. {_about_rates(description)}"
+
+
+def _about_rates(description: dict[str, Any]) -> str:
+    measured = description["measured"]
+    if measured is None:
+        return (
+            "Steps are computed at the rate that 1.3b has on one H100; smaller models reach less of it. Rates of links are assumed "
+            "(--link, --node-link); --measure measures both on this machine's GPUs."
+        )
+    link = f"{description['link_bytes_per_second'] / 1e9:.3g} GB/s"
+    links = (
+        f"Its {measured['gpus']} GPUs exchange at {link}, measured; --node-link is assumed."
+        if measured["has_link"]
+        else f"Links are taken to have {link} (--link, --node-link)."
     )
+    return f"Steps are computed at {description['flops_per_second'] / 1e12:.3g} TFLOP/s, measured on {measured['gpu']}. {links}"

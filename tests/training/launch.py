@@ -1,6 +1,8 @@
-"""Trains a recipe in a process of its own: launch.py RECIPE [section.key=value …] [--resume] [--kill-in-step N] [--shard-on-cpu]."""
+"""Trains a recipe in a process of its own: launch.py RECIPE [section.key=value …] [--resume] [--kill-in-step N] [--shard-on-cpu]
+[--stream]."""
 
 import argparse
+import dataclasses
 import os
 import signal
 
@@ -10,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from transxssm.training import TransXSSMTrainer, load_recipe, train
+from transxssm.training import Recipe, TrainingData, TransXSSMTrainer, load_recipe, text_data, train
 
 
 def main() -> None:
@@ -20,14 +22,22 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-in-step", type=int)
     parser.add_argument("--shard-on-cpu", action="store_true")
+    parser.add_argument("--stream", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.kill_in_step:
         kill_in_step(arguments.kill_in_step)
     if arguments.shard_on_cpu:
         shard_on_cpu()
-    train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    source = streamed_text if arguments.stream else text_data
+    train(load_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume, source=source)
     assert not dist.is_initialized()  # NCCL warns of a group that is left
+
+
+def streamed_text(recipe: Recipe) -> TrainingData:
+    """A recipe's text as a stream of several files, as one from the hub is."""
+    data = text_data(recipe)
+    return dataclasses.replace(data, train=data.train.to_iterable_dataset(num_shards=4), contents={})
 
 
 def kill_in_step(step: int) -> None:

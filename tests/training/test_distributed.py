@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.models.tiny import tiny_config
 from tests.training.conftest import write_recipe
+from tests.training.launch import streamed_text
 from transxssm.training import load_recipe, train
 from transxssm.training.sharding import Parallelism
 
@@ -107,6 +108,21 @@ def test_a_run_of_one_process_goes_on_sharded_and_with_shared_rows(recipe_file, 
     shared = ["training.per_device_train_batch_size=8", "training.parallelism={data: fsdp, cp: 2}"]
     run(*TORCHRUN, recipe_file, *STEPS, *shared, "--resume")
     assert_same_as_one_process(folder, one_process)
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_where_it_was_whoever_reads_it(recipe_file, recipe, corpus, tmp_path):
+    """Two processes that share rows, then two with rows of their own, then one: the rows of one process, each once."""
+    (tmp_path / "alone").mkdir()
+    settings = [*STEPS, "training.per_device_train_batch_size=8", "training.save_steps=1"]
+    alone = load_recipe(write_recipe(tmp_path / "alone", corpus), settings)
+    train(alone, source=streamed_text)
+    shared, own = ["training.parallelism.cp=2"], ["training.per_device_train_batch_size=4"]
+    run(*TORCHRUN, recipe_file, *settings, *shared, "--stream", "--kill-in-step", "4", expect=1)
+    run(*TORCHRUN, recipe_file, *settings, *own, "--stream", "--resume", "--kill-in-step", "6", expect=1)
+    assert (recipe().output_dir / "checkpoint-5").is_dir()
+    train(load_recipe(recipe_file, settings), resume=True, source=streamed_text)
+    assert_same_as_one_process(recipe().output_dir, alone.output_dir, processes=1)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """What a run on many GPUs takes before it is begun: memory of a GPU by kind, seconds of a step, days. From rates that were measured.
 
 A step is computed at the rate at which the model of 1.3B parameters trains on one GPU, and communicates over links at rates that are
-assumed (`Links`). Communication counts in full: it goes on beside computing, but by measurement on two GPUs slows it by as much.
+assumed (`Links`); or at rates that are measured where the run will be. Communication counts in full: it goes on beside computing, but by
+measurement on two GPUs slows it by as much.
 """
 
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ def plan_training(
     cp: int = 1,
     gpu: str = "h100",
     links: Links | None = None,
+    rate: float = MEASURED_RATE,
 ) -> list[TrainingPlan]:
     """Every way to train, the quickest that fits first.
 
@@ -92,6 +94,8 @@ def plan_training(
         rows: of each GPU, or of the `cp` GPUs that share a row, in a step.
         cp: GPUs that share each row.
         gpu: "h100" or "h200".
+        links: between GPUs. Defaults to rates that are assumed.
+        rate: FLOPs of `flops_per_token` a second, forward and backward. Defaults to what was measured on an H100.
 
     Raises:
         ValueError: numbers below 1, a number of GPUs or tokens of a row that cp does not divide, another GPU.
@@ -109,7 +113,7 @@ def plan_training(
     if gpus > GPUS_OF_A_MACHINE and gpus % GPUS_OF_A_MACHINE == 0:
         ways.append("hsdp")
     plans = [
-        _plan(config, way, is_checkpointing, gpus, num_tokens, length, rows, cp, gpu, links or Links())
+        _plan(config, way, is_checkpointing, gpus, num_tokens, length, rows, cp, gpu, links or Links(), rate)
         for way in ways
         for is_checkpointing in (False, True)
     ]
@@ -127,13 +131,14 @@ def _plan(
     cp: int,
     gpu: str,
     links: Links,
+    rate: float,
 ) -> TrainingPlan:
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, GPUS_OF_A_MACHINE)}[data]
     local_tokens = rows * length / cp
     memory = memory_plan(config, local_tokens, shards=shards, is_checkpointing=is_checkpointing)
     parameters = sum(count_parameters(config).values())
     passes = TRAINING_PER_FORWARD + is_checkpointing
-    compute = passes * flops_per_token(config, length).total * local_tokens / MEASURED_RATE
+    compute = passes * flops_per_token(config, length).total * local_tokens / rate
     optimizer = ADAMW_BYTES * parameters / shards / HBM_BYTES_PER_SECOND
     communication = _communication_seconds(FLOAT32 * parameters, data, gpus, shards, links)
     step = compute + optimizer + communication

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -136,12 +137,21 @@ class TransXSSMTrainer(Trainer):
                 rows  # by which data loaders give the same rows to those who share them
             )
             self.add_callback(CountTokensOnce(parallelism.sharing))
+            self._read_streams_in_every_process()
         if mesh is not None:
             share_weights(model, parallelism, mesh)
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast alone
             model._is_accelerate_prepared = True
         if self._compiles:  # layer by layer, which takes seconds and not minutes
             compile_layers(model)
+
+    def _read_streams_in_every_process(self) -> None:
+        """Each takes its rows out of a stream: accelerate would read it in the first process, and send rows of their own to all."""
+        self.accelerator.dataloader_config.dispatch_batches = False
+        for name in ("train_dataset", "eval_dataset"):
+            rows = getattr(self, name)
+            if isinstance(rows, IterableDataset):
+                setattr(self, name, UndividedStream(rows))
 
     @property
     def _is_sharded(self) -> bool:
@@ -419,6 +429,20 @@ class TransXSSMTrainer(Trainer):
         tied = self.model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
+
+
+class UndividedStream(IterableDataset[Any]):
+    """A stream that is read in its order: of one of several files accelerate would give each process files of its own."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
 
 
 class CountTokensOnce(TrainerCallback):
