@@ -68,12 +68,12 @@ def _by_kernel(x: Tensor, weight: Tensor) -> Tensor:
     kernels = kernels_of(x.dtype)
     call = kernels.structure(
         "Projections",
-        rows=len(rows),
+        rows=rows.shape[0],
         width=rows.shape[1],
         threads=torch.get_num_threads(),
         x=rows,
         weight_0=weight,
-        width_0=len(weight),
+        width_0=weight.shape[0],
         output=output,
     )
     kernels.run("project", call)

@@ -74,7 +74,7 @@ def layer_end(
     Raises:
         ValueError: shapes do not fit, or the requested backend does not take the call.
     """
-    width, mixed_width, inner_width = residual.shape[-1], mixed.shape[-1], len(gate)
+    width, mixed_width, inner_width = residual.shape[-1], mixed.shape[-1], gate.shape[0]
     weights = (mixer_output, norm, gate, up, down)
     expected = [(width, mixed_width), (width,), *[(inner_width, width)] * 2, (width, inner_width)]
     if mixed.shape[:-1] != residual.shape[:-1] or any(w.shape != s for w, s in zip(weights, expected, strict=True)):
@@ -115,12 +115,12 @@ def _start_refusal(x: Tensor, norm: Tensor, *weights: Tensor) -> str | None:
 
 
 def _start_by_kernel(x: Tensor, norm: Tensor, eps: float, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    kernels, widths = kernels_of(x.dtype), [len(each) for each in weights]
+    kernels, widths = kernels_of(x.dtype), [each.shape[0] for each in weights]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     output = x.new_empty(*x.shape[:-1], sum(widths))
     call = kernels.structure(
         "Projections",
-        rows=len(rows),
+        rows=rows.shape[0],
         width=rows.shape[1],
         threads=torch.get_num_threads(),
         x=rows,
@@ -131,7 +131,7 @@ def _start_by_kernel(x: Tensor, norm: Tensor, eps: float, weights: tuple[Tensor,
         **{f"width_{index}": width for index, width in enumerate(widths)},
     )
     kernels.run("project", call)
-    return output.split(widths, dim=-1)
+    return torch.split_with_sizes(output, widths, dim=-1)
 
 
 def _start_by_torch(x: Tensor, norm: Tensor, eps: float, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -151,7 +151,7 @@ def _end_by_kernel(
 ) -> Tensor:
     kernels = kernels_of(mixed.dtype)
     rows = mixed.reshape(-1, mixed.shape[-1]).contiguous()
-    num_rows, width, inner_width = len(rows), len(down), len(gate)
+    num_rows, width, inner_width = rows.shape[0], down.shape[0], gate.shape[0]
     output = mixed.new_empty(residual.shape)
     call = kernels.structure(
         "LayerEnd",

@@ -40,10 +40,12 @@ class Structure(ctypes.Structure):
         for name, value in values.items():
             if name not in types:
                 raise TypeError(f"{type(self).__name__} has no field {name!r}: expected one of {', '.join(types)}")
-            if isinstance(value, Tensor):
+            if type(value) is not int and isinstance(value, Tensor):
                 kept[name] = value
-                value = _address(value, types[name], name)
-            setattr(self, name, value)
+                values[name] = _address(value, types[name], name)
+        super().__init__(
+            **values
+        )  # one call, of which a decoded token makes 15 a structure if each field is set by itself
 
 
 class Function:
