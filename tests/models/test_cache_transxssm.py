@@ -329,6 +329,129 @@ def test_rows_of_a_cache_go_on_as_they_were(variant, change, rows, marks):
     assert_close(got, in_pieces(model, more, [1, 2], expected), torch.float64)
 
 
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+class TestSnapshots:
+    def test_what_was_read_is_taken_back(self, variant):
+        """As often as one likes, by calls of one token and of several, from a snapshot of nothing too."""
+        model, ids = tiny_model(variant), tokens(2, LENGTH)
+        cache = TransXSSMCache(config=model.config)
+        empty = cache.snapshot()
+        first = in_pieces(model, ids, [1, 5, 4], cache)
+        cache.restore(empty)
+        assert cache.get_seq_length() == 0
+        logits_of(model, ids[:, :6], past_key_values=cache)
+        snapshot = cache.snapshot()
+        for seed, pieces in enumerate(([1, 1, 2], [4], [1, 3])):
+            in_pieces(model, tokens(2, 4, seed=seed + 1), pieces, cache)
+            cache.restore(snapshot)
+            assert cache.get_seq_length() == snapshot.num_tokens == 6
+        assert_close(in_pieces(model, ids[:, 6:], [1, 3], cache), first[:, 6:], torch.float64)
+
+    def test_its_size_is_the_same_at_any_length(self, variant):
+        model = tiny_model(variant)
+        sizes = []
+        for length in (6, 60):
+            cache = TransXSSMCache(config=model.config)
+            logits_of(model, tokens(1, length), past_key_values=cache)
+            sizes.append(cache.snapshot().num_bytes)
+        assert sizes[0] == sizes[1]
+        assert (sizes[0] == 0) == (variant == "all_attention")
+
+    def test_a_saved_cache_goes_on(self, variant, tmp_path):
+        """Bit by bit, packed rows and copies included."""
+        model, ids = tiny_model(variant), tokens(3, 6)
+        cache = TransXSSMCache(config=model.config)
+        logits_of(model, ids, past_key_values=cache, seq_idx=PACKED)
+        cache.save(tmp_path / "text.safetensors", model)
+        loaded = TransXSSMCache.load(tmp_path / "text.safetensors", model)
+        assert loaded.get_seq_length() == 6
+        more = tokens(3, 4, seed=1)
+        expected = in_pieces(model, more, [1, 3], cache)
+        assert torch.equal(in_pieces(model, more, [1, 3], loaded), expected)
+        again = TransXSSMCache.load(tmp_path / "text.safetensors", model)
+        snapshot = again.snapshot()
+        in_pieces(model, tokens(3, 2, seed=2), [2], again)
+        again.restore(snapshot)
+        assert torch.equal(in_pieces(model, more, [1, 3], again), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache, _: cache.batch_repeat_interleave(2),
+        lambda cache, _: cache.batch_select_indices(torch.tensor([0])),
+        lambda cache, _: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache, _: cache.reset(),
+        lambda cache, earlier: cache.restore(earlier),
+    ],
+    ids=["repeat", "select", "reorder", "reset", "restore"],
+)
+def test_a_snapshot_that_no_longer_fits_is_refused(change):
+    model = tiny_model()
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, tokens(2, 3), past_key_values=cache)
+    earlier = cache.snapshot()
+    logits_of(model, tokens(2, 3), past_key_values=cache)
+    later = cache.snapshot()
+    with pytest.raises(ValueError, match="of another cache"):
+        copy.deepcopy(cache).restore(later)
+    cache.restore(later)
+    change(cache, earlier)
+    with pytest.raises(ValueError, match="the snapshot of 6 tokens no longer fits"):
+        cache.restore(later)
+
+
+def test_a_snapshot_before_tokens_were_cropped_is_refused():
+    model = tiny_model("all_attention")
+    cache = TransXSSMCache(config=model.config)
+    logits_of(model, tokens(2, 6), past_key_values=cache)
+    snapshot = cache.snapshot()
+    cache.crop(-1)
+    with pytest.raises(ValueError, match="no longer fits"):
+        cache.restore(snapshot)
+
+
+class TestFiles:
+    @pytest.fixture
+    def path(self, tmp_path):
+        model, path = tiny_model(), tmp_path / "text.safetensors"
+        cache = TransXSSMCache(config=model.config)
+        logits_of(model, tokens(1, 6), past_key_values=cache)
+        cache.save(path, model)
+        return path
+
+    @pytest.mark.parametrize(
+        "another",
+        [
+            {"dtype": torch.float32},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+            {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+        ],
+        ids=["dtype", "rotation", "layers"],
+    )
+    def test_another_models_is_refused(self, another, path):
+        with pytest.raises(ValueError, match="is another model's: got fingerprint"):
+            TransXSSMCache.load(path, tiny_model(**another))
+
+    def test_that_of_other_weights_is_refused(self, path):
+        model = tiny_model()
+        with torch.no_grad():
+            model.model.layers[2].ssd.out_proj.weight.mul_(1.001)
+        with pytest.raises(ValueError, match="is another model's: got fingerprint"):
+            TransXSSMCache.load(path, model)
+
+    def test_what_is_no_cache_is_refused(self, path, tmp_path):
+        model = tiny_model()
+        with pytest.raises(ValueError, match=r"absent.*cannot be read"):
+            TransXSSMCache.load(tmp_path / "absent", model)
+        path.write_bytes(path.read_bytes()[:-8])
+        with pytest.raises(ValueError, match="cannot be read"):
+            TransXSSMCache.load(path, model)
+        model.save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match="holds no cache: got format"):
+            TransXSSMCache.load(tmp_path / "model" / "model.safetensors", model)
+
+
 class TestCrop:
     def test_takes_tokens_back_where_all_layers_attend(self):
         model, ids = tiny_model("all_attention"), tokens(2, LENGTH)
@@ -343,7 +466,7 @@ class TestCrop:
         model, ids = tiny_model(variant), tokens(2, LENGTH)
         cache = TransXSSMCache(config=model.config)
         logits_of(model, ids[:, :6], past_key_values=cache)
-        with pytest.raises(ValueError, match=r"crop\(-2\) would take back tokens that the states .*deepcopy"):
+        with pytest.raises(ValueError, match=r"crop\(-2\) would take back tokens that the states .*restore\(\)"):
             cache.crop(-2)
         cache.crop(0)
         assert not cache.is_croppable

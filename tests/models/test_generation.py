@@ -205,6 +205,12 @@ class TestAssistant:
         with pytest.raises(ValueError, match="got a TransXSSMForCausalLM with SSD layers as assistant_model; expected"):
             generate(target, tokens(1, 5), assistant_model=tiny_model())
 
+    def test_a_model_with_states_is_not_assisted(self):
+        """It would have to take back the tokens that are not accepted."""
+        for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny_model("all_attention")}):
+            with pytest.raises(ValueError, match="not supported with stateful models, such as TransXSSMForCausalLM"):
+                generate(tiny_model(), tokens(1, 5), **drafts)
+
     def test_a_model_of_attention_alone_assists(self, target):
         ids, assistant = tokens(1, 5), tiny_model("all_attention")
         assert torch.equal(generate(target, ids, assistant_model=assistant), generate(target, ids))

@@ -4,11 +4,17 @@ keys and values where there is room instead of copying all the earlier ones.
 Letters: b batch, h heads, t time, d head_dim of attention.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -19,14 +25,47 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticCache,
 )
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 from transxssm.models.configuration_transxssm import TransXSSMConfig
 
 _MIN_ROOM = 64  # tokens
+_FILE_FORMAT = "transxssm cache 1"
 
 
-class TransXSSMCache(DynamicCache):
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """Where a cache was, to which `TransXSSMCache.restore` takes it back: the states, and of keys and values no more than their number.
+
+    Args:
+        num_tokens: that the cache held, pads included.
+        num_bytes: that the snapshot holds, the same at any length.
+    """
+
+    num_tokens: int
+    num_bytes: int
+    _cuts: list[int]  # the cache's own, by which it knows its snapshots
+    _num_cuts: int
+    _layers: list[dict[str, Any]]
+    _document_start: Tensor | None
+
+
+class _Cuts:
+    """How many tokens stayed each time that some of a cache's were taken back, and −1 where its rows were changed. In a slot, where
+    exporters, which make an output of every attribute, do not see it."""
+
+    __slots__ = ("_list",)
+    _list: list[int]
+
+    @property
+    def _cuts(self) -> list[int]:
+        if not hasattr(self, "_list"):  # a cache that was put together out of its attributes
+            self._list = []
+        return self._list
+
+
+class TransXSSMCache(_Cuts, DynamicCache):
     """Keys and values of the attention layers, one constant-size state for each SSD layer.
 
     What `DynamicCache` lacks: the length of an all-SSD model's cache (no layer there holds an entry per token, and `generate`
@@ -57,6 +96,94 @@ class TransXSSMCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.document_start = None
+        self._cuts.append(-1)
+
+    def snapshot(self) -> CacheSnapshot:
+        """Notes where the cache is, so that what is read from here on can be taken back.
+
+        It copies the states of SSD layers and the keys and values of sliding windows, a constant number of bytes; those of attention layers
+        stay in the cache. A copy that goes its own way is `copy.deepcopy`.
+        """
+        layers = [_contents_of(layer) for layer in self.layers]
+        tensors = [each for contents in layers for each in contents.values() if isinstance(each, Tensor)]
+        return CacheSnapshot(
+            num_tokens=self.get_seq_length(),
+            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            _cuts=self._cuts,
+            _num_cuts=len(self._cuts),
+            _layers=layers,
+            _document_start=self.document_start,
+        )
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Takes the cache back to where it was at a snapshot, as often as one likes.
+
+        Raises:
+            ValueError: a snapshot of another cache; one that no longer fits, since its tokens were taken back or the rows of the batch
+                were changed after it.
+        """
+        if snapshot._cuts is not self._cuts:
+            raise ValueError(
+                "the snapshot is of another cache: got one that this cache has not made (a copy of a cache makes its own)"
+            )
+        if any(cut < snapshot.num_tokens for cut in self._cuts[snapshot._num_cuts :]):
+            raise ValueError(
+                f"the snapshot of {snapshot.num_tokens} tokens no longer fits: since then the cache went back further, or its rows were "
+                "reordered, repeated or reset; keep a copy.deepcopy of the cache instead"
+            )
+        for index, layer in enumerate(self.layers):
+            # A selective rotation's states are added at the first token.
+            _put_back(layer, snapshot._layers[index] if index < len(snapshot._layers) else {}, snapshot.num_tokens)
+        self.document_start = snapshot._document_start
+        self._cuts.append(snapshot.num_tokens)
+
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
+        """Writes the cache into a safetensors file, for `load` with the same model.
+
+        Args:
+            path: of the file.
+            model: whose cache it is; its fingerprint goes into the file.
+        """
+        tensors = {} if self.document_start is None else {"document_start": self.document_start}
+        numbers = []
+        for index, layer in enumerate(self.layers):
+            contents = _contents_of(layer, with_all_keys=True)
+            tensors |= {f"layers.{index}.{name}": each for name, each in contents.items() if isinstance(each, Tensor)}
+            numbers.append({name: each for name, each in contents.items() if isinstance(each, int)})
+        metadata = {"format": _FILE_FORMAT, "model": fingerprint_of(model), "layers": json.dumps(numbers)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "TransXSSMCache":
+        """Reads a cache that `save` has written, onto the model's device.
+
+        Raises:
+            ValueError: no such file, one that holds no cache or is damaged, or the cache of another model.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(model.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"the cache in {path} cannot be read: {error}") from None
+        if metadata.get("format") != _FILE_FORMAT:
+            raise ValueError(f"{path} holds no cache: got format {metadata.get('format')!r}, expected {_FILE_FORMAT!r}")
+        fingerprint = fingerprint_of(model)
+        if metadata["model"] != fingerprint:
+            raise ValueError(
+                f"the cache in {path} is another model's: got fingerprint {metadata['model']}, expected {fingerprint}; load it with the "
+                "model and the dtype that it was made with"
+            )
+        cache = cls(config=model.config)
+        numbers = json.loads(metadata["layers"])
+        while len(cache.layers) < len(numbers):
+            cache.layers.append(StateLayer())  # of selective rotations
+        cache.document_start = tensors.pop("document_start", None)
+        for index, layer in enumerate(cache.layers):
+            prefix = f"layers.{index}."
+            own = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+            _put_back(layer, numbers[index] | own, None)
+        return cache
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens away, −tokens_to_remove of them, where all layers attend.
@@ -66,8 +193,8 @@ class TransXSSMCache(DynamicCache):
         """
         if tokens_to_remove and any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             raise ValueError(
-                f"crop({tokens_to_remove}) would take back tokens that the states of SSD layers, or running angles, have summed: keep a "
-                "copy.deepcopy of the cache from before them, or run the text again"
+                f"crop({tokens_to_remove}) would take back tokens that the states of SSD layers, or running angles, have summed: take a "
+                "snapshot() of the cache before them and restore() it, or run the text again"
             )
         length = self.get_seq_length() - abs(tokens_to_remove)
         if self.document_start is not None and bool((self.document_start > length).any()):
@@ -76,6 +203,7 @@ class TransXSSMCache(DynamicCache):
                 f"cached tokens, the last document's from {self.document_start.tolist()} on; run the text again"
             )
         super().crop(tokens_to_remove)
+        self._cuts.append(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -87,10 +215,12 @@ class TransXSSMCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self._cuts.append(-1)
         if self.document_start is not None:
             self.document_start = self.document_start.repeat_interleave(repeats, dim=0)
 
     def _select_documents(self, indices: Tensor) -> None:
+        self._cuts.append(-1)
         if self.document_start is not None:
             self.document_start = self.document_start[indices.to(self.document_start.device)]
 
@@ -247,6 +377,61 @@ class SlidingLayer(DynamicSlidingWindowLayer):
                 for tensor in (keys, values)
             )
         return keys, values
+
+
+def _contents_of(layer: Any, *, with_all_keys: bool = False) -> dict[str, Any]:
+    """Copies of a layer's tensors, and its numbers. Empty before its first tokens.
+
+    Args:
+        with_all_keys: with those of an attention layer without a window, which otherwise stay where they are.
+    """
+    if isinstance(layer, LinearAttentionLayer):
+        if not layer.has_previous_state[0]:
+            return {}
+        conv_state, num_seen = layer.conv_states[0], getattr(layer, "num_seen_tokens", None)
+        contents = {"recurrent_state": layer.recurrent_states[0].clone()}
+        contents |= {} if conv_state is None else {"conv_state": conv_state.clone()}
+        return contents if num_seen is None else contents | {"num_seen_tokens": num_seen}
+    if not layer.is_initialized:
+        return {}
+    if isinstance(layer, SlidingLayer):
+        keys, values = layer.keys.clone(), layer.values.clone()
+        return {"keys": keys, "values": values, "cumulative_length": layer.cumulative_length}
+    return {"keys": layer.keys.clone(), "values": layer.values.clone()} if with_all_keys else {"is_front": 1}
+
+
+def _put_back(layer: Any, contents: dict[str, Any], num_tokens: int | None) -> None:
+    """Gives a layer the contents of `_contents_of`, or the first `num_tokens` of its own keys and values."""
+    if not contents:
+        layer.reset()
+    elif isinstance(layer, LinearAttentionLayer):
+        write_ssd_state(layer, contents["recurrent_state"], contents.get("conv_state"))  # which copies them
+        if "num_seen_tokens" in contents:
+            layer.num_seen_tokens = contents["num_seen_tokens"]
+    elif "keys" in contents:
+        if not layer.is_initialized:
+            layer.lazy_initialization(contents["keys"], contents["values"])
+        layer.keys, layer.values = contents["keys"].clone(), contents["values"].clone()
+        if "cumulative_length" in contents:
+            layer.cumulative_length = contents["cumulative_length"]
+    else:
+        layer.keys, layer.values = layer.keys[..., :num_tokens, :], layer.values[..., :num_tokens, :]
+
+
+def fingerprint_of(model: PreTrainedModel) -> str:
+    """A number of a model's options and weights, by which its caches are known.
+
+    It reads some 1024 numbers of a weight, evenly spaced, so that it costs milliseconds at any size. Training moves them all; a single
+    number that was changed on purpose may go unseen.
+    """
+    own = {name: value for name, value in model.config.to_dict().items() if name in TransXSSMConfig.__annotations__}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.float64)
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _is_front(part: Tensor, buffer: Tensor) -> bool:
