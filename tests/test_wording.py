@@ -2,7 +2,7 @@
 
 import pytest
 
-from transxssm_lab.benchmarking import format_length, parse_length
+from transxssm.wording import format_length, nearest, one_line, parse_length
 
 
 @pytest.mark.parametrize(("text", "length"), [("4096", 4096), ("4K", 4096), ("64k", 65536), (" 1K ", 1024), ("7", 7)])
@@ -20,3 +20,16 @@ def test_refusals(text):
 def test_format(length, text):
     assert format_length(length) == text
     assert parse_length(text) == length
+
+
+def test_the_nearest_name_is_near():
+    assert nearest("tinny", ["small", "tiny", "tiny-conv"]) == "tiny"
+    assert nearest("elephant", ["small", "tiny"]) is None
+    assert nearest("seed", ["lead", "seeds"], least=0.85) == "seeds"
+    assert nearest("elephant", ["small", "tiny", "element"], least=0) == "element"
+    assert nearest("tiny", []) is None
+
+
+def test_an_error_is_one_line_whatever_it_says():
+    assert one_line(ValueError("a\n   b\tc")) == "a b c"
+    assert one_line(ValueError()) == "ValueError"

@@ -1,4 +1,4 @@
-import time
+import sys
 
 import datasets
 import pytest
@@ -42,12 +42,23 @@ def test_what_takes_no_time_is_not_told_of(bars, caplog, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_with_bars_there_is_one_with_its_end(bars, capsys):
+def test_on_a_terminal_there_is_a_bar_with_its_end(bars, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bars(True)
-    with progress("Packing", 3, "documents") as advance:
+    with progress("Packing [it]", 3, "documents") as advance:
         advance(1)
-        time.sleep(0.2)
         advance(2)
     error = capsys.readouterr().err
-    assert "Packing" in error
-    assert "3.00/3.00" in error
+    assert "Packing [it]" in error
+    assert "3 of 3 documents" in error
+
+
+def test_with_bars_but_no_terminal_there_are_lines(bars, monkeypatch, caplog):
+    bars(True)
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    with progress("Packing", 3, "documents") as advance:
+        now[0] = 20.0
+        advance(2)
+    assert caplog.messages == ["Packing: 2 of 3 documents"]

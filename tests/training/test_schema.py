@@ -1,6 +1,10 @@
-import pytest
+from dataclasses import field
 
-from transxssm.training.schema import dump_yaml, load_yaml
+import pytest
+from pydantic import ConfigDict, StrictFloat, StrictInt
+from pydantic.dataclasses import dataclass
+
+from transxssm.training.schema import dump_yaml, load_yaml, read_document, sections_of, validated, within, words
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,63 @@ def test_bad_yaml_says_line_and_reason(text, line, reason):
         load_yaml(text)
     assert f"line {line}:" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Planet:
+    mass: StrictFloat
+    moons: list[StrictInt] = field(default_factory=list)
+
+
+SYSTEM = sections_of(
+    "system",
+    {
+        "planets": dict[str, Planet],
+        "star": sections_of(
+            "star", {"age": within(float, lambda n: n > 0, "more than 0"), "kind": words(str | None, ["red", "white"])}
+        ),
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("plants: {}", "unknown section 'plants': did you mean planets?"),
+        ("xyz: {}", "unknown section 'xyz': expected one of planets, star"),
+        ("star: {agge: 1.0}", "unknown key star.agge: did you mean star.age?"),
+        ("star: {planet: 1.0}", "unknown key star.planet: expected one of age, kind"),
+        ("star: {age: old}", "star.age: got 'old' (str), expected float"),
+        ("star: {age: true}", "star.age: got True (bool), expected float"),
+        ("star: {age: -1}", "star.age: got -1 (int), expected more than 0"),
+        ("star: {age: .nan}", "star.age: got nan (float), expected more than 0"),
+        ("star: {kind: blue}", "star.kind: got 'blue' (str), expected one of red, white"),
+        ("star: red", "star: got 'red' (str), expected keys with values"),
+        ("planets: {a: {}}", "a system needs planets.a.mass: it is missing"),
+        ("planets: {a: {mass: 1.0, moon: []}}", "unknown key planets.a.moon: did you mean planets.a.moons?"),
+        ("planets: {a: {mass: 1.0, moons: [1, two]}}", "planets.a.moons.1: got 'two' (str), expected int"),
+        ("planets: {a: {mass: 1.0, moons: 3}}", "planets.a.moons: got 3 (int), expected list[int]"),
+        # What is unknown goes before what is wrong or missing: it often is what is meant.
+        ("planets: {a: {maas: 1.0}}", "unknown key planets.a.maas: did you mean planets.a.mass?"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_what_was_expected(text, message):
+    with pytest.raises(ValueError, match=r".") as refused:
+        validated(SYSTEM, load_yaml(text), "system")
+    assert str(refused.value) == message
+
+
+def test_what_is_right_is_given_back_unchanged():
+    sections = load_yaml("planets: {a: {mass: 1, moons: [2]}}\nstar: {age: 3, kind: null}")
+    assert validated(SYSTEM, sections, "system") == {
+        "planets": {"a": Planet(1.0, [2])},
+        "star": {"age": 3, "kind": None},
+    }
+
+
+def test_a_document_is_read_by_its_name_or_path(tmp_path):
+    assert read_document("recipe", "transxssm", "tiny", ["model"])[0] == "tiny"
+    (tmp_path / "own.yaml").write_text("a: 1")
+    assert read_document("recipe", "transxssm", str(tmp_path / "own.yaml"), ["model"]) == ("own", {"a": 1})
+    with pytest.raises(ValueError, match=r"no recipe 'tinny': did you mean tiny\? Expected a YAML file, or one of"):
+        read_document("recipe", "transxssm", "tinny", ["model"])

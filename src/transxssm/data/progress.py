@@ -1,12 +1,14 @@
-"""How far the preparation of data is: a bar where `datasets` would show one, elsewhere a line now and then."""
+"""How far the preparation of data is: a bar on a terminal where `datasets` would show one, elsewhere a line now and then."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-from tqdm.auto import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
 
@@ -25,48 +27,60 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     Yields:
         A function that is told how many more units are done. The first call begins the display.
     """
-    if not is_progress_bar_enabled():
-        yield _Lines(what, total, unit).advance
-        return
-    bar: list[tqdm] = []
+    shows_bars = is_progress_bar_enabled()
+    disable_progress_bars()  # of `datasets`, which would show the same work a second time, without its end
+    try:
+        with _bar(what, total, unit) if shows_bars and sys.stderr.isatty() else _lines(what, total, unit) as advance:
+            yield advance
+    finally:
+        if shows_bars:
+            enable_progress_bars()
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=total or None, done="")
+    done = 0
 
     def advance(count: int) -> None:
-        if not bar:
-            bar.append(
-                tqdm(
-                    total=total or None,
-                    desc=what,
-                    unit=unit if unit == "B" else f" {unit}",
-                    unit_scale=True,
-                    leave=False,
-                )
-            )
-        bar[0].update(count)
+        nonlocal done
+        done += count
+        bar.start()
+        bar.update(task, completed=done, done=_of(done, total, unit))
 
-    disable_progress_bars()  # of `datasets`, which would show the same work a second time, without its end
     try:
         yield advance
     finally:
-        enable_progress_bars()
-        for shown in bar:
-            shown.close()
+        bar.stop()
 
 
-class _Lines:
+@contextmanager
+def _lines(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A line each time that many seconds have passed."""
+    done, last = 0, time.monotonic()
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
-        self.what, self.total, self.unit = what, total, unit
-        self.done = 0
-        self.last = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self.done += count
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
         now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
-            whole = f" of {amount(self.total, self.unit)}" if self.total else ""
-            logger.warning("%s: %s%s", self.what, amount(self.done, self.unit), whole)
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            logger.warning("%s: %s", what, _of(done, total, unit))
+
+    yield advance
+
+
+def _of(done: int, total: int, unit: str) -> str:
+    if not total:
+        return amount(done, unit)
+    return f"{amount(done, unit) if unit == 'B' else f'{done:,}'} of {amount(total, unit)}"
 
 
 def amount(count: int, unit: str) -> str:
