@@ -1,5 +1,6 @@
 """Two processes on the CPU (gloo) against one with twice the batch: the same losses, evaluations and weights."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
 
-from tests.models.tiny import tiny_config
+from tests.models.tiny import tiny_config, tiny_model
 from tests.training.conftest import write_recipe
 from tests.training.launch import streamed_text
 from transxssm.training import load_recipe, train
-from transxssm.training.sharding import Parallelism
+from transxssm.training.sharding import Parallelism, save_optimizer
 
 SAME = 1e-5  # gradients of two halves are summed in another order
 
@@ -141,6 +143,17 @@ def test_a_run_of_one_process_goes_on_with_heads_divided_and_then_alone(recipe_f
     assert (folder / "checkpoint-5" / "optimizer").is_dir()
     train(load_recipe(recipe_file, settings), resume=True)
     assert_same_as_one_process(folder, alone.output_dir, processes=1)
+
+
+def test_a_full_disk_under_the_shards_of_an_optimizer_is_an_error_with_its_cause(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = tiny_model()
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    with pytest.raises(RuntimeError, match="No space left") as failure:
+        save_optimizer(model, torch.optim.AdamW(model.parameters()), tmp_path / "optimizer")
+    assert failure.value.__cause__.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -239,8 +240,16 @@ def load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Each process writes its shards of the optimizer's state, by the names of the weights."""
-    save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    """Each process writes its shards of the optimizer's state, by the names of the weights.
+
+    Raises:
+        RuntimeError: a process could not write them; why is its cause.
+    """
+    try:
+        save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    except CheckpointException as error:  # no Exception, and it tells every process's trace
+        cause, _ = next(iter(error.failures.values()))
+        raise RuntimeError(str(cause)) from cause
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
