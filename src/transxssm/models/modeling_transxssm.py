@@ -243,7 +243,7 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         nothing but compute with their weights; else None."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or positions.padding_mask is not None:
             return None
-        if hidden_states.shape[0] * hidden_states.shape[1] > MOST_TOKENS:
+        if hidden_states.device.type != "cpu" or hidden_states.shape[0] * hidden_states.shape[1] > MOST_TOKENS:
             return None
         mixer, mlp, before, after = (
             self.ssd if self.is_ssd else self.self_attn,
