@@ -33,12 +33,12 @@ from transxssm_lab.benchmarking.report import CONTENDER_HEADERS, OVER_LENGTH, Re
 
 DEFAULT_FOLDER = Path("runs/benchmarks")
 GIGABYTE = 1e9
-# What does not fit into the width of a terminal; the files have it.
+# Columns that are too wide for a terminal. The files have them.
 ONLY_IN_FILES = ("min–max", "GFLOP/s", "step MB")
 
 
 def names_in(text: str) -> tuple[str, ...]:
-    """Of "a, b" a and b."""
+    """Splits "a, b" into the names a and b."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -58,7 +58,7 @@ def run_throughput_command(
     threads: int | None,
     output: Path | None,
 ) -> None:
-    """Whole models.
+    """Measures whole models.
 
     Raises:
         ValueError: an option that is unknown or impossible.
@@ -89,7 +89,7 @@ def run_decode_command(
     threads: int | None,
     output: Path | None,
 ) -> None:
-    """Whole models decoding, over the batch.
+    """Measures how whole models decode batches of several sizes.
 
     Raises:
         ValueError: an option that is unknown or impossible.
@@ -118,7 +118,7 @@ def run_ops_command(
     threads: int | None,
     output: Path | None,
 ) -> None:
-    """Single operators.
+    """Measures single operators.
 
     Raises:
         ValueError: an option that is unknown or impossible.
@@ -150,7 +150,7 @@ def _default_folder(name: str, preset: str, dtype: str, setup: Setup) -> Path:
 
 @contextmanager
 def _progress(num_parts: int, folder: Path) -> Iterator[Notify]:
-    """A bar on a terminal, nothing elsewhere; an interruption says where the results are."""
+    """Shows a bar on a terminal and nothing elsewhere. After an interruption it prints where the results are."""
     console = Console(stderr=True, highlight=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:

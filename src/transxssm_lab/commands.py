@@ -172,7 +172,7 @@ def study(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [section.key=value]...",
-            help="A bundled study or a YAML file, then settings that override it. None: lists the bundled ones.",
+            help="A bundled study or a YAML file, then settings that override it. Without one, it lists the bundled studies.",
             show_default=False,
         ),
     ] = None,

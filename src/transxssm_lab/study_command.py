@@ -36,13 +36,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 def list_studies() -> None:
-    """The bundled studies and what they ask."""
+    """Prints the bundled studies and their questions."""
     table = ResultTable(["study", "asks"], [[name, load_study(name).grid.title] for name in bundled_studies()])
     show(table_of(table.headings, table.rows))
 
 
 def show_plan(recipe: str, overrides: Sequence[str], only: Sequence[str]) -> None:
-    """What a study would run.
+    """Prints the runs of a study.
 
     Raises:
         ValueError: see `load_study`, `contenders_of`.
@@ -57,8 +57,8 @@ def run_study_command(
     """Runs a study and shows its tables.
 
     Args:
-        recipe, overrides, only, budget_minutes: as the command line has them.
-        started: when the command began, in `time.monotonic`'s seconds: what it took to begin is of the budget too.
+        recipe, overrides, only, budget_minutes: the values of the command line.
+        started: when the command began, in `time.monotonic`'s seconds. The budget includes the time for starting.
 
     Raises:
         ValueError: see `load_study`, `run_study`.
@@ -70,7 +70,7 @@ def run_study_command(
         raise ValueError(f"--budget-minutes must be more than 0: got {budget_minutes:g}")
     _print_plan(study, only, stderr=True)
     quiet_progress_bars()
-    logging.disable_progress_bar()  # a bar over the loading of weights
+    logging.disable_progress_bar()  # which would show a bar for the loading of weights
     with _progress(study) as notify:
         report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify, started=started)
     _print_report(study, report)
@@ -79,10 +79,10 @@ def run_study_command(
 def spread_study_command(
     recipe: str, overrides: Sequence[str], *, only: Sequence[str], gpus: str, jobs_per_gpu: int
 ) -> None:
-    """Runs a study's cells beside each other and shows its tables.
+    """Runs a study's cells in parallel and shows its tables.
 
     Args:
-        gpus: a number, or "all"; under training.use_cpu=true the processes are the CPU's, so many at a time.
+        gpus: a number of GPUs, or "all". Under training.use_cpu=true it is the number of processes on the CPU.
 
     Raises:
         ValueError: see `load_study`, `jobs_of`, `number_of_processes`, `spread`.
@@ -102,11 +102,11 @@ def spread_study_command(
         raise KeyboardInterrupt(f"what was run is in {study.output_dir}; the same command goes on from there") from None
     _print_report(
         study, report_study(study)
-    )  # once more: processes that ended together each wrote it without the other
+    )  # written again, since processes that end together may each write it without the other's runs
 
 
 def report_command(recipe: str, overrides: Sequence[str]) -> None:
-    """Writes and shows the tables of what is in a study's folder.
+    """Writes and shows the tables of the runs in a study's folder.
 
     Raises:
         ValueError: see `load_study`, `report_study`.
@@ -152,9 +152,9 @@ def _print_plan(study: Study, only: Sequence[str], *, stderr: bool = False) -> N
 
 @contextmanager
 def _progress(study: Study) -> Iterator[Notify]:
-    """A bar over the planned time on a terminal; elsewhere a line as each run begins and every fifteen seconds.
+    """Shows a bar over the planned time on a terminal, elsewhere a line when a run begins and every fifteen seconds.
 
-    An interruption says how to go on.
+    After an interruption it prints how to resume.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (BarColumn(), TextColumn("{task.percentage:.1f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))

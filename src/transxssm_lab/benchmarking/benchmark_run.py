@@ -1,4 +1,4 @@
-"""What the benchmarks share: limits, the machine's peak, the results file that grows as groups are done, and going on from it.
+"""What the benchmarks share: limits, the machine's peak, and a results file that grows with every group and from which a run resumes.
 
 The peak is the fastest matrix product that torch does here in a dtype, which every FLOP floor is measured against.
 """
@@ -26,17 +26,17 @@ from transxssm_lab.benchmarking.workers import Setup
 
 logger = logging.getLogger(__name__)
 
-# What must not have changed for results to be continued.
+# A run resumes from results only if none of these has changed.
 _SAME_RUN = ("version", "commit", "dirty", "device", "gpu", "cpu", "threads", "torch", "transformers")
 MEMORY_MARGIN = (
-    0.1  # of what is available stays free, for the parent, for the system, and for what grows between two looks
+    0.1  # share of the available memory that stays free for the parent, the system and growth between two checks
 )
 PEAK_TOKENS = 4096  # rows of the products whose rate is the peak
 
 Shape = tuple[int, int, int]  # rows, inner width, columns
 SQUARE = {"cpu": 2048, "cuda": 8192}
 SECONDS_PER_SHAPE = 0.5
-_LEAST_PRODUCTS, _MOST_PRODUCTS = 3, 50  # of each shape, whatever time they take
+_LEAST_PRODUCTS, _MOST_PRODUCTS = 3, 50  # products of each shape, however long they take
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Budget:
 
     Args:
         repeats: timed runs of each contender in each group; at least 3 are made, or none.
-        minutes: of wall time.
-        memory_bytes: of a child's resident memory; None: nine tenths of what the machine has left.
+        minutes: wall time.
+        memory_bytes: largest resident memory of a child. Defaults to nine tenths of the available memory.
 
     Raises:
         ValueError: less than one repeat, no time, no memory.
@@ -65,22 +65,22 @@ class Budget:
             raise ValueError(f"the memory limit must be more than 0 bytes: got {self.memory_bytes}")
 
     def limits(self) -> Limits:
-        """From now on."""
+        """The limits of a benchmark that begins now."""
         host = available_bytes(torch.device("cpu"))
         memory = int((1 - MEMORY_MARGIN) * host) if self.memory_bytes is None else self.memory_bytes
         return Limits(self.repeats, time.monotonic() + 60 * self.minutes, memory)
 
 
 class BenchmarkRun:
-    """One benchmark into one folder.
+    """One benchmark, which writes into one folder.
 
     Args:
-        name: of the benchmark and its files.
-        folder: for `name`.json, which grows after every group, `name`.md and `name`.png.
-        settings: plain values that say what is measured; results with other settings are not continued.
-        setup: of the children.
-        budget: see there.
-        notify: told of the progress.
+        name: name of the benchmark and its files.
+        folder: holds `name`.json, which grows after every group, `name`.md and `name`.png.
+        settings: plain values that say what is measured. A run does not resume from results with other settings.
+        setup: settings of the child processes.
+        budget: see `Budget`.
+        notify: called with the progress.
         report: how the results are shown.
 
     Raises:
@@ -113,7 +113,7 @@ class BenchmarkRun:
         self.comparison = Comparison(setup, self.limits, notify)
 
     def measure_peak(self, config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> None:
-        """Finds the fastest matrix product among a model's, unless an earlier run has; without one there are no floors."""
+        """Finds the fastest matrix product among a model's, unless an earlier run has. Without it, results have no FLOP floors."""
         self.comparison.notify("peak of a matrix product", self.comparison.num_done)
         if self.results["peak"] is None:
             shapes = product_shapes(config, min(num_tokens, PEAK_TOKENS), self.setup.device)
@@ -121,7 +121,7 @@ class BenchmarkRun:
         self.comparison.num_done += 1
 
     def measure(self, groups: Sequence[Group], after: Callable[[Group, list[Cell]], None] | None = None) -> None:
-        """Measures the groups that are not done yet; `after` is called for each with its cells."""
+        """Measures the groups that are not done yet, and calls `after` with each group and its cells."""
         for group in groups:
             if self._is_settled(group):
                 self.comparison.num_done += group.num_parts
@@ -137,7 +137,7 @@ class BenchmarkRun:
                 after(group, measured)
 
     def in_child(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of another piece of work in a child process; None where memory or time did not suffice."""
+        """Returns the result of other work in a child process, or None if it ran out of memory or time."""
         try:
             return run_in_child(
                 function,
@@ -152,7 +152,7 @@ class BenchmarkRun:
             raise RuntimeError(f"{function.__name__}: {error}") from error
 
     def save(self) -> None:
-        """Writes what there is."""
+        """Writes the results so far."""
         write_json(self.folder / f"{self.name}.json", self.results)
 
     def finish(self, status: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class BenchmarkRun:
         return all(status_of.get(entry.name) in SETTLED for entry in group.entries)
 
     def _forget(self, group: Group) -> None:
-        """Contenders count only against each other in one run, so that a group is measured as a whole."""
+        """Drops a group's cells, so that the whole group is measured again: its contenders are compared only within one run."""
         old = self._cells(group)
         self.results["cells"] = [cell for cell in self.results["cells"] if cell not in old]
 
@@ -201,7 +201,7 @@ class BenchmarkRun:
 
 
 def product_shapes(config: PreTrainedConfig, num_tokens: int, device: torch.device) -> list[Shape]:
-    """The products of a model's linear layers over `num_tokens` tokens, each once, and a large square one."""
+    """The shapes of the products of a model's linear layers over `num_tokens` tokens, each once, and that of a large square product."""
     model = language_model_on_meta(config)
     layers = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)}
     side = SQUARE.get(device.type, SQUARE["cuda"])
@@ -209,7 +209,7 @@ def product_shapes(config: PreTrainedConfig, num_tokens: int, device: torch.devi
 
 
 def measure_peak(send: Send, setup: Setup, shapes: Sequence[Shape], dtype: torch.dtype) -> dict[str, Any]:
-    """In a child process: FLOPs per second of the fastest repetition of each product, and the best of them."""
+    """Measures, in a child process, the FLOPs per second of the fastest repetition of each product, and the best of them."""
     setup.apply()
     rates, products = [], []
     for rows, inner, columns in shapes:

@@ -1,4 +1,4 @@
-"""Contenders compared in groups: each first alone, in a process of its own, then those that survived in turn, in one process."""
+"""Compares contenders in groups: each first runs alone in a process of its own; those that succeed then take turns in one process."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from transxssm_lab.benchmarking.workers import FirstRun, Setup, first_run, race
 
 Status = Literal["ok", "out of memory", "out of time", "failed", "interrupted"]
 MIN_REPEATS = 3  # fewer say nothing about the spread
-# What is final: another attempt of the same command would not go differently.
+# Final statuses: another run of the same command would end in the same way.
 SETTLED: tuple[Status, ...] = ("ok", "out of memory", "failed")
 
 Notify = Callable[[str, int], None]
@@ -24,10 +24,10 @@ class Group:
     """Contenders that are measured against each other: one mode at one length.
 
     Args:
-        mode: what they do.
-        length: tokens of a sequence.
+        mode: what is measured.
+        length: tokens in a sequence.
         entries: the contenders.
-        reference: whose time the others' is divided by, turn by turn; where it is missing there are no ratios.
+        reference: the contender by whose time the others' times are divided, turn by turn. Without it there are no ratios.
     """
 
     mode: str
@@ -37,7 +37,7 @@ class Group:
 
     @property
     def num_parts(self) -> int:
-        """Steps of progress: a first run for each, and the race."""
+        """Number of steps of progress: a first run for each contender, and the race."""
         return len(self.entries) + 1
 
 
@@ -47,8 +47,8 @@ class Limits:
 
     Args:
         repeats: timed runs of each contender.
-        deadline: of `time.monotonic()`.
-        memory_bytes: of a child's resident memory.
+        deadline: the value of `time.monotonic()` at which measuring stops.
+        memory_bytes: largest resident memory of a child.
     """
 
     repeats: int
@@ -62,7 +62,7 @@ class Limits:
 
 @dataclass
 class Cell:
-    """One contender in one mode at one length: what was measured, or why not."""
+    """One contender in one mode at one length: what was measured, or why nothing was."""
 
     contender: str
     mode: str
@@ -77,7 +77,7 @@ class Cell:
     repeat_ratios: list[float] = field(default_factory=list)
 
     def to_dict(self, peak_flops_per_second: float | None) -> dict[str, Any]:
-        """As JSON has it: what was measured, and what follows from it given the machine's peak."""
+        """The cell as JSON: what was measured, and what follows from it given the machine's peak."""
         seconds = spread(self.repeat_seconds)
         median = seconds and seconds["median"]
         floor = self.flops and peak_flops_per_second and self.flops / peak_flops_per_second
@@ -108,7 +108,7 @@ class Cell:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Minimum, median and maximum; None of nothing."""
+    """Minimum, median and maximum, or None if there are no values."""
     if not values:
         return None
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
@@ -118,18 +118,18 @@ class Comparison:
     """Measures groups one after another within limits.
 
     Args:
-        setup: of every child.
-        limits: of all groups together.
-        notify: told of the progress.
+        setup: settings of every child process.
+        limits: limits of all groups together.
+        notify: called with the progress.
     """
 
     def __init__(self, setup: Setup, limits: Limits, notify: Notify = lambda what, done: None) -> None:
         self.setup, self.limits, self.notify = setup, limits, notify
         self.num_done = 0
-        self._too_much: dict[tuple[str, str], Cell] = {}  # of a mode and a contender: the first length that did not fit
+        self._too_much: dict[tuple[str, str], Cell] = {}  # by mode and contender, the first length that did not fit
 
     def measure(self, group: Group, record: Callable[[list[Cell]], None]) -> None:
-        """Hands the group's cells to `record`; what there is of them also when it is interrupted."""
+        """Measures a group and passes its cells to `record`. After an interruption it passes those that are complete."""
         cells = [Cell(e.name, group.mode, group.length, group.reference, e.num_tokens, e.flops) for e in group.entries]
         try:
             for cell, entry in zip(cells, group.entries, strict=True):
@@ -211,6 +211,6 @@ class Comparison:
 
 
 def status_of(error: Exception) -> Status:
-    """What a child's end makes of the cell that it was measuring."""
+    """The status of the cell that a child was measuring when it ended with this error."""
     statuses: dict[type[Exception], Status] = {OutOfMemory: "out of memory", OutOfTime: "out of time"}
     return statuses.get(type(error), "failed")

@@ -25,7 +25,7 @@ from transxssm_lab.benchmarking.steps import Prompt, Step, read_prompt
 MODES = ("train", "prefill", "decode", "train-autocast", "train-checkpointed", "optimizer")
 TRAINING_MODES = ("train", "train-autocast", "train-checkpointed")
 DEFAULT_MODES = ("train", "prefill", "decode")
-REFERENCE = "transxssm"  # whose time others are divided by
+REFERENCE = "transxssm"  # the contender by whose time the others' are divided
 STATIC_CACHE_ROOM = 1024  # tokens that a static cache holds beyond the prompt
 SEED = 0
 
@@ -45,13 +45,14 @@ class Contender:
     """A model in a benchmark.
 
     Args:
-        label: what it is, for tables.
-        config: its configuration, given the one that all are matched to.
+        label: its name in tables.
+        config: makes its configuration from the one to which all are matched.
         attention: transformers' name of the attention implementation.
-        compiled: "layers": one by one (`compile_layers`); "step": a decoded token as a whole, on a GPU as a CUDA graph
-            (`compile_step`); None: nothing.
-        new_cache: makes the cache for decoding from the configuration and the most tokens it will hold; None: the one that the model makes.
-        modes: that it can be measured in.
+        compiled: "layers" compiles each layer (`compile_layers`); "step" compiles the decoding of a token as a whole, on a GPU as a
+            CUDA graph (`compile_step`). Defaults to no compilation.
+        new_cache: makes the cache for decoding from the configuration and the largest number of tokens that it will hold. Defaults to
+            the cache that the model makes.
+        modes: the modes in which it can be measured.
     """
 
     label: str
@@ -63,12 +64,12 @@ class Contender:
 
 
 def compile_layers(model: nn.Module, mode: str) -> None:
-    """Compiles the decoder layers one by one: layers of a kind share their code, so that it takes seconds and not minutes.
+    """Compiles the decoder layers one by one. Layers of a kind share their code, so that it takes seconds and not minutes.
 
-    decode: those of fixed state alone, since keys and values that grow would be compiled again and again.
+    In the mode "decode" only layers with a fixed state are compiled, since keys and values that grow would cause recompilation.
     """
     layers = list(model.get_submodule("model.layers").children())
-    # Attention layers read their own number where there is a cache, and each is compiled for it.
+    # Attention layers read their layer index where there is a cache, and each is compiled for its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(layers) + 1)
     for layer in layers:
         if mode != "decode" or layer.is_ssd:
@@ -76,7 +77,7 @@ def compile_layers(model: nn.Module, mode: str) -> None:
 
 
 def compile_step(model: nn.Module) -> None:
-    """Compiles the model as one graph, as `generate` does on a GPU with a static cache: launched at once, not kernel by kernel."""
+    """Compiles the model as one graph, as `generate` does on a GPU with a static cache, so that it is launched as a whole."""
     is_on_gpu = next(model.parameters()).device.type == "cuda"
     model.compile(fullgraph=True, mode="reduce-overhead" if is_on_gpu else None)
 
@@ -119,11 +120,12 @@ DEFAULT_CONTENDERS = ("transxssm", "llama", "mamba2", "jamba")
 def build_step(
     name: str, config: PreTrainedConfig, mode: str, length: int, batch: int, dtype: torch.dtype, *, device: torch.device
 ) -> Step:
-    """A contender with new weights on a device, ready to be timed.
+    """Builds a contender with new weights on a device, ready to be timed.
 
-    train: forward with labels and backward, weights in `dtype`. train-autocast: as train, float32 weights under autocast to
-    `dtype`. train-checkpointed: as train, with gradient checkpointing of every layer. prefill: the prompt through an empty
-    cache, logits of its last token. decode: `DECODE_TOKENS` tokens, one at a time, after the prompt. optimizer: a step of AdamW.
+    The modes: "train" is forward with labels and backward, with weights in `dtype`. "train-autocast" is the same with float32 weights under
+    autocast to `dtype`. "train-checkpointed" is "train" with gradient checkpointing of every layer. "prefill" reads the prompt into an
+    empty cache and returns the logits of its last token. "decode" decodes `DECODE_TOKENS` tokens, one at a time, after the prompt.
+    "optimizer" is a step of AdamW.
     """
     if mode == "decode":
         return build_prompt(name, config, length, batch, dtype, STATIC_CACHE_ROOM, device=device).step()
@@ -150,7 +152,7 @@ def build_prompt(
     *,
     device: torch.device,
 ) -> Prompt:
-    """A contender with new weights on a device that has read `batch` rows of `length` tokens.
+    """Builds a contender with new weights on a device, and has it read `batch` rows of `length` tokens.
 
     A static cache is made with room for `num_new_tokens` more.
     """
@@ -164,10 +166,10 @@ def build_prompt(
 
 
 def check_contenders(names: Sequence[str], modes: Sequence[str]) -> None:
-    """Whether each of the names is a contender that can be measured in one of the modes.
+    """Checks that each of the names is a contender that can be measured in one of the modes.
 
     Raises:
-        ValueError: none, one that is unknown, named twice, or for other modes only.
+        ValueError: there are no names, or one is unknown, given twice, or of a contender for other modes only.
     """
     check_names("contender", names, CONTENDERS)
     for name in names:
@@ -178,10 +180,10 @@ def check_contenders(names: Sequence[str], modes: Sequence[str]) -> None:
 
 
 def check_names(kind: str, got: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
-    """Whether names are known ones, each once.
+    """Checks that all names are known, and that each is given once.
 
     Raises:
-        ValueError: none, one that is unknown or named twice.
+        ValueError: there are no names, or one is unknown or given twice.
     """
     if not got:
         raise ValueError(f"expected at least one {kind} of {', '.join(known)}: got none")
@@ -193,7 +195,7 @@ def check_names(kind: str, got: Sequence[str], known: Sequence[str] | dict[str, 
 
 
 def describe_contenders(configs: dict[str, PreTrainedConfig], target: TransXSSMConfig) -> dict[str, Any]:
-    """Parameters and sizes by name; how many parameters, relative to the model that all are matched to."""
+    """Sizes and number of parameters of each contender, by name, and that number relative to the model to which all are matched."""
     wanted = count_baseline_parameters(target)
     return {
         name: {
@@ -210,7 +212,7 @@ def describe_contenders(configs: dict[str, PreTrainedConfig], target: TransXSSMC
 
 
 def json_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """What of a configuration differs from its class's defaults, in numbers that JSON has."""
+    """The fields of a configuration that differ from its class's defaults, with values that JSON can hold."""
     return {
         name: value
         for name, value in config.to_diff_dict().items()
@@ -236,7 +238,7 @@ def _new_tokens(config: PreTrainedConfig, batch: int, length: int, device: torch
 
 
 def _training_step(model: PreTrainedModel, input_ids: Tensor, autocast_dtype: torch.dtype | None) -> Step:
-    # As this package's trainer trains: without the logits where the model's loss does not need them.
+    # The trainer of this package does the same: it forms no logits where the model's loss does not need them.
     options = {"skip_logits": True} if model.config.model_type == TransXSSMConfig.model_type else {}
 
     def run() -> None:

@@ -1,6 +1,6 @@
-"""Decoding over the batch: how many tokens a second whole models give, up to the largest batch that fits; in tables and a picture.
+"""Decoding over the batch size: tokens per second of whole models, up to the largest batch that fits, in tables and a plot.
 
-The search for the largest batch tries the planned ones from the smallest on, and then one between the last that fits and the first that
+The search for the largest batch tries the planned batches from the smallest on, then one between the last that fits and the first that
 does not.
 """
 
@@ -30,7 +30,7 @@ from transxssm_lab.benchmarking.steps import DECODE_TOKENS, Prompt
 from transxssm_lab.benchmarking.workers import DecodeRun, Setup, decode_batches
 
 NAME = "decode"
-MODE = "decode"  # that a contender must be measurable in
+MODE = "decode"  # the mode in which a contender must be measurable
 DEFAULT_CONTENDERS = ("transxssm", "llama", "llama-static", "mamba2", "jamba")
 
 HEADERS = ("contender", "batch", "ms a step", "min–max", "tokens/s", "cache MB a sequence", "peak MB")
@@ -38,7 +38,7 @@ HEADERS = ("contender", "batch", "ms a step", "min–max", "tokens/s", "cache MB
 
 @dataclass
 class BatchCell:
-    """One contender at one batch: what was measured, or why not."""
+    """One contender at one batch: what was measured, or why nothing was."""
 
     contender: str
     batch: int
@@ -47,7 +47,7 @@ class BatchCell:
     runs: list[DecodeRun] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; figures only of what was measured to the end."""
+        """The cell as JSON. It has figures only if the measurement was completed."""
         measured = self.runs if self.status == "ok" else []
         seconds = spread([run.seconds for run in measured])
         num_tokens = self.batch * DECODE_TOKENS
@@ -67,15 +67,15 @@ class BatchCell:
 
 
 class BatchSearch:
-    """One contender's batches from the smallest on, until one does not fit, and one between that and the last that did.
+    """Measures a contender's batches from the smallest on until one does not fit, then one between that batch and the last that did.
 
     Args:
-        run: holds the results, those of an earlier call included.
-        name: of the contender.
-        batches: growing.
+        run: holds the results, including those of an earlier call.
+        name: name of the contender.
+        batches: batch sizes in ascending order.
         build: makes the prompt in a child, given `device`.
-        notify: told of the progress.
-        num_done: parts of the benchmark that are done before.
+        notify: called with the progress.
+        num_done: number of parts of the benchmark that are done before.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class BatchSearch:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to be measured."""
+        """Whether everything has been measured."""
         return not pending_batches(self._batches, self._outcomes())
 
     def run(self, share: float) -> None:
-        """Measures until nothing is left to be, or this contender's share of the time left is over."""
+        """Measures until everything has been measured or this contender's share of the remaining time is used up."""
         limits = self._run.limits
         deadline = time.monotonic() + share * max(limits.seconds_left, 0)
         while batches := pending_batches(self._batches, self._outcomes()):
@@ -109,7 +109,7 @@ class BatchSearch:
                 return
 
     def _attempt(self, cells: list[BatchCell], deadline: float) -> None:
-        """Measures batches in one child, up to the first that does not fit or work; cells that it does not reach leave the list."""
+        """Measures batches in one child, up to the first that does not fit or fails. It removes cells that it does not reach."""
         repeats, least = self._run.limits.repeats, min(MIN_REPEATS, self._run.limits.repeats)
         cell_of = {cell.batch: cell for cell in cells}
 
@@ -156,7 +156,7 @@ class BatchSearch:
         return {cell["batch"]: cell["status"] for cell in self._run.results["cells"] if cell["contender"] == self._name}
 
     def _record(self, cells: Iterable[BatchCell]) -> None:
-        """Adds cells in the place of whatever an earlier attempt did not come to the end of, and saves."""
+        """Replaces cells that an earlier attempt did not complete by these, and saves."""
         told = {cell.batch: cell.to_dict() for cell in cells}
         order = list(self._run.results["contenders"])
         kept = [
@@ -171,13 +171,13 @@ class BatchSearch:
 
 
 def pending_batches(planned: Sequence[int], outcomes: Mapping[int, Status]) -> list[int]:
-    """Batches still to be measured, growing: the planned ones below the first that did not fit or work, then one more.
+    """Batches still to be measured, in ascending order: the planned ones below the first that did not fit or failed, then one more.
 
-    That one lies midway between the largest batch that fits (0 where none does) and the smallest that does not, and is tried once.
+    The last one lies midway between the largest batch that fits (0 if none does) and the smallest that does not. It is tried once.
 
     Args:
-        planned: growing.
-        outcomes: of the batches that have been tried, those between two planned ones included.
+        planned: batch sizes in ascending order.
+        outcomes: status of each batch that has been tried, including those between two planned ones.
     """
     settled = {batch: status for batch, status in outcomes.items() if status in SETTLED}
     ends = min((batch for batch, status in settled.items() if status != "ok"), default=None)
@@ -190,7 +190,7 @@ def pending_batches(planned: Sequence[int], outcomes: Mapping[int, Status]) -> l
 
 
 def _settle_batches(cells: list[BatchCell], status: Status, detail: str, least: int) -> None:
-    """Says of the first cell that a child was not done with how it ended, and drops those after it; if time was over, says so of all."""
+    """Marks the first cell that a child did not complete with how the child ended, and drops those after it. Out of time marks all."""
     for index, cell in enumerate(cells):
         if cell.status == "ok":
             continue
@@ -208,14 +208,14 @@ class DecodeSettings:
     """What to measure.
 
     Args:
-        preset: of `TransXSSMConfig`; every contender is matched to it.
+        preset: a preset of `TransXSSMConfig`, to which every contender is matched.
         contenders: names in `CONTENDERS`.
-        length: tokens of the prompt.
-        batches: sequences at once; kept sorted, each once.
-        dtype: "float32", "bfloat16" or "float16": of weights.
+        length: tokens in the prompt.
+        batches: numbers of sequences in a batch; they are sorted and made unique.
+        dtype: dtype of the weights: "float32", "bfloat16" or "float16".
 
     Raises:
-        ValueError: anything unknown, or nothing that could be measured.
+        ValueError: a name or value is unknown, or there is nothing to measure.
     """
 
     preset: str = "small"
@@ -237,15 +237,15 @@ class DecodeSettings:
         return getattr(torch, self.dtype)
 
     def model_config(self) -> TransXSSMConfig:
-        """The configuration that all contenders are matched to."""
+        """The configuration to which all contenders are matched."""
         return TransXSSMConfig.from_preset(self.preset)
 
 
 def parse_batch(text: str) -> int:
-    """Sequences of "64".
+    """Reads a number of sequences such as "64".
 
     Raises:
-        ValueError: no such number, or less than one sequence.
+        ValueError: the text is not a whole number, or the number is below one.
     """
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(f"a batch is a number of sequences ≥ 1, such as 64: got {text!r}")
@@ -253,7 +253,7 @@ def parse_batch(text: str) -> int:
 
 
 def num_parts(settings: DecodeSettings) -> int:
-    """Steps of progress of a whole benchmark: the batches of each contender, and one between two of them."""
+    """Number of steps of progress of a whole benchmark: the batches of each contender, and one between two of them."""
     return len(settings.contenders) * (len(settings.batches) + 1)
 
 
@@ -267,7 +267,7 @@ def run_decode(
 ) -> dict[str, Any]:
     """Measures, writes decode.json (after every batch), .md and .png into the folder, and returns the results.
 
-    What memory or time does not allow is recorded, not raised. The same call goes on where an earlier one was stopped.
+    A cell that runs out of memory or time is recorded and raises nothing. The same call resumes where an earlier one was stopped.
 
     Raises:
         ValueError: the folder holds other results; a contender cannot be matched.
@@ -278,7 +278,7 @@ def run_decode(
     run = BenchmarkRun(NAME, folder, asdict(settings), setup=setup, budget=budget, notify=notify, report=OVER_BATCH)
     run.results["contenders"] = describe_contenders(configs, config)
     run.results["reference"] = REFERENCE if REFERENCE in configs else settings.contenders[0]
-    num_new_tokens = (1 + budget.repeats) * DECODE_TOKENS  # a static cache gets room for warm-up and runs, no more
+    num_new_tokens = (1 + budget.repeats) * DECODE_TOKENS  # a static cache has room for the warm-up and the runs
     searches = []
     for index, (name, model_config) in enumerate(configs.items()):
         build = functools.partial(
@@ -299,9 +299,9 @@ def run_decode(
 
 
 def summarize(results: dict[str, Any]) -> dict[str, Any]:
-    """By contender with a measured batch: its largest, its fastest, the first that did not fit, and how the reference compares.
+    """For each contender with a measured batch: the largest and the fastest batch, the first that did not fit, and the reference's ratio.
 
-    `reference_over_this` is the reference's most tokens per second, at whatever batch it has them, over the contender's.
+    `reference_over_this` is the reference's highest rate in tokens per second, at any batch, divided by the contender's highest rate.
     """
     best_of = {}
     for name in results["contenders"]:
@@ -325,7 +325,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """All batches, and the summary."""
+    """The table of all batches, and the summary."""
     ratio = f"{results['reference']} ÷ this"
     headers = ("contender", "largest batch", "does not fit", "tokens/s there", "most tokens/s", "at batch", ratio)
     summary_rows = [
@@ -347,7 +347,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def rows(results: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """For each cell what stands under each of `HEADERS`; where nothing was timed, why."""
+    """The row of each cell, by header (`HEADERS`). If nothing was timed, the row says why."""
     for cell in results["cells"]:
         row = dict.fromkeys(HEADERS, "–") | {"contender": cell["contender"], "batch": str(cell["batch"])}
         if cell["status"] != "ok":

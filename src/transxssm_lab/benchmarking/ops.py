@@ -45,7 +45,7 @@ REFERENCES = {
     "gate": "swiglu",
     "linear": "linear",
 }
-# What each reference other than the scan is compared with.
+# The alternatives to each reference other than the scan.
 RIVALS = {
     "linear-cross-entropy": "full-logits",
     "rms-norm": "torch-rms-norm",
@@ -54,11 +54,11 @@ RIVALS = {
 }
 CHUNK_SIZES = (32, 64, 128, 256)
 DIRECTIONS = ("forward", "forward+backward")
-LONGEST_DUAL_FORM = 2048  # its scores are t × t for every head
+LONGEST_DUAL_FORM = 2048  # it forms t × t scores for every head
 COMPILED_SCAN = "scan-compiled"
 _MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
-# mamba_ssm's kernel where that is installed, else a reference in PyTorch.
-_MAMBA2_SCAN = "mamba2_chunk_scan"  # a version of transformers that has no such function is compared without it
+# The kernel of mamba_ssm where it is installed, else a reference in PyTorch.
+_MAMBA2_SCAN = "mamba2_chunk_scan"  # left out if the version of transformers has no such function
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class OpsSettings:
     """What to measure.
 
     Args:
-        preset: of `TransXSSMConfig`, whose layers' shapes the operators get.
-        lengths: tokens of a sequence, each ≥ 1.
-        batch: sequences.
-        dtype: "float32", "bfloat16" or "float16": of the operands.
+        preset: a preset of `TransXSSMConfig`, from whose layers the operators take their shapes.
+        lengths: tokens in a sequence, each ≥ 1.
+        batch: number of sequences.
+        dtype: dtype of the operands: "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError: less than one token or sequence.
@@ -91,7 +91,7 @@ class OpsSettings:
         return getattr(torch, self.dtype)
 
     def model_config(self) -> TransXSSMConfig:
-        """The configuration whose shapes are taken."""
+        """The configuration from which the shapes are taken."""
         return TransXSSMConfig.from_preset(self.preset)
 
 
@@ -117,7 +117,7 @@ def run_ops(
 
 
 def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -> list[Group]:
-    """Groups from the shortest length on: of each operator, forward, then with its backward pass."""
+    """The groups, from the shortest length on. Each operator has one for its forward pass and one with its backward pass."""
     groups = []
     for length in sorted(set(settings.lengths)):
         for operator in REFERENCES:
@@ -139,9 +139,9 @@ def plan(settings: OpsSettings, config: TransXSSMConfig, device: torch.device) -
 
 
 def variants(operator: str, length: int, device: torch.device) -> list[str]:
-    """Names of what is compared; the quadratic form only while its scores are of a sensible size.
+    """Names of what is compared. The quadratic form is compared only up to `LONGEST_DUAL_FORM` tokens.
 
-    The scan is also compiled where a compiler looks into it: a CPU's calls it as it is.
+    The compiled scan is compared only where the compiler traces into it. On a CPU the scan is an opaque operator.
     """
     if (reference := REFERENCES[operator]) in RIVALS:
         return [reference, RIVALS[reference]]
@@ -165,7 +165,7 @@ def build_step(
     *,
     device: torch.device,
 ) -> Step:
-    """An operator with random operands, ready to be timed; with the backward pass, the gradients of all operands."""
+    """Builds an operator with random operands, ready to be timed. The backward pass forms the gradients of all operands."""
     torch.manual_seed(SEED)
     if variant == "sdpa":
         call, operands = _attention(config, length, batch, dtype, device)
@@ -195,7 +195,7 @@ _Call = Callable[..., Tensor]
 def _scan(
     variant: str, config: TransXSSMConfig, length: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Call, list[Tensor]]:
-    """Rotated as in the model, but for transformers' scan, which knows no rotation."""
+    """A scan that rotates as in the model, except for transformers' scan, which has no rotation."""
     h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
     x = torch.randn(batch, length, h, p, device=device).to(dtype)
     B, C = (torch.randn(batch, length, g, n, device=device).to(dtype) for _ in range(2))
@@ -215,7 +215,7 @@ def _scan(
 def _attention(
     config: TransXSSMConfig, length: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Call, list[Tensor]]:
-    """As many heads, of the same width, as the model's attention layers have."""
+    """Attention with the number and width of heads of the model's attention layers."""
     shape = (batch, config.num_attention_heads, length, config.head_dim)  # (b, h, t, d)
     q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v]
@@ -224,7 +224,7 @@ def _attention(
 def _loss(
     variant: str, config: TransXSSMConfig, length: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Call, list[Tensor]]:
-    """The head and its loss; the logits, where they are formed, are raised to float32 as transformers' models do."""
+    """The language-model head and its loss. Where logits are formed, they are upcast to float32, as in transformers' models."""
     hidden = torch.randn(batch * length, config.hidden_size, device=device).to(dtype)
     weight = (config.initializer_range * torch.randn(config.vocab_size, config.hidden_size, device=device)).to(dtype)
     labels = torch.randint(config.vocab_size, (batch * length,), device=device)
@@ -258,7 +258,7 @@ def _layer_part(
 
 
 def _flops_per_token(variant: str, config: TransXSSMConfig, length: int, device: torch.device) -> float:
-    """Matrix products of a forward pass. The quadratic form counts what causality leaves of it, as attention does."""
+    """FLOPs of a forward pass's matrix products, per token. Only the causal half of the quadratic form and of attention counts."""
     h, g, p, n = config.ssd_num_heads, config.ssd_num_groups, config.ssd_head_dim, config.ssd_state_size
     if variant == "sdpa":
         return attention_flops(config.num_attention_heads, config.head_dim, mean_keys(length))
@@ -276,12 +276,12 @@ def _flops_per_token(variant: str, config: TransXSSMConfig, length: int, device:
 
 
 def _chunk_size(variant: str, config: TransXSSMConfig) -> int | None:
-    """Of "scan-64" 64; of "scan" and "scan-compiled" what the model would take."""
+    """The chunk size of a variant: 64 for "scan-64", and the model's own for "scan" and "scan-compiled"."""
     return config.ssd_chunk_size if variant in ("scan", COMPILED_SCAN) else int(variant.removeprefix("scan-"))
 
 
 def num_parts(settings: OpsSettings, device: torch.device) -> int:
-    """Steps of progress of a whole benchmark."""
+    """Number of steps of progress of a whole benchmark."""
     lengths: Sequence[int] = sorted(set(settings.lengths))
     return 1 + sum(
         len(DIRECTIONS) * (len(variants(operator, length, device)) + 1) for length in lengths for operator in REFERENCES

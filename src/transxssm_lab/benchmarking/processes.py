@@ -1,4 +1,4 @@
-"""Work in a child process that may be killed: for its memory, for its time, or by the system, without harm to the parent.
+"""Work in a child process, which can be killed for its memory or time, or by the system, without harm to the parent.
 
 The parent of a benchmark computes nothing itself. Children come from a server process that has imported torch and transformers once
 and is forked for each: a child starts in a fraction of a second instead of many, and its memory starts from the same figure.
@@ -21,28 +21,28 @@ from transxssm.wording import one_line
 
 POLL_SECONDS = 0.02
 _PRELOADED = ["transxssm_lab.benchmarking"]
-# What torch's allocators and the system say where no class of its own tells that memory ran out.
+# Messages of torch's allocators and the system for exhausted memory, where the exception has no class of its own.
 _OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",
     "not enough memory",
     "out of memory",
     "cannot allocate memory",
-    "status_alloc_failed",  # of cuBLAS and cuDNN, for their workspaces
+    "status_alloc_failed",  # cuBLAS and cuDNN, when a workspace cannot be allocated
 )
 
 Send = Callable[[Any], None]
 
 
 class OutOfMemory(Exception):
-    """The child needed more memory than it may have, or than there is."""
+    """The child needed more memory than its limit, or than the machine has."""
 
 
 class OutOfTime(Exception):
-    """The child was not done at its deadline."""
+    """The child was not finished at its deadline."""
 
 
 class ChildFailed(Exception):
-    """The work raised, or the child died; in one line."""
+    """The work raised an exception, or the child died. The message is one line."""
 
 
 def run_in_child(
@@ -52,16 +52,16 @@ def run_in_child(
     deadline: float,
     on_message: Callable[[Any], None] = lambda message: None,
 ) -> Any:
-    """What `function(send, *arguments)` returns in a process of its own.
+    """Runs `function(send, *arguments)` in a process of its own and returns its result.
 
     Args:
-        function: of a module; `send` hands a message to `on_message` at once.
+        function: a module-level function. `send` passes a message to `on_message` at once.
         memory_limit: bytes of resident memory at which the child is killed.
-        deadline: of `time.monotonic()`, when it is killed too.
-        on_message: called here for each message.
+        deadline: the value of `time.monotonic()` at which the child is killed.
+        on_message: called in the parent for each message.
 
     Raises:
-        OutOfMemory, OutOfTime, ChildFailed: see there.
+        OutOfMemory, OutOfTime, ChildFailed: see these classes.
     """
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
@@ -92,7 +92,7 @@ def run_in_child(
 
 
 def _context() -> Any:
-    """Forks of a server where the system has them, else new interpreters."""
+    """The start method: forks of a server where the system supports them, else new interpreters."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -123,7 +123,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _death_of(process: BaseProcess) -> Exception:
     process.join()
-    if process.exitcode == -signal.SIGKILL:  # what the system does to a process when memory is exhausted
+    if process.exitcode == -signal.SIGKILL:  # the system kills a process with it when memory is exhausted
         return OutOfMemory("was killed by the system")
     return ChildFailed(f"ended with exit code {process.exitcode} and no result")
 
@@ -131,7 +131,7 @@ def _death_of(process: BaseProcess) -> Exception:
 def _resident_bytes(process: BaseProcess) -> int:
     try:
         return psutil.Process(process.pid).memory_info().rss
-    except psutil.NoSuchProcess:  # it has just ended; its last message is still to be read
+    except psutil.NoSuchProcess:  # it has just ended, and its last message is still to be read
         return 0
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's results as JSON, as Markdown and as a picture in the manner of the paper's Figure 4."""
+"""A benchmark's results as JSON, as Markdown and as a plot like the paper's Figure 4."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ TITLES = {
 
 
 class Table(NamedTuple):
-    """Lines under headers."""
+    """Rows under headers."""
 
     title: str
     headers: Sequence[str]
@@ -51,8 +51,8 @@ class Report:
     """How a benchmark's results are shown.
 
     Args:
-        tables: of the results.
-        plot: writes a picture of them into a file.
+        tables: makes the tables of the results.
+        plot: writes a plot of the results into a file.
     """
 
     tables: Callable[[dict[str, Any]], Iterable[Table]]
@@ -73,16 +73,16 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def mode_tables(results: dict[str, Any]) -> list[Table]:
-    """A table for each mode that has cells, in the order they were measured."""
+    """A table for each mode that has cells, in the order of measurement."""
     modes = dict.fromkeys(cell["mode"] for cell in results["cells"])
     return [Table(mode, HEADERS, list(rows(results, mode))) for mode in modes]
 
 
 def rows(results: dict[str, Any], mode: str) -> Iterator[dict[str, str]]:
-    """The table of a mode: for each cell what stands under each of `HEADERS`; where nothing was timed, why.
+    """The rows of a mode's table, one for each cell, by header (`HEADERS`). If nothing was timed, the row says why.
 
-    The milliseconds are those of a run, or, in decoding, of a token. The ratio to the reference is the median of those of the
-    turns, with their extremes.
+    The milliseconds are those of a run or, in decoding, of a token. The ratio to the reference is the median over the turns, with the
+    extremes.
     """
     for cell in results["cells"]:
         if cell["mode"] != mode:
@@ -109,7 +109,7 @@ def rows(results: dict[str, Any], mode: str) -> Iterator[dict[str, str]]:
 
 
 def notes(results: dict[str, Any]) -> Iterator[str]:
-    """What there is to say besides the tables, a line each."""
+    """Notes below the tables, one line each."""
     peak = results["peak"]
     if peak:
         rows_, inner, columns = max(peak["products"], key=lambda product: product["flops_per_second"])["shape"]
@@ -135,7 +135,7 @@ def notes(results: dict[str, Any]) -> Iterator[str]:
 
 
 def contender_rows(results: dict[str, Any]) -> Iterator[list[str]]:
-    """Name, kind, parameters and what they are relative to the reference's."""
+    """Name, kind and number of parameters of each contender, and that number relative to the reference's."""
     for name, contender in results.get("contenders", {}).items():
         yield [
             name,
@@ -184,7 +184,7 @@ OVER_LENGTH = Report(mode_tables, plot)
 
 
 def draw_rates(panel: "Axes", timed: Sequence[dict[str, Any]], x: str) -> None:
-    """Tokens per second of timed cells over their field `x`, a whole number, both logarithmic, with the spread over the repeats."""
+    """Draws tokens per second of timed cells over their integer field `x`, on logarithmic axes, with the spread over the repeats."""
     for name, look in looks_of(cell["contender"] for cell in timed).items():
         points = [(cell[x], cell["num_tokens"], cell["seconds"]) for cell in timed if cell["contender"] == name]
         places = [place for place, _, _ in points]
@@ -204,7 +204,7 @@ def _table(names: Sequence[str], table_rows: Iterable[list[str]]) -> list[str]:
 
 
 def megabytes(num_bytes: float | None) -> str:
-    """Such as "1,024", or a dash."""
+    """Formats bytes as megabytes, such as "1,024". A dash stands for None."""
     return "–" if num_bytes is None else f"{num_bytes / 1e6:,.0f}"
 
 

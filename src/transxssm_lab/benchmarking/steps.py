@@ -1,4 +1,4 @@
-"""One measurable step of a contender: what is timed, and what must happen between two timings; decoding after a prompt.
+"""One step of a contender that can be timed, what happens between two timings, and decoding after a prompt.
 
 Letters: b batch, t time.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache
 
-DECODE_TOKENS = 16  # that one run of a decoding step goes through
+DECODE_TOKENS = 16  # tokens in one run of a decoding step
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Step:
 
     Args:
         run: the timed part.
-        clean: brings things back to where `run` can be called again; not timed.
+        clean: restores what `run` needs to be called again. It is not timed.
     """
 
     run: Callable[[], object]
@@ -32,15 +32,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender's part in a group: how a child process builds its step, and what a run of it amounts to.
+    """One contender's part in a group: how a child process builds its step, and how much work a run is.
 
     Args:
-        name: of the contender.
-        build: a function of a module, called in the child as `build(*arguments, device=…)`; returns a `Step`.
-        arguments: picklable.
-        num_tokens: tokens that one run processes, or None where it processes no tokens.
-        flops: of one run, counted as `transxssm.inspection.costs` does, or None where it has no matrix products.
-        compiles: in its first run, which says nothing about the next.
+        name: name of the contender.
+        build: a module-level function, called in the child as `build(*arguments, device=…)`. It returns a `Step`.
+        arguments: picklable arguments of `build`.
+        num_tokens: tokens that one run processes, or None if it processes no tokens.
+        flops: FLOPs of one run, counted as in `transxssm.inspection.costs`, or None if it has no matrix products.
+        compiles: whether the first run compiles, so that its time does not predict the next one.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Entry:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was told."""
+    """Waits until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    """Wall time of one run, the device's work included; cleans up after it."""
+    """Wall time of one run, including the device's work. Cleans up after it."""
     synchronize(device)
     started = time.perf_counter()
     result = step.run()
@@ -71,12 +71,12 @@ def seconds_of(step: Step, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that a model has read, and the cache it left.
+    """A prompt that a model has read, and the cache that holds it.
 
     Args:
         model: in evaluation mode.
         input_ids: (b, t) the prompt.
-        cache: of the b rows; decoding writes into it.
+        cache: the cache of the b rows. Decoding writes into it.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ class Prompt:
     cache: Cache
 
     def step(self) -> Step:
-        """Decodes `DECODE_TOKENS` tokens in each row, one at a time; every run goes on where the last one ended."""
+        """Decodes `DECODE_TOKENS` tokens in each row, one at a time. Every run continues where the last one ended."""
         model, input_ids, cache = self.model, self.input_ids, self.cache
         parameters = inspect.signature(model.forward).parameters
         position = input_ids.shape[1]
@@ -102,24 +102,24 @@ class Prompt:
         return Step(run)
 
     def repeated(self, batch: int) -> "Prompt":
-        """The one row that was read in `batch` rows with a cache of their own, as if all had been read together.
+        """Copies the one row that was read into `batch` rows with a cache of their own, as if all had been read together.
 
         Raises:
-            ValueError: a prompt of several rows.
+            ValueError: the prompt has several rows.
         """
         if len(self.input_ids) != 1:
             raise ValueError(f"a prompt of one row can be repeated: got {len(self.input_ids)} rows")
         rows = torch.zeros(batch, dtype=torch.long, device=self.input_ids.device)
         cache = copy.deepcopy(self.cache)
-        # Every kind of layer knows how to take rows, as a beam search asks for it; `batch_repeat_interleave` is missing in some.
+        # Every kind of layer can select rows, which beam search needs. Some have no `batch_repeat_interleave`.
         cache.reorder_cache(rows)
-        if isinstance(cache, StaticCache):  # as it marks its own tensors: a CUDA graph may write into them
+        if isinstance(cache, StaticCache):  # which marks its own tensors, too: a CUDA graph may write into them
             for tensor in _tensors_of_cache(cache):
                 torch._dynamo.mark_static_address(tensor)
         return replace(self, input_ids=self.input_ids[rows], cache=cache)
 
     def cache_bytes(self) -> int:
-        """Memory that the cache holds, room that it has not filled yet included."""
+        """Memory that the cache holds, including room that it has not filled yet, bytes."""
         storages = {
             storage.data_ptr(): storage.nbytes()
             for tensor in _tensors_of_cache(self.cache)
@@ -130,14 +130,14 @@ class Prompt:
 
 @torch.no_grad()
 def read_prompt(model: nn.Module, input_ids: Tensor, cache: Cache | None) -> Prompt:
-    """Reads (b, t) tokens into a cache, of the model's own kind where none is given."""
+    """Reads (b, t) tokens into a cache. Without one, the model makes a cache of its own kind."""
     name = _cache_name(model)
     given = {} if cache is None else {name: cache}
     return Prompt(model, input_ids, model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **given)[name])
 
 
 def _cache_name(model: nn.Module) -> str:
-    """What the model calls its cache, in its arguments and its output."""
+    """The name of the cache in the model's arguments and output."""
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -1,6 +1,6 @@
-"""Whole models against each other over the length of the sequence: the paper's Figure 4, measured on this machine.
+"""Compares whole models over the sequence length: the paper's Figure 4, measured on this machine.
 
-On the side: how much of a training step the SSD operator takes, forward and backward, without the projections around it.
+It also measures which share of a training step the SSD operator takes, forward and backward, without the projections around it.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ from transxssm_lab.benchmarking.workers import Setup
 
 NAME = "throughput"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-MIN_POINTS = 3  # lengths from which an exponent is fitted
+MIN_POINTS = 3  # fewest lengths to which an exponent is fitted
 
-OPERATORS = "transxssm::ssd_"  # what the names of the scan's custom operators begin with
-STDERR = 2  # the process's, whatever sys.stderr is
-BACKWARD = "_backward"  # what those of their backward passes end with
+OPERATORS = "transxssm::ssd_"  # prefix of the names of the scan's custom operators
+STDERR = 2  # file descriptor of the process, whatever sys.stderr is
+BACKWARD = "_backward"  # suffix of the names of their backward passes
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class ThroughputSettings:
     """What to measure.
 
     Args:
-        preset: of `TransXSSMConfig`; every contender is matched to it.
+        preset: a preset of `TransXSSMConfig`, to which every contender is matched.
         contenders: names in `CONTENDERS`.
-        modes: of `MODES`.
-        lengths: tokens of a sequence, each ≥ 1, ≥ 2 for training.
-        batch: sequences.
-        dtype: "float32", "bfloat16" or "float16": of weights; for train-autocast, of autocast.
-        chunk_size: of TransXSSM's scan; None: the preset's.
+        modes: modes in `MODES`.
+        lengths: tokens in a sequence, each ≥ 1, or ≥ 2 for training.
+        batch: number of sequences.
+        dtype: dtype of the weights: "float32", "bfloat16" or "float16". For train-autocast, the dtype of autocast.
+        chunk_size: chunk size of TransXSSM's scan, tokens. Defaults to the preset's.
 
     Raises:
-        ValueError: anything unknown, or nothing that could be measured.
+        ValueError: a name or value is unknown, or there is nothing to measure.
     """
 
     preset: str = "small"
@@ -92,7 +92,7 @@ class ThroughputSettings:
         return getattr(torch, self.dtype)
 
     def model_config(self) -> TransXSSMConfig:
-        """The configuration that all contenders are matched to."""
+        """The configuration to which all contenders are matched."""
         options = {} if self.chunk_size is None else {"ssd_chunk_size": self.chunk_size}
         return TransXSSMConfig.from_preset(self.preset, **options)
 
@@ -107,7 +107,7 @@ def run_throughput(
 ) -> dict[str, Any]:
     """Measures, writes throughput.json (after every group), .md and .png into the folder, and returns the results.
 
-    What memory or time does not allow is recorded, not raised. The same call goes on where an earlier one was stopped.
+    A cell that runs out of memory or time is recorded and raises nothing. The same call resumes where an earlier one was stopped.
 
     Raises:
         ValueError: the folder holds other results; a contender cannot be matched.
@@ -142,7 +142,7 @@ def run_throughput(
 
 
 def num_parts(settings: ThroughputSettings) -> int:
-    """Steps of progress of a whole benchmark."""
+    """Number of steps of progress of a whole benchmark."""
     lengths = len(set(settings.lengths))
     groups = [(mode, 1 if mode == "optimizer" else lengths) for mode in settings.modes]
     counts = [(sum(mode in CONTENDERS[name].modes for name in settings.contenders), times) for mode, times in groups]
@@ -150,7 +150,7 @@ def num_parts(settings: ThroughputSettings) -> int:
 
 
 def plan(settings: ThroughputSettings, configs: dict[str, PreTrainedConfig], device: torch.device) -> list[Group]:
-    """Groups from the shortest length on; the optimizer's step, which has no length, goes with the shortest."""
+    """The groups, from the shortest length on. The optimizer's step, which has no length, is measured with the shortest."""
     lengths = sorted(set(settings.lengths))
     reference = REFERENCE if REFERENCE in configs else settings.contenders[0]
     groups = []
@@ -183,7 +183,7 @@ def _entry(
 
 
 def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrainedConfig:
-    """The chunk that the scan takes on the device where the configuration leaves it open."""
+    """Sets the chunk size that the scan takes on the device, if the configuration names none."""
     if not isinstance(config, TransXSSMConfig) or config.ssd_chunk_size is not None:
         return config
     config = copy.deepcopy(config)
@@ -192,7 +192,7 @@ def _with_chunk_size(config: PreTrainedConfig, device: torch.device) -> PreTrain
 
 
 def prefill_exponents(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By contender with at least three lengths: the slope of log(median prefill time) over log(length), least squares."""
+    """For each contender with at least three lengths, the least-squares slope of log(median prefill time) over log(length)."""
     fits = {}
     for name in dict.fromkeys(cell["contender"] for cell in cells):
         points = [
@@ -208,10 +208,10 @@ def prefill_exponents(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ssd_share(send: Send, setup: Setup, entry: Entry) -> dict[str, Any]:
-    """In a child process: one training step under torch's profiler, after one without.
+    """Runs, in a child process, one training step under torch's profiler, after one without it.
 
     Returns:
-        step_seconds: of the whole step; forward_seconds, backward_seconds: of the operator; share: both, of the step.
+        step_seconds: time of the whole step; forward_seconds, backward_seconds: times of the operator; share: both, divided by the step's.
         On a GPU all three are times of kernels. The profiler slows many small operations down more than few large ones.
 
     Raises:
@@ -228,7 +228,7 @@ def ssd_share(send: Send, setup: Setup, entry: Entry) -> dict[str, Any]:
 
 
 def share_of(events: Iterable[Any], wall_seconds: float, *, on_device: bool) -> dict[str, Any]:
-    """The operators' share, from a profile's events; an operator inside another counts once, with the outer one."""
+    """Computes the operators' share from a profile's events. An operator inside another counts once, with the outer one."""
     events = list(events)
     outermost = [event for event in events if _is_ssd(event) and not any(map(_is_ssd, _ancestors(event)))]
     backward = [event for event in outermost if event.name.endswith(BACKWARD)]
@@ -251,7 +251,7 @@ def share_of(events: Iterable[Any], wall_seconds: float, *, on_device: bool) -> 
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what the profiler's library writes past Python, across a progress bar."""
+    """Drops what the profiler's library writes to stderr without Python, which would break a progress bar."""
     kept = os.dup(STDERR)
     try:
         with Path(os.devnull).open("wb") as nowhere:

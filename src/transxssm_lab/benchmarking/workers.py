@@ -1,4 +1,4 @@
-"""What happens inside a benchmark's child processes: a contender's first run, the race of several, decoding in growing batches."""
+"""The work of a benchmark's child processes: a contender's first run, the race of several, and decoding in growing batches."""
 
 import resource
 import sys
@@ -15,18 +15,18 @@ from transxssm_lab.benchmarking.steps import Entry, Prompt, seconds_of
 
 @dataclass(frozen=True)
 class Setup:
-    """What every child begins with.
+    """The settings with which every child begins.
 
     Args:
         device: where to compute.
-        num_threads: of torch on the CPU; None: torch's own choice.
+        num_threads: number of torch's threads on the CPU. Defaults to torch's own choice.
     """
 
     device: torch.device
     num_threads: int | None = None
 
     def apply(self) -> None:
-        """Makes it so in this process."""
+        """Applies the settings to this process."""
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
 
@@ -36,11 +36,11 @@ class FirstRun:
     """A contender's first run, alone in its process.
 
     Args:
-        build_seconds: what it took to build the model (and, for decoding, to read the prompt).
-        seconds: of the run itself, with whatever only a first run does.
-        steady_seconds: of a second run, where the first one may compile; else `seconds`.
-        peak_bytes: most memory that weights, the prompt's cache and the run took at once, above the empty process.
-        step_bytes: what the run took at its peak above what was there just before it.
+        build_seconds: time to build the model and, for decoding, to read the prompt.
+        seconds: time of the run itself, including work that only a first run does.
+        steady_seconds: time of a second run if the first one may compile, else `seconds`.
+        peak_bytes: peak memory of weights, the prompt's cache and the run together, above that of the empty process.
+        step_bytes: peak memory of the run above what was held just before it.
     """
 
     build_seconds: float
@@ -62,19 +62,19 @@ def first_run(send: Send, setup: Setup, entry: Entry) -> FirstRun:
     seconds = seconds_of(step, device)
     peak = _peak_bytes(device)
     steady_seconds = seconds_of(step, device) if first_run_may_compile(entry, device) else seconds
-    # A run may fit into pages that building has left behind.
+    # A run may fit into pages that were freed after building.
     return FirstRun(build_seconds, seconds, steady_seconds, peak - empty, max(0, peak - before))
 
 
 def first_run_may_compile(entry: Entry, device: torch.device) -> bool:
-    """Whether a contender's first run may take far longer than others: on a GPU, Triton's kernels are compiled and tuned in it."""
+    """Whether a contender's first run may take far longer than others: on a GPU it compiles and tunes Triton's kernels."""
     return entry.compiles or device.type == "cuda"
 
 
 def race(send: Send, setup: Setup, entries: Sequence[Entry], repeats: int, seconds_left: float) -> None:
-    """Runs contenders in turn, one warm-up and `repeats` times each, and sends {name: seconds} after every turn.
+    """Runs contenders in turn, once as a warm-up and `repeats` times each, and sends {name: seconds} after every turn.
 
-    Each turn starts with another contender, so that none always runs after the same one. A turn that would not fit into the
+    Each turn starts with another contender, so that none always runs after the same one. A turn that would take longer than the
     seconds left is not begun.
     """
     setup.apply()
@@ -98,10 +98,10 @@ class DecodeRun:
     """One timed run of decoding.
 
     Args:
-        batch: rows.
-        seconds: of `DECODE_TOKENS` tokens in each row.
-        cache_bytes: of all rows.
-        peak_bytes: most memory above the empty process; on a CPU since the process began, on a GPU with this batch.
+        batch: number of rows.
+        seconds: time for `DECODE_TOKENS` tokens in each row.
+        cache_bytes: memory of the cache of all rows.
+        peak_bytes: peak memory above that of the empty process: on a CPU since the process began, on a GPU with this batch.
     """
 
     batch: int
@@ -119,17 +119,17 @@ def decode_batches(
     repeats: int,
     seconds_left: float,
 ) -> None:
-    """Reads a prompt of one row once, then decodes it in each batch, one warm-up and `repeats` times; sends a `DecodeRun` for each.
+    """Reads a prompt of one row once, then decodes it in each batch, once as a warm-up and `repeats` times. Sends a `DecodeRun` for each.
 
     Args:
-        send: to the parent.
-        setup: of this process.
+        send: sends a message to the parent.
+        setup: settings of this process.
         build: called as `build(device=…)`.
-        batches: rows, growing. One for which even `least` runs as long as the last batch's would not fit is not begun, nor is
-            a run that would not fit.
-        least: runs.
-        repeats: runs.
-        seconds_left: for everything.
+        batches: numbers of rows in ascending order. A batch is not begun if `least` runs, each as long as one of the last batch, would not
+            fit into the time left; nor is a run that would not fit.
+        least: fewest runs of a batch.
+        repeats: number of runs of a batch.
+        seconds_left: time for all batches.
     """
     setup.apply()
     device = setup.device
@@ -140,7 +140,7 @@ def decode_batches(
     for batch in batches:
         if time.monotonic() + (1 + least) * seconds > ends:
             return
-        _bytes_now(device)  # a GPU's peak is each batch's own
+        _bytes_now(device)  # resets the GPU's peak, so that each batch has its own
         repeated = prompt.repeated(batch)
         step = repeated.step()
         seconds = seconds_of(step, device)
@@ -151,7 +151,7 @@ def decode_batches(
             send(DecodeRun(batch, seconds, repeated.cache_bytes(), _peak_bytes(device) - empty))
         del repeated, step
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # else blocks of this batch's sizes are in the next one's way
+            torch.cuda.empty_cache()  # else cached blocks of this batch's sizes would take the next one's memory
 
 
 def _bytes_now(device: torch.device) -> int:
@@ -162,7 +162,7 @@ def _bytes_now(device: torch.device) -> int:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Since the process began on a CPU, since the last look at `_bytes_now` on a GPU."""
+    """Peak memory: on a CPU since the process began, on a GPU since the last call of `_bytes_now`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

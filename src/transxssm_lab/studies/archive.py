@@ -17,7 +17,7 @@ from transxssm_lab.studies.report import RESULTS, report_of, write_tables
 from transxssm_lab.studies.runner import collect_evidence
 
 RUNS = "runs.parquet"
-# Columns that hold a run's other files as they are.
+# Columns that hold a run's other files unchanged.
 _FILES = {"recipe": RECIPE, "summary": SUMMARY, "diverged": DIVERGED}
 
 
@@ -28,7 +28,7 @@ def pack_study(folder: Path, archive: Path) -> None:
     `diverged` (the text of these files), `measured` (the evaluations, by cell). Weights and tokenizers are left out.
 
     Args:
-        folder: of the study, as `run_study` leaves it.
+        folder: the folder of the study, as `run_study` writes it.
         archive: the folder to write to.
 
     Raises:
@@ -66,10 +66,10 @@ def unpack_runs(archive: Path, folder: Path) -> None:
 
 
 def rewrite_report(archive: Path) -> dict[str, Any]:
-    """Writes results.json and README.md of a packed study from its logs; what says where it was run stays as it is.
+    """Writes results.json and README.md of a packed study from its logs. The record of where it was run is kept.
 
     Returns:
-        the report, as in results.json.
+        The report, as in results.json.
     """
     old = json.loads((archive / RESULTS).read_text(encoding="utf-8"))
     study = study_from_settings(old["study"], old["title"], old["settings"])
@@ -92,7 +92,7 @@ def _row(folder: Path, run: Path) -> dict[str, Any]:
 
 
 def _line(step: dict[str, Any]) -> str:
-    """A step as it was logged: the table has nulls for what was not."""
+    """A step as a line of JSON, as it was logged. Fields that were not logged are null in the table, and left out here."""
     return json.dumps({key: value for key, value in step.items() if value is not None}) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A study: the YAML that says which models are trained, how often, on what, and how they are compared."""
+"""The definition of a study: a YAML file that says which models are trained, how often, on what, and how they are compared."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from transxssm.data.needle import NUM_NAMES
 from transxssm.training.schema import apply_override, bundled, read_document, validated
 from transxssm.wording import nearest
 
-# Numbers are strict: "1" is none. Sections are mappings that become the dataclasses.
+# Numbers are strict: the text "1" is refused. Sections are mappings, which become the dataclasses.
 _CLOSED = ConfigDict(extra="forbid")
 
 
@@ -22,13 +22,13 @@ class Grid:
     """What the cells are repeated over.
 
     Args:
-        title: says what the study asks.
-        seeds: of initialisation and data order; every contender is trained once with each.
-        learning_rates: every contender is trained with each, and its best is compared; empty: the one that `tuning` finds, or
-            that of `training`.
-        repeat_rates: which of them the seeds after the first are trained with: "all", or the "best" one of the first seed.
-        flops_per_second: that the machine is thought to reach, for the estimate of the time before anything has been measured.
-        output_dir: folder of the study; None: runs/studies/<name>.
+        title: the question that the study asks.
+        seeds: seeds of initialisation and data order. Every contender is trained once with each.
+        learning_rates: every contender is trained with each rate, and its best is compared. Defaults to the rate that `tuning` finds, or
+            else to that of `training`.
+        repeat_rates: the rates with which the seeds after the first are trained: "all", or the "best" rate of the first seed.
+        flops_per_second: expected rate of the machine, for an estimate of the time before anything has been measured.
+        output_dir: folder of the study. Defaults to runs/studies/<name>.
     """
 
     title: str = ""
@@ -41,7 +41,7 @@ class Grid:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Tuning:
-    """The learning rate of each contender: that with the least held-out loss after `max_steps` steps of a schedule of its own."""
+    """Chooses each contender's learning rate: the one with the lowest held-out loss after short runs of `max_steps` steps."""
 
     learning_rates: list[StrictFloat]
     max_steps: StrictInt
@@ -53,10 +53,10 @@ class Cell:
     """One model of the comparison.
 
     Args:
-        model: keys of a recipe's model section, over those that all share.
-        weights_of: another cell, whose trained weights are evaluated under these model keys; nothing is trained.
-        row, column: its place in a table of two ways.
-        slowdown: how many times longer than its FLOPs say it is thought to take.
+        model: keys of a recipe's model section, which override those that all cells share.
+        weights_of: another cell, whose trained weights are evaluated with these model keys. Nothing is trained.
+        row, column: the place of the cell in a two-way table.
+        slowdown: expected time divided by the time that its FLOPs suggest.
     """
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,7 +68,7 @@ class Cell:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Size:
-    """Keys of the model and training sections that make every cell larger or smaller."""
+    """Keys of the model and training sections that set the size of every cell."""
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,7 +76,7 @@ class Size:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Perplexity:
-    """Held-out documents as long as the longest window, read in windows of each length, half of which overlap."""
+    """Perplexity of held-out documents at least as long as the longest window, in windows of each length that overlap by half."""
 
     lengths: list[StrictInt]
     max_tokens: StrictInt = 200_000
@@ -84,14 +84,14 @@ class Perplexity:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Recall:
-    """Multi-query associative recall to train on and be measured by, in place of text.
+    """Multi-query associative recall, on which models are trained and evaluated in place of text.
 
     Args:
-        sizes: length and number of pairs of each task; training takes turns.
-        vocab_size: of the tasks.
-        tokens_per_step: of a training step, which reads sequences of one task.
+        sizes: length and number of pairs of each task. Training alternates between the tasks.
+        vocab_size: vocabulary size of the tasks.
+        tokens_per_step: tokens in a training step, which reads sequences of one task.
         held_out_steps: batches of the held-out loss.
-        num_examples: sequences that the accuracy at each size is measured on.
+        num_examples: sequences on which the accuracy at each size is measured.
     """
 
     sizes: list[list[StrictInt]]
@@ -102,21 +102,22 @@ class Recall:
 
     @property
     def train_lengths(self) -> list[int]:
-        """Tokens of each task's sequences."""
+        """Tokens in each task's sequences."""
         return [length for length, _ in self.sizes]
 
 
 @dataclass(frozen=True, config=_CLOSED)
 class Needle:
-    """Needles in haystacks of the data section's text to train on and be measured by: one sentence gives a number, which is asked for.
+    """Needles in haystacks of the data section's text, for training and evaluation: a sentence states a number, which is asked for.
 
     Args:
-        train_lengths: tokens of an example at most; training takes turns.
-        lengths, depths: at which it is measured; depth is the share of the text before the needle.
-        tokens_per_step: of a training step, which reads examples of one length.
-        tokens_per_needle: texts to train on hold a needle for so many tokens, all asked for in the end; None: one, as in what is measured.
+        train_lengths: largest numbers of tokens in an example. Training alternates between the lengths.
+        lengths, depths: the lengths and depths of the evaluation. A depth is the share of the text before the needle.
+        tokens_per_step: tokens in a training step, which reads examples of one length.
+        tokens_per_needle: a text for training holds one needle for every so many tokens, all of which are asked for at its end. Defaults to
+            one needle in a text, as in the evaluation.
         held_out_steps: batches of the held-out loss.
-        num_examples: measured at each length and depth.
+        num_examples: number of examples at each length and depth.
     """
 
     train_lengths: list[StrictInt]
@@ -130,9 +131,9 @@ class Needle:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Study:
-    """A checked study. `model`, `data` and `training` are sections of a recipe, shared by all cells."""
+    """A checked study. `model`, `data` and `training` are sections of a recipe that all cells share."""
 
-    name: str = dataclasses.field(metadata={"is_own": True})  # that of its file, not in it
+    name: str = dataclasses.field(metadata={"is_own": True})  # taken from the file's name, not from its contents
     cells: dict[str, Cell]
     grid: Grid = dataclasses.field(default_factory=Grid)
     tuning: Tuning | None = None
@@ -146,7 +147,7 @@ class Study:
 
     @property
     def task(self) -> Recall | Needle | None:
-        """What is trained on in place of text, if anything."""
+        """The task on which models are trained in place of text, if there is one."""
         return self.recall if self.needle is None else self.needle
 
     @property
@@ -155,11 +156,11 @@ class Study:
         return Path(self.grid.output_dir or f"runs/studies/{self.name}").expanduser()
 
     def settings(self) -> dict[str, Any]:
-        """Everything that a figure depends on, as plain values."""
+        """Every setting on which a result depends, as plain values."""
         settings = dataclasses.asdict(self)
         for key in ("title", "flops_per_second", "output_dir"):
             del settings["grid"][key]
-        if self.grid.repeat_rates == "all":  # as in studies before there was a choice
+        if self.grid.repeat_rates == "all":  # left out, so that the settings of older studies compare equal
             del settings["grid"]["repeat_rates"]
         for cell in settings["cells"].values():
             del cell["slowdown"]
@@ -167,17 +168,18 @@ class Study:
 
 
 def bundled_studies() -> list[str]:
-    """Names of the studies inside the package."""
+    """Names of the studies that the package contains."""
     return bundled("transxssm_lab")
 
 
 def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Reads a study and applies overrides `section.key=value`.
 
-    A study may stand on another: `base: NAME` takes all that the other says, under what the study itself says; null takes a key away.
+    A study may extend another: `base: NAME` takes over its keys, which the study can override. The value null removes a key.
 
     Raises:
-        ValueError: no such study, an unknown key (with the nearest known one), a value that does not fit. Always one line.
+        ValueError: there is no such study, a key is unknown (the message names the nearest known one), or a value does not fit. The message
+            is one line.
     """
     name, sections = _sections_of(str(name_or_path))
     for override in overrides:
@@ -190,10 +192,10 @@ def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study
 
 
 def study_from_settings(name: str, title: str, settings: Mapping[str, Any]) -> Study:
-    """The study that has these settings (see `Study.settings`), as a report notes them.
+    """The study with these settings (see `Study.settings`), as a report records them.
 
     Raises:
-        ValueError: settings that this version does not know.
+        ValueError: this version does not know one of the settings.
     """
     sections = {**settings, "grid": {**settings["grid"], "title": title}, "name": name}
     study: Study = validated(Study, sections, "study")
@@ -202,21 +204,21 @@ def study_from_settings(name: str, title: str, settings: Mapping[str, Any]) -> S
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """What a mistyped name may have meant, and the names there are, for an error message."""
+    """The known name closest to a mistyped one, and all known names, for an error message."""
     known = list(known)
     close = nearest(name, known)
     return f"{f'did you mean {close}? ' if close else ''}Expected one of {', '.join(known)}"
 
 
 def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
-    """A study's name, and its sections over those of the study that it names as its `base`; `heirs` are those that led here."""
+    """A study's name, and its sections merged over those of its `base`. `heirs` are the studies that extend this one."""
     name, sections = read_document("study", "transxssm_lab", name_or_path, _sections())
     base = sections.pop("base", None)
     if base is None:
         return name, sections
     if not isinstance(base, str):
         raise ValueError(f"{name_or_path}: base: got {base!r}, expected the name or the file of a study")
-    if name_or_path not in bundled_studies():  # one path a file, whatever it was called, so that a circle is seen
+    if name_or_path not in bundled_studies():  # resolved, so that a file has one name and a circle is found
         name_or_path = str(Path(name_or_path).expanduser().resolve())
         beside = Path(name_or_path).parent / Path(base).expanduser()
         base = str(beside.resolve()) if base not in bundled_studies() and beside.is_file() else base
@@ -226,14 +228,14 @@ def _sections_of(name_or_path: str, heirs: Sequence[str] = ()) -> tuple[str, dic
 
 
 def _over(below: Any, above: Any) -> Any:
-    """Keys of `above` in place of those of `below`, in mappings inside mappings too."""
+    """Merges nested mappings: the keys of `above` override those of `below`."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return below | {key: _over(below.get(key), value) for key, value in above.items()}
 
 
 def _without_nulls(values: Any) -> Any:
-    """A mapping without the keys whose value is null, in mappings inside too: what a study leaves out has its default."""
+    """A nested mapping without the keys whose value is null, so that these have their defaults."""
     if not isinstance(values, dict):
         return values
     return {key: _without_nulls(value) for key, value in values.items() if value is not None}
@@ -287,7 +289,9 @@ def _check(study: Study) -> None:
         for size in study.recall.sizes:
             if len(size) != 2:
                 raise ValueError(f"recall.sizes: got {size}, expected [length, pairs]")
-            RecallTask(length=size[0], num_pairs=size[1], vocab_size=study.recall.vocab_size)  # refuses what cannot be
+            RecallTask(
+                length=size[0], num_pairs=size[1], vocab_size=study.recall.vocab_size
+            )  # raises for invalid sizes
 
 
 def _check_needle(needle: Needle) -> None:

@@ -12,18 +12,18 @@ from transxssm.training.run_folder import METRICS, read_summary
 from transxssm.whole_files import write_text_whole
 
 DIVERGED = "diverged.json"
-# Losses that differ by this share of the first step's differ by more than noise.
+# A difference between losses is more than noise if it exceeds this share of the first step's loss.
 NOISE = 0.1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run.
+    """How a run ended.
 
     Args:
-        summary: of a run that reached its last step; empty of one that met a number that is not finite.
-        rows: of its metrics.jsonl.
-        failure: what was not finite, and where; None: all was.
+        summary: the summary of a run that reached its last step. Empty if a number was not finite.
+        rows: the rows of its metrics.jsonl.
+        failure: what was not finite, and where. None if all numbers were finite.
     """
 
     summary: dict[str, Any]
@@ -32,9 +32,9 @@ class Outcome:
 
     @property
     def has_diverged(self) -> bool:
-        """Something was not finite, or the held-out loss ended above where training began, or lost half of what it had gained.
+        """Whether a number was not finite, or the held-out loss ended above its start, or lost half of what it had gained.
 
-        Both with a tenth of the first step's training loss for noise: a model that has learnt nothing yet has not diverged.
+        Both comparisons allow a tenth of the first step's training loss for noise: a model that has learnt nothing yet has not diverged.
         """
         if self.failure is not None or not math.isfinite(self.summary["eval_loss"]):
             return True
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def eval_loss(self) -> float:
-        """Held-out loss at the end, nats per token; infinite after divergence."""
+        """Held-out loss at the end, nats per token. Infinite after divergence."""
         return math.inf if self.has_diverged else self.summary["eval_loss"]
 
     @property
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The outcome of the run in a folder; None where there is none, or it is unfinished."""
+    """The outcome of the run in a folder, or None if there is no run or it is unfinished."""
     summary = read_summary(folder)
     if summary is not None:
         return Outcome(summary, _rows(folder))
@@ -78,7 +78,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def write_divergence(folder: Path, failure: str) -> None:
-    """Notes that the run in a folder met a number that is not finite."""
+    """Records that a number in the run in this folder was not finite."""
     write_text_whole(folder / DIVERGED, json.dumps({"failure": failure}, indent=2) + "\n")
 
 

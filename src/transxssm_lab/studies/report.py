@@ -1,4 +1,4 @@
-"""The report of a study: figures of every contender out of its runs, as JSON, Markdown and pictures."""
+"""The report of a study: results of every contender from its runs, as JSON, Markdown and plots."""
 
 import json
 import math
@@ -35,7 +35,7 @@ AVERAGED = ("eval_loss", "perplexity", "bits_per_byte", "train_seconds", "train_
 
 
 def plot_curves(folder: Path, contenders: Reports) -> list[str]:
-    """Training loss over tokens and over seconds, held-out loss as points; means over seeds, their extremes as bands."""
+    """Plots training loss over tokens and over seconds, and held-out loss as points: means over seeds, with the extremes as bands."""
     drawn = {name: one for name, one in contenders.items() if one["curve"] and one["weights_of"] is None}
     if not drawn:
         return []
@@ -53,7 +53,7 @@ def plot_curves(folder: Path, contenders: Reports) -> list[str]:
 
 
 def draw_curve(axes: "Axes", look: Look, one: Mapping[str, Any], key: str) -> None:
-    """A contender's training loss over "tokens" or "seconds", and its held-out loss as points."""
+    """Draws a contender's training loss over "tokens" or "seconds", and its held-out loss as points."""
     points = [{"low": point["loss"], "high": point["loss"], **point} for point in one["curve"]]
     means = binned(points, key, ("loss", "low", "high"))
     draw_line(axes, look, means[key], means["loss"], means["low"], means["high"], marker="")  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def draw_curve(axes: "Axes", look: Look, one: Mapping[str, Any], key: str) -> No
 
 
 def plot_rates(folder: Path, contenders: Reports) -> list[str]:
-    """Held-out loss over the learning rate, for whole runs where these sweep it, else for tuning; what diverged is a gap."""
+    """Plots held-out loss over the learning rate, of full runs if they sweep it, else of tuning. Runs that diverged leave a gap."""
     losses_of: dict[str, dict[float, list[float]]] = {}
     for name, one in contenders.items():
         for entry in (one["rates"] or one["tuning"]) if one["weights_of"] is None else ():
@@ -85,7 +85,7 @@ def plot_rates(folder: Path, contenders: Reports) -> list[str]:
 
 
 def plot_lengths(folder: Path, contenders: Reports) -> list[str]:
-    """Bits per byte over the length of the windows that were read."""
+    """Plots bits per byte over the length of the windows."""
     drawn = {
         name: one
         for name, one in contenders.items()
@@ -99,7 +99,7 @@ def plot_lengths(folder: Path, contenders: Reports) -> list[str]:
 
 
 def draw_lengths(axes: "Axes", contenders: Reports) -> None:
-    """Bits per byte of each contender over the length of the windows."""
+    """Draws bits per byte of each contender over the length of the windows."""
     looks, lengths = contender_looks(contenders), set()
     for name, one in contenders.items():
         points = sorted((int(length), cell["bits_per_byte"]) for length, cell in one["measured"].items())
@@ -112,7 +112,7 @@ def draw_lengths(axes: "Axes", contenders: Reports) -> None:
 
 
 def plot_needles(folder: Path, contenders: Reports) -> list[str]:
-    """A map of lengths and depths for every contender that has looked for needles."""
+    """Plots a heat map over lengths and depths for every contender that was evaluated on needles."""
     names = []
     for name, one in contenders.items():
         cells = [cell for cell in one["measured"].values() if "depth" in cell]
@@ -123,7 +123,7 @@ def plot_needles(folder: Path, contenders: Reports) -> list[str]:
 
 
 def contender_looks(contenders: Reports) -> dict[str, Look]:
-    """How each contender is drawn: as its cell, the second size of a cell as dashes."""
+    """The style of each contender: cells have their own, and the second size of a cell is dashed."""
     of_cells = looks_of(one["cell"] for one in contenders.values())
     sizes = list(dict.fromkeys(one["size"] for one in contenders.values()))
     looks = {}
@@ -142,9 +142,9 @@ class Evidence:
     """What is known of a contender.
 
     Args:
-        contender: whose it is.
+        contender: the contender.
         tuning: outcome of each short run, by learning rate.
-        full: the whole runs; of a contender that borrows weights, those of their owner.
+        full: the full runs. If the contender uses another's weights, the runs of that one.
         measured: cells of the evaluation, by the run's folder.
     """
 
@@ -155,21 +155,21 @@ class Evidence:
 
 
 def best_rate(outcomes: Mapping[float | None, Outcome]) -> float | None:
-    """The learning rate with the least held-out loss; None where all diverged."""
+    """The learning rate with the lowest held-out loss, or None if all runs diverged."""
     alive = {rate: outcome.eval_loss for rate, outcome in outcomes.items() if not outcome.has_diverged}
     return min(alive, key=alive.__getitem__) if alive else None
 
 
 def write_report(study: Study, evidence: Sequence[Evidence], status: str) -> dict[str, Any]:
-    """Writes results.json, README.md and the pictures into the study's folder.
+    """Writes results.json, README.md and the plots into the study's folder.
 
     Args:
-        study: whose folder it is.
-        evidence: of every contender.
+        study: the study.
+        evidence: evidence of every contender.
         status: "complete", or why not everything was done.
 
     Returns:
-        the report.
+        The report.
     """
     metadata = {"trained_on": _machines_of(evidence)} | run_metadata(read_device("auto"), None)
     report = report_of(study, evidence, status, metadata)
@@ -184,10 +184,10 @@ def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata:
     """The report of a study, as in results.json.
 
     Args:
-        study: what was asked for.
-        evidence: of every contender.
+        study: the study.
+        evidence: evidence of every contender.
         status: "complete", or why not everything was done.
-        metadata: where and with what it was run.
+        metadata: the machine and versions with which it was run.
     """
     contenders = {one.contender.name: _contender_report(study, one) for one in evidence}
     missing = {
@@ -208,13 +208,13 @@ def report_of(study: Study, evidence: Sequence[Evidence], status: str, metadata:
 
 
 def write_tables(folder: Path, report: dict[str, Any], pictures: Sequence[str]) -> None:
-    """Writes results.json and README.md, the latter with the pictures of these names."""
+    """Writes results.json, and README.md with the plots of these names."""
     write_text_whole(folder / RESULTS, json.dumps(_json_ready(report), indent=1, ensure_ascii=False) + "\n")
     write_text_whole(folder / PAGE, markdown(report, pictures))
 
 
 def _machines_of(evidence: Sequence[Evidence]) -> str:
-    """Where the runs were made, which need not be where the report is written."""
+    """The machines on which the runs were made. The report may be written on another."""
     outcomes = [
         outcome for one in evidence for outcome in (*one.tuning.values(), *(outcome for _, outcome in one.full))
     ]
@@ -230,7 +230,7 @@ def _contender_report(study: Study, one: Evidence) -> dict[str, Any]:
     rate = min(means, key=means.__getitem__) if means else None
     runs = by_rate.get(rate, [])
     whole = [outcome for _, outcome in runs if not outcome.has_diverged]
-    if whole:  # the model that was trained, rather than the one that was expected
+    if whole:  # the model that was trained, which may differ from the expected one
         parameters = whole[0].summary["parameters"]
     tokens = whole[0].summary["train_tokens"] if whole else 0
     tuned_rate = best_rate(one.tuning) if one.tuning else None
@@ -271,7 +271,7 @@ def _by_rate(one: Evidence) -> dict[float | None, list[tuple[PlannedRun, Outcome
 
 
 def _deciding_losses(study: Study, runs: Sequence[tuple[PlannedRun, Outcome]]) -> list[float]:
-    """The held-out losses that a rate is chosen by: of all seeds, or of the first where it alone is trained with every rate."""
+    """The held-out losses by which a rate is chosen: of all seeds, or of the first if only that one is trained with every rate."""
     chooses = [run for run in runs if study.grid.repeat_rates == "all" or run[0].seed == study.grid.seeds[0]]
     return [outcome.eval_loss for _, outcome in chooses]
 
@@ -332,7 +332,7 @@ def _rate_report(rate: float | None, outcome: Outcome) -> dict[str, Any]:
 
 
 def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The figures that tables show of each cell, averaged over the runs that have it."""
+    """The results of each cell that tables show, averaged over the runs that have the cell."""
     averaged: dict[str, dict[str, float]] = {}
     for key in dict.fromkeys(key for cells in of_runs for key in cells):
         cells = [cells[key] for cells in of_runs if key in cells]
@@ -342,7 +342,7 @@ def _mean_cells(of_runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]
 
 
 def _mean_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Training loss and time over tokens, averaged over runs, which all log at the same steps, and the extremes of the loss."""
+    """Training loss and time over tokens, averaged over runs, with the extremes of the loss. All runs log at the same steps."""
     if not outcomes:
         return []
     logged = [{row["tokens"]: row for row in outcome.rows if "loss" in row} for outcome in outcomes]
@@ -371,7 +371,7 @@ def _mean_held_out(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
 
 
 def _equal_time(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Held-out loss of each contender when the fastest one of its size has finished, read off between two evaluations."""
+    """Held-out loss of each contender when the fastest one of its size has finished, interpolated between two evaluations."""
     losses: dict[str, float | None] = {}
     seconds: dict[str, float] = {}
     for size in dict.fromkeys(report["size"] for report in contenders.values()):
@@ -391,7 +391,7 @@ def _equal_time(contenders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _json_ready(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
+    """A copy of nested values in which null replaces infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _json_ready(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Runs a study: tunes, trains, evaluates; every run in its own folder, so that nothing is done twice."""
+"""Runs a study: tunes, trains and evaluates. Every run has its own folder, so that nothing is done twice."""
 
 import dataclasses
 import json
@@ -27,9 +27,9 @@ from transxssm_lab.studies.schedule import Contender, PlannedRun, Schedule, cont
 from transxssm_lab.studies.tasks import evaluate_run, needle_data, recall_data
 
 STUDY = "study.json"
-# Of a budget, for the last checkpoint and the report: so long, but no larger a share.
+# The part of a budget that is kept for the last checkpoint and the report: seconds, and its largest share.
 SECONDS_TO_REPORT, SHARE_TO_REPORT = 10.0, 0.1
-# What is told as it goes: the words, and the share of the planned time that is done.
+# Called with the progress: a text, and the share of the planned time that is done.
 Notify = Callable[[str, float], object]
 
 
@@ -41,21 +41,21 @@ def run_study(
     notify: Notify = lambda what, done: None,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Makes the runs that are not there yet, and the report out of all that are.
+    """Runs what has not been run yet, and writes the report of all runs.
 
     Args:
-        study: from `load_study`.
-        only: cells or contenders to run; the report has all that were run at any time.
-        budget_minutes: of wall time; a run that it interrupts is gone on with next time.
-        notify: is called as runs begin and steps are made.
-        started: when the budget began, in `time.monotonic`'s seconds; None: now.
+        study: a study from `load_study`.
+        only: cells or contenders to run. The report includes all that have ever been run.
+        budget_minutes: wall time. A run that it interrupts is resumed by the next call.
+        notify: called when a run begins and after steps.
+        started: when the budget began, in `time.monotonic`'s seconds. Defaults to now.
 
     Returns:
-        the report, as in results.json.
+        The report, as in results.json.
 
     Raises:
-        ValueError: see `contenders_of`; the folder holds another study; data that cannot be read.
-        KeyboardInterrupt: after Ctrl-C; what was done is kept and reported.
+        ValueError: see `contenders_of`; or the folder holds another study, or data cannot be read.
+        KeyboardInterrupt: after Ctrl-C. What was done is kept and reported.
     """
     chosen = contenders_of(study, only)
     schedule = plan_of(study, chosen)
@@ -82,13 +82,13 @@ def run_study(
 
 
 def report_study(study: Study) -> dict[str, Any]:
-    """Writes the report of all runs that are there, of a study whose process was killed for instance.
+    """Writes the report of the runs in the study's folder, for instance after its process was killed.
 
     Returns:
-        the report, as in results.json.
+        The report, as in results.json.
 
     Raises:
-        ValueError: there is no study in the folder, or another one.
+        ValueError: the folder holds no study, or another one.
     """
     if not (study.output_dir / STUDY).is_file():
         raise ValueError(f"{study.output_dir} holds no study (no {STUDY}): run it first, or name its grid.output_dir")
@@ -97,7 +97,7 @@ def report_study(study: Study) -> dict[str, Any]:
 
 
 def collect_evidence(study: Study) -> list[Evidence]:
-    """What is in the study's folder of each contender, those that were not asked for this time included."""
+    """The evidence in the study's folder for every contender, including those that were not requested this time."""
     contenders = contenders_of(study)
     schedule = plan_of(study, contenders)
     evidence = []
@@ -121,22 +121,22 @@ def collect_evidence(study: Study) -> list[Evidence]:
 
 
 class _Work:
-    """The runs of a schedule, one after the other, within a time.
+    """Makes the runs of a schedule one after the other, until a deadline.
 
     Args:
-        study, schedule: what is to be done.
-        deadline: in `time.monotonic`'s seconds; None: none.
+        study, schedule: the study and its runs.
+        deadline: in `time.monotonic`'s seconds, or None for no deadline.
         notify: see `run_study`.
     """
 
     def __init__(self, study: Study, schedule: Schedule, deadline: float | None, notify: Notify) -> None:
         self.study, self.schedule, self.deadline, self.notify = study, schedule, deadline, notify
-        self.done_seconds = 0.0  # planned ones, of the runs that are behind us
-        self.reached_seconds = 0.0  # planned ones, of the run that is being made
-        self.made_seconds = self.took_seconds = 0.0  # planned and real ones, of the steps that were made here
+        self.done_seconds = 0.0  # planned seconds of the runs that are finished
+        self.reached_seconds = 0.0  # planned seconds of the steps made in the current run
+        self.made_seconds = self.took_seconds = 0.0  # planned and measured seconds of the steps made in this call
 
     def seconds_left(self) -> float:
-        """What the rest takes: as planned, at the pace of the steps that were made here if there were some."""
+        """Estimates the seconds for the remaining runs: the plan, scaled by the measured pace if steps were made in this call."""
         pace = self.took_seconds / self.made_seconds if self.made_seconds else 1.0
         return pace * max(self.schedule.seconds - self.done_seconds - self.reached_seconds, 0.0)
 
@@ -152,7 +152,7 @@ class _Work:
             rate = None if run is None else run.learning_rate
             if self.schedule.tuning:
                 rate = best_rate(tuned[name])
-            if run is None or (self.schedule.tuning and rate is None):  # none came through: that is the result
+            if run is None or (self.schedule.tuning and rate is None):  # all of them diverged, which is the result
                 self.done_seconds += planned.seconds
                 continue
             outcome = self._one(run, rate)
@@ -189,7 +189,7 @@ class _Work:
         return outcome
 
     def _evaluate(self, run: PlannedRun, learning_rate: float | None, contenders: Sequence[Contender]) -> None:
-        """The run's own model, and the weights again for the cells that borrow them."""
+        """Evaluates the run's model, and its weights again for each cell that uses them."""
         folder = self.study.output_dir / run.folder
         for contender in contenders:
             if run.contender.name in (contender.name, contender.weights_of):
@@ -236,7 +236,7 @@ class _Work:
 
 
 def _with_rate(study: Study, run: PlannedRun, whole: Sequence[tuple[PlannedRun, Outcome]]) -> PlannedRun | None:
-    """A whole run, with the first seed's best rate where that is what it takes; None: not all of these have ended, or all diverged."""
+    """A full run, with the first seed's best rate if it needs that. None if some of that seed's runs are unfinished, or all diverged."""
     if study.grid.repeat_rates == "all" or run.seed == study.grid.seeds[0]:
         return run
     first = {other.learning_rate: outcome for other, outcome in whole if other.seed == study.grid.seeds[0]}
@@ -245,7 +245,7 @@ def _with_rate(study: Study, run: PlannedRun, whole: Sequence[tuple[PlannedRun, 
 
 
 class _Steps(TrainerCallback):
-    """Tells the number of each step that was made, and the seconds since the one before it, with what came between."""
+    """Reports the number of each step, and the seconds since the step before, including everything in between."""
 
     def __init__(self, tell: Callable[[int, float], object]) -> None:
         self.tell = tell
@@ -271,7 +271,7 @@ def _measured(path: Path) -> dict[str, Any]:
 
 
 def _note_study(study: Study) -> None:
-    """Notes in its folder what the study is.
+    """Records the study's settings in its folder.
 
     Raises:
         ValueError: see `_noted_study`.
@@ -283,10 +283,10 @@ def _note_study(study: Study) -> None:
 
 
 def _noted_study(study: Study) -> dict[str, Any] | None:
-    """The settings that runs in the folder were made with: the study's, less seeds and cells that were added; None: no run yet.
+    """The settings of the runs in the folder: the study's, without seeds and cells that were added. None if there is no run yet.
 
     Raises:
-        ValueError: it is another study: names the keys.
+        ValueError: the folder holds another study. The message names the keys that differ.
     """
     folder, path = study.output_dir, study.output_dir / STUDY
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
@@ -303,12 +303,12 @@ def _noted_study(study: Study) -> dict[str, Any] | None:
 
 
 def _plain_settings(study: Study) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """The study's settings, as they are after a round trip through JSON."""
     return json.loads(json.dumps(study.settings()))
 
 
 def _without_additions(settings: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:
-    """The settings less the seeds and cells that only they have, if those that were noted come first."""
+    """The settings without seeds and cells that were added to the recorded ones, if the recorded ones come first."""
     seeds, cells = noted["grid"]["seeds"], noted["cells"]
     kept = dict(settings, cells={name: cell for name, cell in settings["cells"].items() if name in cells})
     if settings["grid"]["seeds"][: len(seeds)] == seeds:

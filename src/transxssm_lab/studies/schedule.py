@@ -13,9 +13,9 @@ from transxssm.training import Recipe, recipe_of
 from transxssm.training.loop import VOCABULARY_MULTIPLE
 from transxssm_lab.studies.definition import Study, meant
 
-# What a run of a study does otherwise than a run alone: many folders, none of which is watched.
+# Defaults of a study's runs that differ from those of a single run: no reports to dashboards, and only the latest checkpoint.
 RUN_DEFAULTS = {"report_to": "none", "save_total_limit": 1}
-BYTES_VOCABULARY = 320  # of data.tokenizer=bytes, padded as the training loop does
+BYTES_VOCABULARY = 320  # vocabulary size under data.tokenizer=bytes, padded as by the training loop
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Contender:
     """A cell at a size.
 
     Args:
-        name: of its folder and its row in the tables.
-        cell, size: what it was made of; no size where the study has none.
+        name: name of its folder and of its row in the tables.
+        cell, size: the cell and the size of which it is made. The size is None if the study has none.
         model, training: sections of its recipes.
-        weights_of: the contender whose weights it evaluates; None: it is trained.
+        weights_of: the contender whose weights it evaluates, or None if it is trained itself.
         slowdown: see `Cell`.
     """
 
@@ -40,14 +40,14 @@ class Contender:
 
 
 def contenders_of(study: Study, only: Sequence[str] = ()) -> list[Contender]:
-    """Every contender of a study, checked, in the order of its cells, the sizes one after the other.
+    """The checked contenders of a study, size by size, in the order of the cells.
 
     Args:
-        study: from `load_study`.
-        only: cells, or contenders, to take; empty: all.
+        study: a study from `load_study`.
+        only: names of cells or contenders. Defaults to all.
 
     Raises:
-        ValueError: an unknown name in `only`; a model or training settings that cannot be.
+        ValueError: a name in `only` is unknown, or model or training settings are invalid.
     """
     found = [
         Contender(
@@ -81,14 +81,14 @@ def recipe_for(
     """The recipe of one run.
 
     Args:
-        study, contender: of the run.
-        folder: of the run.
-        seed: of weights and data order.
-        learning_rate: None: that of the training section.
-        max_steps: of a short run, which is evaluated at its end only; None: a whole one.
+        study, contender: the study and the contender of the run.
+        folder: folder of the run.
+        seed: seed of weights and data order.
+        learning_rate: Defaults to that of the training section.
+        max_steps: number of steps of a short run, which is evaluated only at its end. Defaults to a full run.
 
     Raises:
-        ValueError: settings that cannot be.
+        ValueError: the settings are invalid.
     """
     training = {**RUN_DEFAULTS, **contender.training, "seed": seed, "data_seed": seed, "output_dir": str(folder)}
     if learning_rate is not None:
@@ -100,7 +100,7 @@ def recipe_for(
             f"training.max_steps: got {training.get('max_steps')}, expected at least 1: a study's runs all take so many"
         )
     model, data = contender.model, study.data
-    if study.task is not None:  # one item of the data set is a whole batch
+    if study.task is not None:  # each item of the data set is a whole batch
         training |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
         data = {**data, "sequence_length": max(study.task.train_lengths)}
     if study.recall is not None:
@@ -110,10 +110,10 @@ def recipe_for(
 
 
 def expected_config(study: Study, contender: Contender) -> PreTrainedConfig:
-    """The model's configuration, its vocabulary as large as the tokenizer is thought to be.
+    """The model's configuration, with the expected size of the tokenizer's vocabulary.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes do not fit each other.
     """
     recipe = recipe_for(study, contender, Path(), seed=0, learning_rate=None, max_steps=None)
     defaults: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def expected_config(study: Study, contender: Contender) -> PreTrainedConfig:
 
 
 def tokens_per_step(study: Study, contender: Contender) -> int:
-    """Tokens that a step of the optimiser reads, on one process."""
+    """Tokens in an optimizer step on one process."""
     training = contender.training
     accumulated = training.get("gradient_accumulation_steps", 1)
     if study.task is not None:
@@ -134,7 +134,7 @@ def tokens_per_step(study: Study, contender: Contender) -> int:
 
 
 def sequence_length(study: Study) -> int:
-    """Tokens in a row; of several lengths the mean."""
+    """Tokens in a row: the mean, if there are several lengths."""
     if study.task is not None:
         return sum(study.task.train_lengths) // len(study.task.train_lengths)
     return study.data.get("sequence_length", 1024)
@@ -154,12 +154,13 @@ class PlannedRun:
     """One training run.
 
     Args:
-        contender: what is trained.
-        phase: "tuning" is a short run that compares learning rates, "full" a whole one.
-        seed: of weights and data order.
-        learning_rate: None: the one that tuning, or the first seed's whole runs, will find, or that of the training section.
-        steps, tokens: that the run takes.
-        seconds: that it is thought to take.
+        contender: the contender that is trained.
+        phase: "tuning" for a short run that compares learning rates, "full" for a full run.
+        seed: seed of weights and data order.
+        learning_rate: the rate, or None for the one that tuning or the first seed's full runs will find, or else that of the training
+            section.
+        steps, tokens: steps and tokens of the run.
+        seconds: expected time of the run.
     """
 
     contender: Contender
@@ -172,7 +173,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Of the run, below that of the study."""
+        """The folder of the run, below that of the study."""
         rate = "" if self.learning_rate is None else f"lr-{self.learning_rate:g}-"
         phase = "tuning-" if self.phase == "tuning" else ""
         return Path(self.contender.name) / f"{phase}{rate}seed-{self.seed}"
@@ -180,32 +181,32 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The runs: first all that tune, then the whole ones, a seed and a rate at a time: a budget that ends early leaves comparable ones."""
+    """The runs: all that tune, then the full ones, by seed and rate, so that runs are comparable if the budget ends early."""
 
     tuning: list[PlannedRun]
     full: list[PlannedRun]
 
     @property
     def runs(self) -> list[PlannedRun]:
-        """All of them, in order."""
+        """All runs, in order."""
         return [*self.tuning, *self.full]
 
     @property
     def seconds(self) -> float:
-        """That all of them are thought to take."""
+        """The expected time of all runs."""
         return sum(run.seconds for run in self.runs)
 
 
 def duration(seconds: float) -> str:
-    """Such as "1 h 05 min"."""
+    """Formats seconds, such as "1 h 05 min"."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"
 
 
 def plan_of(study: Study, contenders: Sequence[Contender]) -> Schedule:
-    """The runs of these contenders, and an estimate of their time out of FLOPs and `grid.flops_per_second`.
+    """Plans the runs of these contenders, and estimates their time from FLOPs and `grid.flops_per_second`.
 
-    Evaluation and the preparation of data are not in the estimate.
+    The estimate leaves out evaluation and the preparation of data.
     """
     trained = [contender for contender in contenders if contender.weights_of is None]
     speed = {contender.name: _tokens_per_second(study, contender) for contender in trained}

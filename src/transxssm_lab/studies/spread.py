@@ -1,7 +1,7 @@
-"""Cells of a study beside each other, a process each, spread over the GPUs: small models leave a GPU idle between launches.
+"""Runs the cells of a study in parallel, one process each, spread over the GPUs. Small models leave a GPU idle between launches.
 
-Each goes on where an earlier call stopped, since finished runs are known by their summaries. The first one begins alone and the others
-when it trains, so that data is prepared once. As they share the hardware, their times say nothing.
+Each process resumes where an earlier call stopped, since finished runs have a summary. The first process starts alone and the others
+when it trains, so that data is prepared once. Since the processes share the hardware, their times are not comparable.
 """
 
 import os
@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @dataclass
 class Job:
-    """The process of cells that go together, before it starts, while it runs and after."""
+    """A process that runs one or more cells, before it starts, while it runs and afterwards."""
 
     cells: tuple[str, ...]
     gpu: str = ""
@@ -38,10 +38,10 @@ class Job:
 
 
 def jobs_of(study: Study, only: Sequence[str]) -> list[Job]:
-    """One for each cell that is trained, with the cells that borrow its weights.
+    """The jobs of a study: one for each cell that is trained, with the cells that use its weights.
 
     Args:
-        only: names that are wanted. Empty: all.
+        only: names of cells or contenders. Empty for all.
 
     Raises:
         ValueError: see `contenders_of`.
@@ -56,21 +56,21 @@ def jobs_of(study: Study, only: Sequence[str]) -> list[Job]:
 
 
 def logs_of(study: Study) -> Path:
-    """Where what each process says is kept: beside the study's folder, which a study wants to begin empty."""
+    """The folder of the processes' output. It lies beside the study's folder, which must be empty when a study begins."""
     return study.output_dir.with_name(f"{study.output_dir.name}-logs")
 
 
 def spread(study: Study, arguments: Sequence[str], jobs: list[Job], *, gpus: Sequence[str], jobs_per_gpu: int) -> None:
-    """Runs all jobs, and returns when they have ended well.
+    """Runs all jobs, and returns when they have succeeded.
 
     Args:
-        arguments: of `transxssm study`, by which each process knows the study.
-        gpus: what CUDA_VISIBLE_DEVICES calls them; an empty name stands for the CPU.
-        jobs_per_gpu: processes on a GPU at a time.
+        arguments: arguments of `transxssm study` that name the study to each process.
+        gpus: values of CUDA_VISIBLE_DEVICES, one for each GPU. An empty string stands for the CPU.
+        jobs_per_gpu: number of processes on a GPU at a time.
 
     Raises:
-        ValueError: a job failed; names the first, and its log.
-        KeyboardInterrupt: after Ctrl-C, which all processes were told: they have saved what they had.
+        ValueError: a job failed. The message names the first one, and its log.
+        KeyboardInterrupt: after Ctrl-C, which is passed on to all processes; they have saved their progress.
     """
     logs = logs_of(study)
     logs.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _start(job: Job, arguments: Sequence[str], logs: Path) -> None:
     only = [word for cell in job.cells for word in ("--only", cell)]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
     with (logs / f"{job.name}.txt").open("wb") as log:
-        # In a group of its own: Ctrl-C comes from here alone, once.
+        # The process has a group of its own, so that it gets Ctrl-C from this process only, and once.
         job.process = subprocess.Popen(
             [sys.executable, "-m", "transxssm", "study", *arguments, *only],
             env=environment,
@@ -112,16 +112,16 @@ def _start(job: Job, arguments: Sequence[str], logs: Path) -> None:
 
 
 def _has_trained(folder: Path, since: float) -> bool:
-    """Whether a run in the folder has made a step since then, and so has its data; or all are done already."""
+    """Whether a run in the folder has made a step since then, so that its data is prepared, or all runs are done."""
     found = (path.stat() for path in folder.rglob("metrics.jsonl"))
     return any(stat.st_size and stat.st_mtime >= since for stat in found)
 
 
 @contextmanager
 def _stopped_by_ctrl_c(jobs: Sequence[Job]) -> Iterator[None]:
-    """Hands an interruption on, and waits until all have saved what they have."""
+    """Passes an interruption on to all jobs, and waits until they have saved their progress."""
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:  # a shell's background job would ignore the former
+    for each in before:  # a background job of a shell would ignore the former
         signal.signal(each, signal.default_int_handler)
     try:
         yield

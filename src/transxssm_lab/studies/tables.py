@@ -15,7 +15,7 @@ NUM_STRETCHES = 6
 
 
 def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
-    """Every table that the report has figures for, by its title."""
+    """All tables for which the report has results, by title."""
     contenders = report["contenders"]
     tables = {
         "Results": _results(contenders),
@@ -32,7 +32,7 @@ def tables_of(report: dict[str, Any]) -> dict[str, ResultTable]:
 
 
 def notes_of(report: dict[str, Any]) -> list[str]:
-    """What a reader of the tables must know."""
+    """Notes that a reader of the tables needs."""
     contenders = report["contenders"]
     notes = ["± is the standard deviation over seeds. FLOPs are those of training, without elementwise operations."]
     if report["settings"]["grid"].get("repeat_rates") == "best":
@@ -104,15 +104,15 @@ def _results(contenders: Reports) -> ResultTable:
 
 
 def _averaged(one: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs behind a contender's mean: where rates are swept, those at the best one."""
-    rates = (None, one["learning_rate"])  # a tuned run's rate is the contender's
+    """The runs of which a contender's mean is taken. If rates are swept, these are the runs with the best one."""
+    rates = (None, one["learning_rate"])  # a tuned run has the contender's rate
     return [run for run in one["runs"] if run["learning_rate"] in rates and not run["has_diverged"]]
 
 
 def _seed_by_seed(contenders: Reports) -> ResultTable | None:
-    """Every seed's figure, and how far each contender is behind the best of its size with the same seed.
+    """The result of every seed, and the distance of each contender from the best of its size with the same seed.
 
-    A seed is the same rows in the same order for all: within one, differences are smaller than over seeds.
+    A seed gives all contenders the same rows in the same order, so that differences within a seed vary less than results over seeds.
     """
     trained = {name: one for name, one in contenders.items() if one["weights_of"] is None}
     runs = {name: {run["seed"]: run for run in _averaged(one)} for name, one in trained.items()}
@@ -133,7 +133,7 @@ def _seed_by_seed(contenders: Reports) -> ResultTable | None:
 
 
 def _paired(differences: Sequence[float]) -> str:
-    """Mean and spread of differences, and with how many seeds they are positive."""
+    """Mean and spread of differences, and the number of seeds for which they are positive."""
     if not differences:
         return NONE
     spread = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""
@@ -197,7 +197,7 @@ def _equal_time(equal_time: dict[str, Any], contenders: Reports) -> ResultTable 
 
 
 def _stretches(contenders: Reports) -> ResultTable | None:
-    """Mean training loss over stretches, each as long as all before it: who is ahead early need not be in the end."""
+    """Mean training loss over intervals, each as long as all before it. The order of contenders may change during training."""
     curves = {name: one["curve"] for name, one in contenders.items() if one["curve"] and one["weights_of"] is None}
     if not curves:
         return None
@@ -253,7 +253,7 @@ def _measured(contenders: Reports) -> ResultTable | None:
 
 
 def _needles(contenders: Reports) -> ResultTable:
-    """Share found at each length: the mean and the least over the depths."""
+    """Share of needles found at each length: the mean and the minimum over the depths."""
     found: dict[str, dict[float, list[float]]] = {}
     for name, one in contenders.items():
         for cell in one["measured"].values():

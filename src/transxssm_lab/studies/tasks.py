@@ -1,6 +1,6 @@
-"""What a study trains on in place of text, recall and needles, and what it measures of a trained contender beside its held-out loss.
+"""The tasks on which a study trains in place of text, recall and needles, and its evaluations besides the held-out loss.
 
-The data sets' items are whole batches, the tasks or lengths taking turns.
+An item of a data set is a whole batch. Tasks or lengths alternate.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,26 +38,26 @@ from transxssm.models import (
 from transxssm.training import Recipe, TrainingData
 from transxssm_lab.studies.definition import Needle, Recall, Study
 
-# Seeds of sequences: training adds the run's own seed, so that neither the held-out ones nor the last ones occur in it.
+# Seeds of sequences. Training adds the run's own seed to its seed, so that it reads no sequence of the held-out loss or the evaluation.
 HELD_OUT_SEED, MEASURED_SEED, TRAINING_SEED = 0, 1, 2
 
 
-HAYSTACK_PROMPTS = 64  # as many of the longest prompts fit into the text, or more, before it begins anew
+HAYSTACK_PROMPTS = 64  # at least so many of the longest prompts fit into the text before it repeats
 
-MEASURES = ("perplexity", "recall", "needle")  # sections of a study, which has one of them at most
+MEASURES = ("perplexity", "recall", "needle")  # sections of a study, which has at most one of them
 BATCH_TOKENS = 16384
-# Keys of a recipe's model section that are no fields of a configuration.
+# Keys of a recipe's model section that are not fields of a configuration.
 _NO_FIELDS = ("preset", "architecture")
 
 
 class RecallBatches(Dataset):
-    """Batches of equally many tokens, generated when they are asked for.
+    """Batches with equal numbers of tokens, which are generated on access.
 
     Args:
-        tasks: one a batch, in turn.
-        tokens: of a batch: as many sequences as fit, at least one.
-        count: of batches.
-        seed: of the sequences.
+        tasks: each batch is of one task, in turn.
+        tokens: tokens in a batch, which has as many sequences as fit, and at least one.
+        count: number of batches.
+        seed: seed of the sequences.
     """
 
     def __init__(self, tasks: Sequence[RecallTask], tokens: int, count: int, seed: int) -> None:
@@ -67,11 +67,11 @@ class RecallBatches(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Batch number `index`: `input_ids` and `labels`, (b, t) int64; a label stands one to the right, as models shift it back."""
+        """Batch number `index`: `input_ids` and `labels`, (b, t) int64. Labels are one place to the right, since models shift them back."""
         task = self.tasks[index % len(self.tasks)]
         rows = max(1, self.tokens // task.length)
         batch = task.sequences(self.seed, index // len(self.tasks) * rows, rows)
-        # The last position asks for nothing: a question's place is two tokens wide.
+        # No question is at the last position, since a question takes two tokens.
         labels = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED_LABEL)
         return {"input_ids": batch.input_ids, "labels": labels}
 
@@ -80,13 +80,13 @@ def tasks_of(recall: Recall) -> list[RecallTask]:
     """The tasks of a study.
 
     Raises:
-        ValueError: too many pairs for a length or the vocabulary.
+        ValueError: a task has too many pairs for its length or the vocabulary.
     """
     return [RecallTask(length, num_pairs, recall.vocab_size) for length, num_pairs in recall.sizes]
 
 
 def recall_data(recall: Recall, recipe: Recipe) -> TrainingData:
-    """Sequences for every step of a run, new ones each time, and the held-out ones, which all runs share."""
+    """New sequences for every step of a run, and the held-out ones, which all runs share."""
     tasks = tasks_of(recall)
     batches = partial(RecallBatches, tasks, recall.tokens_per_step)
     steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
@@ -104,15 +104,15 @@ def only_batch(items: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
 
 
 class NeedleBatches(Dataset):
-    """Batches of about equally many tokens, generated when they are asked for; only the answers have labels.
+    """Batches with about equal numbers of tokens, which are generated on access. Only the answers have labels.
 
     Args:
         haystack: the text around the needles.
-        lengths: tokens of an example at most, one a batch, in turn.
-        tokens: of a batch: as many examples as fit, at least one.
-        tokens_per_needle: a text holds a needle for so many tokens, and a question for each; None: one.
-        count: of batches.
-        seed: of the examples.
+        lengths: largest numbers of tokens in an example. Each batch has one of them, in turn.
+        tokens: tokens in a batch, which has as many examples as fit, and at least one.
+        tokens_per_needle: a text holds one needle for every so many tokens, and a question for each, or one needle if None.
+        count: number of batches.
+        seed: seed of the examples.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class NeedleBatches(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Batch number `index`: `input_ids` and `labels`, (b, t) int64, shorter examples filled up on the right.
+        """Batch number `index`: `input_ids` and `labels`, (b, t) int64. Shorter examples are padded on the right.
 
-        A label stands at its own token, as models shift it.
+        A label is at the place of its own token, since models shift labels.
         """
         length = self.lengths[index % len(self.lengths)]
         rows = max(1, self.tokens // length)
@@ -152,10 +152,10 @@ class NeedleBatches(Dataset):
 
 
 def needle_data(needle: Needle, recipe: Recipe) -> TrainingData:
-    """Needles in the training text for every step of a run, and held-out ones in held-out text, which all runs share.
+    """Needles in the training text for every step of a run, and held-out needles in held-out text, which all runs share.
 
     Raises:
-        ValueError: text or tokenizer that cannot be read; a length too short for a needle and its question.
+        ValueError: text or tokenizer cannot be read, or a length is too short for a needle and its question.
     """
     corpus = load_corpus(recipe.data)
     tokenizer = build_tokenizer(recipe.data, corpus)
@@ -183,24 +183,24 @@ def needle_data(needle: Needle, recipe: Recipe) -> TrainingData:
 
 
 def haystack_of(needle: Needle, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Haystack:
-    """Text for the needles of a study, enough of it that prompts differ."""
+    """Text for the needles of a study, long enough for prompts to differ."""
     return Haystack(texts, tokenizer, max_tokens=HAYSTACK_PROMPTS * max(*needle.train_lengths, *needle.lengths))
 
 
 def evaluate_run(
     study: Study, run_dir: Path, recipe: Recipe, path: Path, overrides: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Measures what the study asks for of the model in a run folder; measurements that are there already are kept.
+    """Evaluates the model in a run folder as the study says. Existing measurements are kept.
 
     Args:
-        study: its `perplexity`, `recall` and `needle` sections say what.
-        run_dir: of the trained model.
-        recipe: of the run, for its text.
-        path: of the JSON file.
-        overrides: model keys under which the weights are read; None: as they were trained.
+        study: a study, whose `perplexity`, `recall` and `needle` sections say what is measured.
+        run_dir: folder of the trained model.
+        recipe: recipe of the run, which names its text.
+        path: path of the JSON file.
+        overrides: model keys with which the weights are loaded. None for those of training.
 
     Returns:
-        the cells: by length, by task as "length/pairs", or by place as "length/depth".
+        The cells: by length, by task as "length/pairs", or by place as "length/depth".
 
     Raises:
         ValueError: no held-out document is as long as the longest window.
@@ -220,7 +220,7 @@ def evaluate_run(
 
 
 def wanted_cells(study: Study) -> set[str]:
-    """Keys of the cells that the study asks for."""
+    """Keys of the cells that the study measures."""
     if study.recall is not None:
         return {f"{length}/{pairs}" for length, pairs in study.recall.sizes}
     if study.needle is not None:
