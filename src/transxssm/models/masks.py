@@ -27,6 +27,8 @@ from transxssm.models.positions import (
     windowed_keys,
 )
 
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of the indices of row, head, query and key
+
 
 def padding_of(
     config: TransXSSMConfig,
@@ -173,38 +175,57 @@ def attention_masks(
             raise ValueError(refusal)
         documents = key_documents(seq_idx, inputs_embeds, past_length, cached_start)  # (b, cached + t)
 
-    same_document = None
+    same_document: MaskFunction | None = None
     if documents is not None:
 
         def same_document(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return documents[batch_idx, q_idx] == documents[batch_idx, kv_idx]
 
     create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    arguments = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "past_key_values": cache,
-        "and_mask_function": same_document,
-    }
-    by_kind = dict.fromkeys(create, arguments)
+    padding_of_kind = dict.fromkeys(create, attention_mask)
+    is_seen = dict.fromkeys(create, same_document)
     padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     if padding is not None and _counts_tokens(config, padding, cache):
         keys = windowed_keys(padding, past_length, seq_idx, cached_start)
         create["sliding_attention"] = create_causal_mask
-        by_kind["sliding_attention"] = arguments | {
-            "attention_mask": keys.is_token,
-            # Flash attention takes pads out by itself before it counts, and no function.
-            "and_mask_function": None
-            if "flash" in config._attn_implementation
-            else _is_in_window(config.sliding_window, keys),
-        }
-    return {
+        padding_of_kind["sliding_attention"] = keys.is_token
+        # Flash attention takes pads out by itself before it counts, and no function.
+        is_seen["sliding_attention"] = (
+            None if "flash" in config._attn_implementation else _is_in_window(config.sliding_window, keys)
+        )
+    takes_tensors = config._attn_implementation in ("sdpa", "eager") and (attention_mask is None or padding is not None)
+    masks = {}
+    for kind in create:
+        if kind not in config.layer_types:
+            continue
+        restriction = is_seen[kind]
         # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
-        kind: create[kind](**by_kind[kind], layer_idx=config.layer_types.index(kind))
-        for kind in create
-        if kind in config.layer_types
-    }
+        options: dict[str, Any] = {"layer_idx": config.layer_types.index(kind)}
+        if takes_tensors:
+            options["allow_is_causal_skip"] = restriction is None
+        else:
+            options["and_mask_function"] = restriction
+        mask = create[kind](config, inputs_embeds, padding_of_kind[kind], cache, **options)
+        if takes_tensors and restriction is not None:
+            mask = _restricted(mask, restriction, inputs_embeds, past_length)
+        masks[kind] = mask
+    return masks
+
+
+def _restricted(mask: Tensor, is_seen: MaskFunction, inputs_embeds: Tensor, past_length: int) -> Tensor:
+    """A mask (b, 1, t, keys) of transformers, of booleans or of numbers to be added, with a function of indices besides. Its own way there
+    maps over the indices one by one, which takes as long as half the layers of a small model."""
+    batch, length = inputs_embeds.shape[:2]
+    device = inputs_embeds.device
+    ends = past_length + length
+    rows = torch.arange(batch, device=device)[:, None, None, None]
+    heads = torch.zeros_like(rows)
+    queries = torch.arange(past_length, ends, device=device)[:, None]
+    keys = torch.arange(ends - mask.shape[-1], ends, device=device)
+    seen = is_seen(rows, heads, queries, keys)  # (b, 1, t, keys)
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def next_token_masks(
@@ -233,7 +254,7 @@ def next_token_masks(
     return {SSD_LAYER_TYPE: None, "full_attention": seen[:, None, None]}
 
 
-def _is_in_window(window: int | None, keys: WindowedKeys) -> Callable[..., Tensor]:
+def _is_in_window(window: int | None, keys: WindowedKeys) -> MaskFunction:
     """The mask function of a window over tokens."""
     assert window is not None
 
