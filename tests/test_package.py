@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import transxssm
+from tests.models.test_peft_targets import LORA_TARGETS
 from tests.test_layers import modules_imported
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,33 @@ OPTIONAL = {
     ),
 }
 PACKAGES = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
+
+
+# Without what some machines lack and what only training needs. At an import of an operator, torch says where Triton is missing.
+BARE = """
+import sys
+sys.modules |= dict.fromkeys(["triton", "datasets", "accelerate", "pydantic", "matplotlib", "tensorboard"])
+import torch
+import transxssm
+from transformers import AutoConfig
+from transxssm.ops.ssd import ssd_step_
+from transxssm_cli.kernels import show_kernels
+AutoConfig.for_model("transxssm")
+ssd_step_(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2), torch.ones(1, 1), -torch.ones(1), *torch.ones(2, 1, 1, 2))
+show_kernels("tiny", None, dtype_name="float32", device_name="cpu", length=64)
+assert "peft" not in sys.modules, "every command would start a second later"
+del sys.modules["accelerate"]
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+print("targets of LoRA:", *table["transxssm"])
+"""
+
+
+def test_a_new_interpreter_that_lacks_much_computes_and_knows_the_model():
+    """The classes are registered by the import alone, PEFT is told when it is imported later, and nothing says that Triton is missing."""
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, check=True)
+    assert "tiny in float32" in done.stdout
+    assert done.stdout.splitlines()[-1].split(": ")[1].split() == LORA_TARGETS
+    assert "Triton not available" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -263,16 +291,21 @@ def test_the_wheel_trains_without_the_repository(wheel_file, tmp_path):
         (corpus / f"{index}.txt").write_text(f"text number {index} " * 20, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
 
-    def python(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=work, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    where = python("-c", "import transxssm, transxssm_cli; print(transxssm.__file__, transxssm_cli.__file__)")
-    assert all(path.startswith(str(installed)) for path in where.split())
+    program = (
+        "import transxssm, transxssm_cli.__main__; print(transxssm.__file__, transxssm_cli.__file__, flush=True); "
+        "transxssm_cli.__main__.main()"
+    )
     settings = ["data.corpus=texts", "data.tokenizer=bytes", "data.sequence_length=64", "data.held_out_fraction=0.2"]
     sizes = ["model.hidden_size=32", "model.intermediate_size=32", "model.num_attention_heads=1"]
-    python("-m", "transxssm", "train", "tiny", *settings, *sizes, "training.max_steps=2", "training.output_dir=run")
+    arguments = ["train", "tiny", *settings, *sizes, "training.max_steps=2", "training.output_dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(path.startswith(str(installed)) for path in done.stdout.splitlines()[0].split())
     assert (work / "run" / "model.safetensors").is_file()

@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tests.serving.checkpoints import write_random_checkpoint, write_reciting_checkpoint
+from tests.training.conftest import _empty_pictures  # noqa: F401 (a fixture)
 from transxssm_cli import app
 
 Run = Callable[..., Result]

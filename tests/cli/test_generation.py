@@ -2,9 +2,9 @@
 
 import io
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests import processes
 from tests.serving.checkpoints import RECITED, byte_tokenizer
 from transxssm.models import TransXSSMConfig
 from transxssm.models.baselines import BASELINES, new_language_model
@@ -117,18 +118,14 @@ def test_a_piece_does_not_wait_for_a_full_line(monkeypatch):
     assert received.getvalue() == "é".encode()
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(reciting):
-    command = "from transxssm_cli.__main__ import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "generate", str(reciting), "--max-new-tokens", "100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout.read(4) == b"def("
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 1
-    assert errors == b""
+def test_a_reader_that_has_seen_enough_ends_it_quietly(reciting, tmp_path):
+    os.mkfifo(tmp_path / "stdout")
+    arguments = ["generate", reciting, "--max-new-tokens", 100000]
+    process = processes.start(processes.command, *arguments, output=tmp_path)
+    with (tmp_path / "stdout").open("rb") as reader:
+        assert reader.read(4) == b"def("
+    assert processes.exit_codes([process]) == [1]
+    assert processes.said(tmp_path) == ""
 
 
 class TestRefusals:

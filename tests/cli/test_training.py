@@ -5,11 +5,11 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 
+from tests import processes
 from transxssm.data import corpus as corpora
 from transxssm.data.corpus import is_held_out
 from transxssm.training import SaveError
@@ -67,17 +67,19 @@ def test_one_process_of_several_speaks(run, recipe, monkeypatch):
 
 def test_ctrl_c_ends_it_with_a_line_on_how_to_go_on(recipe, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "transxssm", "train", str(recipe), "training.max_steps=1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output = tmp_path / "said"
+    arguments = ["train", recipe, "training.max_steps=1000000"]
+    process = processes.start(processes.command, *arguments, output=output)
     try:
-        for line in process.stderr:
-            if line.startswith("step 3/"):
-                break
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate()
+        while "\nstep 3/" not in processes.said(output):
+            assert process.is_alive(), processes.said(output)
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
     finally:
         process.kill()
-    assert (process.returncode, stdout) == (130, "")
+    stderr = processes.said(output)
+    assert (process.exitcode, processes.said(output, "stdout")) == (130, "")
     last = stderr.splitlines()[-1]
     assert last.startswith("interrupted: stopped after step ")
     assert "--resume" in last

@@ -1,6 +1,5 @@
-"""Runs a check of tests/models/test_sharding.py in each of several processes: launch.py NAME FOLDER."""
+"""Checks of tests/models/test_sharding.py, which several processes run together."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,16 +60,15 @@ def outcome(model: nn.Module, ids: Tensor) -> dict[str, Any]:
 def tensor_parallel(folder: Path) -> dict[str, Any]:
     """Models over two processes, and each alone."""
     found = {}
-    for variant in ("hybrid", "all_ssd", "everything"):
-        for tied in (True, False):
-            name = f"{variant}, {'tied' if tied else 'untied'}"
-            heads = {"num_key_value_heads": 2} if variant == "everything" else {}
-            alone = saved_model(folder / name, variant, tie_word_embeddings=tied, **heads)
-            sharded = AutoModelForCausalLM.from_pretrained(
-                folder / name, distributed_config=DistributedConfig(tp_size=2), dtype=torch.float32
-            )
-            ids = tokens(2, 12) % VOCAB_SIZE
-            found[name] = {"sharded": outcome(sharded, ids), "alone": outcome(alone, ids)}
+    for variant, tied in (("hybrid", False), ("all_ssd", True), ("everything", True), ("everything", False)):
+        name = f"{variant}, {'tied' if tied else 'untied'}"
+        heads = {"num_key_value_heads": 2} if variant == "everything" else {}
+        alone = saved_model(folder / name, variant, tie_word_embeddings=tied, **heads)
+        sharded = AutoModelForCausalLM.from_pretrained(
+            folder / name, distributed_config=DistributedConfig(tp_size=2), dtype=torch.float32
+        )
+        ids = tokens(2, 12) % VOCAB_SIZE
+        found[name] = {"sharded": outcome(sharded, ids), "alone": outcome(alone, ids)}
     sharded.save_pretrained(folder / "saved")
     dist.barrier()
     again = AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()
@@ -87,21 +85,20 @@ def fsdp(folder: Path) -> dict[str, Any]:
     """bfloat16 models whose shards two processes have, by each of the ways to it, and each alone."""
     found = {}
     ids = tokens(2, 12) % VOCAB_SIZE
-    for variant in ("hybrid", "mamba2", "all_attention"):
-        for tied in (True, False):
-            name = f"{variant}, {'tied' if tied else 'untied'}"
-            saved_model(folder / name, variant, tie_word_embeddings=tied)
+    for variant, tied in (("hybrid", True), ("mamba2", True), ("mamba2", False), ("all_attention", False)):
+        name = f"{variant}, {'tied' if tied else 'untied'}"
+        saved_model(folder / name, variant, tie_word_embeddings=tied)
 
-            def load(path: Path = folder / name, **options: Any) -> TransXSSMForCausalLM:
-                return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
+        def load(path: Path = folder / name, **options: Any) -> TransXSSMForCausalLM:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
 
-            found[name] = {
-                "alone": outcome(load(), ids),
-                "transformers": outcome(load(distributed_config=DistributedConfig(fsdp_size=2)), ids),
-                "accelerate": outcome(sharded_by_accelerate(load()), ids),
-                "alone, after a step": loss_after_step(load(), ids),
-                "FSDP1, after a step": loss_after_step(sharded_by_fsdp1(load()), ids),
-            }
+        found[name] = {
+            "alone": outcome(load(), ids),
+            "transformers": outcome(load(distributed_config=DistributedConfig(fsdp_size=2)), ids),
+            "accelerate": outcome(sharded_by_accelerate(load()), ids),
+            "alone, after a step": loss_after_step(load(), ids),
+            "FSDP1, after a step": loss_after_step(sharded_by_fsdp1(load()), ids),
+        }
     return found
 
 
@@ -148,9 +145,16 @@ def context_parallel(folder: Path) -> dict[str, Any]:
         "parts of 5 or 10 tokens": {"num_items_in_batch": torch.tensor(11)},
     }
     found: dict[str, Any] = {}
-    for variant in ("hybrid", "mamba2", "sliding", "everything"):
+    chosen = {
+        "hybrid": ["packed"],
+        "mamba2": ["one document", "restarts"],
+        "sliding": ["parts of 5 or 10 tokens"],
+        "everything": inputs,
+    }
+    for variant, names in chosen.items():
         model = tiny_model(variant).train()
-        for name, options in inputs.items():
+        for name in names:
+            options = inputs[name]
             found[f"{variant}, {name}"] = outcomes = {}
             for size, group in ((1, None), *groups.items()):
                 model.enable_context_parallel(group)
@@ -223,16 +227,12 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main(check: str, folder: Path) -> None:
+    """Leaves what a check has found in `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    folder = Path(sys.argv[2])
-    found = CHECKS[sys.argv[1]](folder)
+    found = CHECKS[check](folder)
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

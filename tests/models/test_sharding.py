@@ -1,36 +1,23 @@
 """A model that several processes share (gloo, on the CPU) computes what one process does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import processes
+from tests.models.launch import main
 from tests.tolerances import assert_close, relative_error
 
-ROOT = Path(__file__).parents[2]
 
-
-def found_by(check: str, folder: Path, *, processes: int = 2) -> dict[str, Any]:
+def found_by(check: str, folder: Path, *, number: int = 2) -> dict[str, Any]:
     """What launch.py's check of this name gives in so many processes."""
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    finished = subprocess.run(
-        [*command, "-m", "tests.models.launch", check, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    assert "match nothing" not in finished.stderr  # rules of a plan without a module
+    output = folder / "said"
+    codes = processes.exit_codes(processes.start_ranks(number, main, check, folder, output=output))
+    said = processes.said(output)
+    assert codes == [0] * number, said[-4000:]
+    assert "match nothing" not in said  # rules of a plan without a module
     return torch.load(folder / "found.pt", weights_only=False)
 
 
@@ -75,7 +62,7 @@ def test_fsdp_of_a_bfloat16_model_whose_decays_are_float32(tmp_path):
 
 @pytest.mark.slow
 def test_context_parallel(tmp_path):
-    found = found_by("context_parallel", tmp_path, processes=4)
+    found = found_by("context_parallel", tmp_path, number=4)
     options, refusals = found.pop("options"), found.pop("refusals")
     for name, outcomes in found.items():
         alone = outcomes.pop(1)

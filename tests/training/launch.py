@@ -1,4 +1,4 @@
-"""Trains a recipe in a process of its own: launch.py RECIPE [section.key=value …] [--resume] [--kill-in-step N] [--shard-on-cpu]
+"""Trains a recipe in a process of its own: RECIPE [section.key=value …] [--resume] [--kill-in-step N] [--shard-on-cpu]
 [--stream]."""
 
 import argparse
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transxssm.training import Recipe, TrainingData, TransXSSMTrainer, load_recipe, text_data, train
 
 
-def main() -> None:
+def main(*given: object) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--kill-in-step", type=int)
     parser.add_argument("--shard-on-cpu", action="store_true")
     parser.add_argument("--stream", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args([*map(str, given)])
     torch.set_num_threads(1)
     if arguments.kill_in_step:
         kill_in_step(arguments.kill_in_step)
@@ -70,7 +70,3 @@ def shard_on_cpu() -> None:
         return training_step(self, model, *args, **kwargs)
 
     AcceleratorState.__init__, TransXSSMTrainer.training_step = with_fsdp, sharded
-
-
-if __name__ == "__main__":
-    main()

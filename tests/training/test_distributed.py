@@ -2,27 +2,25 @@
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from argparse import Namespace
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
+from tests import processes
 from tests.models.tiny import tiny_config, tiny_model
 from tests.training.conftest import write_recipe
-from tests.training.launch import streamed_text
+from tests.training.launch import main, streamed_text
 from transxssm.training import load_recipe, train
 from transxssm.training.sharding import Parallelism, save_optimizer
 
 SAME = 1e-5  # gradients of two halves are summed in another order
 
-LAUNCH = str(Path(__file__).with_name("launch.py"))
 STEPS = ["training.max_steps=6", "training.logging_steps=1", "training.save_steps=3", "training.eval_steps=3"]
 FSDP2 = {
     "compute_environment": "LOCAL_MACHINE",
@@ -48,11 +46,33 @@ def one_process(tmp_path_factory, corpus):
     return recipe.output_dir
 
 
-def run(*command, expect=0):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # gloo's barrier would look for a GPU per process
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (finished.returncode == 0) == (expect == 0), finished.stderr[-4000:]
-    return finished
+@pytest.fixture
+def run(tmp_path):
+    """Trains in two processes with the environment that `torchrun` gives them."""
+
+    def run_both(*arguments, fails=False):
+        output = tmp_path / "said"
+        codes = processes.exit_codes(processes.start_ranks(2, main, *arguments, output=output))
+        assert any(codes) == fails, processes.said(output)[-4000:]
+
+    return run_both
+
+
+@pytest.fixture
+def accelerate_launch(run, tmp_path, monkeypatch):
+    """Trains in two processes with the environment that `accelerate launch` gives them, for some settings of FSDP."""
+
+    def launch(*arguments, fails=False, **settings):
+        def start(options: Namespace) -> None:
+            run(*options.training_script_args, fails=fails)
+
+        config = tmp_path / "fsdp2.yaml"
+        config.write_text(yaml.safe_dump(FSDP2 | settings))
+        command = ["--config_file", config, "--main_process_port", "0", "launch.py", *arguments, "--shard-on-cpu"]
+        monkeypatch.setattr("torch.distributed.run.run", start)
+        launch_command(launch_command_parser().parse_args([*map(str, command)]))
+
+    return launch
 
 
 def assert_same_as_one_process(run_dir, one_process, *, processes=2):
@@ -74,27 +94,15 @@ def assert_same_as_one_process(run_dir, one_process, *, processes=2):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(recipe_file, recipe, one_process):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    run(*torchrun, LAUNCH, recipe_file, *STEPS, "training.per_device_train_batch_size=4")
+def test_two_processes_train_as_one_with_twice_the_batch(run, recipe_file, recipe, one_process):
+    run(recipe_file, *STEPS, "training.per_device_train_batch_size=4")
     assert_same_as_one_process(recipe().output_dir, one_process)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", LAUNCH]
-
-
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_in_one_process(recipe_file, recipe, one_process):
-    run(
-        *TORCHRUN,
-        recipe_file,
-        *STEPS,
-        "training.per_device_train_batch_size=4",
-        "training.parallelism=fsdp",
-        "--kill-in-step",
-        "5",
-        expect=1,
-    )
+def test_a_sharded_run_goes_on_in_one_process(run, recipe_file, recipe, one_process):
+    sharded = ["training.per_device_train_batch_size=4", "training.parallelism=fsdp"]
+    run(recipe_file, *STEPS, *sharded, "--kill-in-step", 5, fails=True)
     assert (recipe().output_dir / "checkpoint-3" / "optimizer").is_dir()
     whole = load_recipe(recipe_file, [*STEPS, "training.per_device_train_batch_size=4"])
     train(whole, resume=True)
@@ -102,33 +110,33 @@ def test_a_sharded_run_goes_on_in_one_process(recipe_file, recipe, one_process):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_sharded_and_with_shared_rows(recipe_file, recipe, one_process):
+def test_a_run_of_one_process_goes_on_sharded_and_with_shared_rows(run, recipe_file, recipe, one_process):
     folder = recipe().output_dir
     folder.mkdir()
     shutil.copy(one_process / "recipe.yaml", folder)
     shutil.copytree(one_process / "checkpoint-3", folder / "checkpoint-3")
     shared = ["training.per_device_train_batch_size=8", "training.parallelism={data: fsdp, cp: 2}"]
-    run(*TORCHRUN, recipe_file, *STEPS, *shared, "--resume")
+    run(recipe_file, *STEPS, *shared, "--resume")
     assert_same_as_one_process(folder, one_process)
 
 
 @pytest.mark.slow
-def test_a_stream_goes_on_where_it_was_whoever_reads_it(recipe_file, recipe, corpus, tmp_path):
+def test_a_stream_goes_on_where_it_was_whoever_reads_it(run, recipe_file, recipe, corpus, tmp_path):
     """Two processes that share rows, then two with rows of their own, then one: the rows of one process, each once."""
     (tmp_path / "alone").mkdir()
     settings = [*STEPS, "training.per_device_train_batch_size=8", "training.save_steps=1"]
     alone = load_recipe(write_recipe(tmp_path / "alone", corpus), settings)
     train(alone, source=streamed_text)
     shared, own = ["training.parallelism.cp=2"], ["training.per_device_train_batch_size=4"]
-    run(*TORCHRUN, recipe_file, *settings, *shared, "--stream", "--kill-in-step", "4", expect=1)
-    run(*TORCHRUN, recipe_file, *settings, *own, "--stream", "--resume", "--kill-in-step", "6", expect=1)
+    run(recipe_file, *settings, *shared, "--stream", "--kill-in-step", 4, fails=True)
+    run(recipe_file, *settings, *own, "--stream", "--resume", "--kill-in-step", 6, fails=True)
     assert (recipe().output_dir / "checkpoint-5").is_dir()
     train(load_recipe(recipe_file, settings), resume=True, source=streamed_text)
     assert_same_as_one_process(recipe().output_dir, alone.output_dir, processes=1)
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_heads_divided_and_then_alone(recipe_file, recipe, corpus, tmp_path):
+def test_a_run_of_one_process_goes_on_with_heads_divided_and_then_alone(run, recipe_file, recipe, corpus, tmp_path):
     (tmp_path / "alone").mkdir()
     settings = [*STEPS, "model.ssd_num_groups=2", "training.per_device_train_batch_size=8"]
     settings += ["training.save_steps=1", "training.save_total_limit=6"]
@@ -138,8 +146,8 @@ def test_a_run_of_one_process_goes_on_with_heads_divided_and_then_alone(recipe_f
     folder.mkdir()
     shutil.copy(alone.output_dir / "recipe.yaml", folder)
     shutil.copytree(alone.output_dir / "checkpoint-3", folder / "checkpoint-3")
-    divided = ["training.parallelism.tp=2", "--resume", "--kill-in-step", "6"]
-    run(*TORCHRUN, recipe_file, *settings, *divided, expect=1)
+    divided = ["training.parallelism.tp=2", "--resume", "--kill-in-step", 6]
+    run(recipe_file, *settings, *divided, fails=True)
     assert (folder / "checkpoint-5" / "optimizer").is_dir()
     train(load_recipe(recipe_file, settings), resume=True)
     assert_same_as_one_process(folder, alone.output_dir, processes=1)
@@ -195,26 +203,20 @@ def test_what_processes_cannot_share(parallelism, processes, options, expected):
 
 @pytest.mark.slow
 def test_the_same_recipe_shards_with_fsdp2_under_accelerate_launch_and_resumes(
-    recipe_file, recipe, one_process, tmp_path
+    accelerate_launch, recipe_file, recipe, one_process
 ):
     # accelerate knows FSDP on accelerators only; on the CPU launch.py overrules it, and torch shards there as well.
-    config = tmp_path / "fsdp2.yaml"
-    config.write_text(yaml.safe_dump(FSDP2))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    command = [*launch, LAUNCH, recipe_file, *STEPS, "training.per_device_train_batch_size=4", "--shard-on-cpu"]
-    run(*command, "--kill-in-step", "5", expect=1)
-    run(*command, "--resume")
+    arguments = [recipe_file, *STEPS, "training.per_device_train_batch_size=4"]
+    accelerate_launch(*arguments, "--kill-in-step", 5, fails=True)
+    accelerate_launch(*arguments, "--resume")
     assert_same_as_one_process(recipe().output_dir, one_process)
 
 
 @pytest.mark.slow
-def test_mixed_precision_under_fsdp2_rounds_no_loss(recipe_file, recipe, one_process, tmp_path):
+def test_mixed_precision_under_fsdp2_rounds_no_loss(accelerate_launch, recipe_file, recipe, one_process):
     """accelerate's policy rounds what modules return to bfloat16: the loss of a step, and the sum over a held-out batch."""
-    config = tmp_path / "fsdp2.yaml"
-    config.write_text(yaml.safe_dump(FSDP2 | {"mixed_precision": "bf16"}))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     overrides = ["training.per_device_train_batch_size=4", "training.bf16=true"]
-    run(*launch, LAUNCH, recipe_file, *STEPS, *overrides, "--shard-on-cpu")
+    accelerate_launch(recipe_file, *STEPS, *overrides, mixed_precision="bf16")
     rows, expected_rows = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (recipe().output_dir, one_process)

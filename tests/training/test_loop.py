@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import processes
+from tests.training.launch import main
 from transxssm.data import build_datasets
 from transxssm.training import NonFiniteError, SaveError, TransXSSMTrainer, load_recipe, text_data, train
 from transxssm.training.checkpoints import last_complete_checkpoint
+from transxssm.training.run_folder import plot_loss
 
 SAME_WEIGHTS = 1e-6
 
@@ -127,6 +129,7 @@ def test_the_run_says_what_is_held_out(recipe, capsys):
 
 
 def test_without_matplotlib_a_run_leaves_all_but_its_picture_and_says_so(recipe, monkeypatch, caplog):
+    monkeypatch.setattr("transxssm.training.loop.plot_loss", plot_loss)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train(recipe("training.max_steps=1"))
     assert "loss.png is not drawn: matplotlib is not installed: pip install 'transxssm[lab]'" in caplog.text
@@ -138,14 +141,9 @@ def test_the_stored_recipe_is_the_resolved_one(finished_run):
     assert load_recipe(finished_run / "recipe.yaml").training["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
 
 
-def launch(recipe_file, *arguments):
-    script = Path(__file__).with_name("launch.py")
-    return subprocess.run([sys.executable, script, recipe_file, *arguments], capture_output=True, text=True)
-
-
-def test_a_run_killed_in_the_middle_resumes_to_the_same_end(recipe, recipe_file, finished_run):
-    killed = launch(recipe_file, "--kill-in-step", "13")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_a_run_killed_in_the_middle_resumes_to_the_same_end(recipe, recipe_file, finished_run, tmp_path):
+    killed = processes.start(main, recipe_file, "--kill-in-step", 13, output=tmp_path / "said")
+    assert processes.exit_codes([killed]) == [-signal.SIGKILL], processes.said(tmp_path / "said")
     run_dir = recipe().output_dir
     assert (
         metrics_of(run_dir)[-1]["step"] == 12

@@ -4,15 +4,14 @@ Where only the making is the point, a small source is compiled in place of the k
 """
 
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import processes
 from transxssm.ops.csrc import build as module
-from transxssm.ops.csrc.build import _library_or_reason, compiled_library
+from transxssm.ops.csrc.build import _library_or_reason, _openmp_of_torch, compiled_library
 
 SMALL_SOURCE = """
 #include "numbers.h"
@@ -154,22 +153,23 @@ def test_a_cache_that_cannot_be_written_costs_the_kernels_only(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(torch.__config__.parallel_info().find("OpenMP") < 0, reason="torch without OpenMP")
-def test_threads_are_torchs_own():
+def test_threads_are_torchs_own(tmp_path):
     """A second OpenMP library would have threads that wait in the way of torch's."""
     if compiled_library() is None:
         pytest.skip("no C++ compiler here")
-    program = """
-import torch
-from pathlib import Path
-from transxssm.ops.csrc.build import _openmp_of_torch, compiled_library
+    program = processes.start(load_the_library, output=tmp_path)
+    assert processes.exit_codes([program]) == [0], processes.said(tmp_path)
 
-def openmp():
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return {path for line in lines if (path := line.split(maxsplit=5)[-1]).rsplit("/")[-1].startswith(("libgomp", "libiomp"))}
 
-torch.get_num_threads()
-before = openmp()
-assert str(_openmp_of_torch()) in before, before
-assert compiled_library() is not None and openmp() == before, openmp() - before
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+def load_the_library() -> None:
+    """In a process that has not loaded it yet."""
+
+    def openmp() -> set[str]:
+        paths = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        return {path for path in paths if path.rsplit("/")[-1].startswith(("libgomp", "libiomp"))}
+
+    torch.get_num_threads()
+    before = openmp()
+    assert str(_openmp_of_torch()) in before, before
+    assert compiled_library() is not None
+    assert openmp() == before, openmp() - before
