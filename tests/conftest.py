@@ -1,5 +1,6 @@
 """What every test stands on: no network, one thread, fixed seeds, and a device that the command line chooses."""
 
+import gc
 import os
 import random
 import re
@@ -33,6 +34,13 @@ torch.set_num_threads(1)
 # time says nothing about the code.
 hypothesis.settings.register_profile("transxssm", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis.settings.load_profile("transxssm")
+
+
+def pytest_collection_finish() -> None:
+    # What all tests share is kept for good: each full collection, of which Trainer and the compiler ask for many, would go through
+    # all that the libraries have made when they were imported.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

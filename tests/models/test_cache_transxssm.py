@@ -14,12 +14,14 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 from tests.models.tiny import (
     ALL_VARIANTS,
     WITH_ATTENTION,
+    combinations,
     logits_of,
+    one_of_each,
     pad_rows,
-    skip_where_transformers_is_wrong,
     tiny_config,
     tiny_model,
     tokens,
+    transformers_is_wrong,
 )
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
@@ -56,14 +58,16 @@ class TestPieces:
         model = tiny_model(variant)
         rows = [tokens(1, length, seed=length)[0] for length in (LENGTH, 4, 7)]
         ids, mask = pad_rows(rows, left=[0, LENGTH - 4, LENGTH - 7], width=LENGTH)
+        alone = [logits_of(model, row[None], use_cache=False)[0] for row in rows]
         for pieces in SPLITS:
             logits = in_pieces(model, ids, pieces, TransXSSMCache(config=model.config), mask)
-            for row, got in zip(rows, logits, strict=True):
-                alone = logits_of(model, row[None], use_cache=False)[0]
-                assert_close(got[-len(row) :], alone, torch.float64, name=f"{len(row)} tokens in pieces of {pieces}")
+            for expected, got in zip(alone, logits, strict=True):
+                name = f"{len(expected)} tokens in pieces of {pieces}"
+                assert_close(got[-len(expected) :], expected, torch.float64, name=name)
 
     def test_counts_its_tokens_and_starts_again_after_reset(self, variant):
-        skip_where_transformers_is_wrong("reset of a dynamic cache", variant, WITH_ATTENTION)
+        if transformers_is_wrong(variant, WITH_ATTENTION):
+            pytest.skip("this transformers does not reset a dynamic cache")
         model, ids = tiny_model(variant), tokens(2, LENGTH)
         cache = TransXSSMCache(config=model.config)
         assert cache.get_seq_length() == 0
@@ -135,11 +139,14 @@ def test_compiled_layers_share_one_graph_a_call(variant):
     assert_close(logits, expected, torch.float64)
 
 
-@pytest.mark.parametrize("given", [{"position_ids": torch.full((2, 1), LENGTH - 1)}, {}], ids=["positions", "none"])
-@pytest.mark.parametrize("variant", ["hybrid", "everything"])
+@pytest.mark.parametrize(
+    ("variant", "given"),
+    [("hybrid", {}), ("everything", {"position_ids": torch.full((2, 1), LENGTH - 1)})],
+    ids=["no positions", "positions"],
+)
 def test_a_token_after_a_static_cache_compiles_as_one_graph(variant, given):
     """As `generate` does on a GPU with cache_implementation="static"."""
-    model, ids = tiny_model(variant), tokens(2, LENGTH)
+    model, ids = tiny_model(variant, **one_of_each(variant)), tokens(2, LENGTH)
     cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3)
     expected = logits_of(model, ids)[:, -1:]
     logits_of(model, ids[:, :-1], past_key_values=cache)
@@ -305,19 +312,18 @@ def test_a_cache_made_under_autocast_goes_on_without(variant, autocast):
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 2, 2]])
 
 
-@pytest.mark.parametrize("marks", [{}, {"seq_idx": PACKED}], ids=["plain", "packed"])
-@pytest.mark.parametrize(
-    ("change", "rows"),
-    [
-        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
-        (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
-    ],
-    ids=["repeat", "select", "reorder"],
-)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-def test_rows_of_a_cache_go_on_as_they_were(variant, change, rows, marks):
+CHANGES_OF_ROWS = {
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+}
+
+
+@pytest.mark.parametrize(("variant", "kind", "packed"), combinations(CHANGES_OF_ROWS, [False, True]))
+def test_rows_of_a_cache_go_on_as_they_were(variant, kind, packed):
     """In keys, windows, states, convolutions and the starts of documents."""
+    change, rows = CHANGES_OF_ROWS[kind]
+    marks = {"seq_idx": PACKED} if packed else {}
     model, ids, more = tiny_model(variant), tokens(3, 6), tokens(len(rows), 3, seed=1)
     cache = TransXSSMCache(config=model.config)
     logits_of(model, ids, past_key_values=cache, **marks)
@@ -500,20 +506,20 @@ def compiled_graphs(model: nn.Module, cache: Cache) -> int:
 
 @pytest.fixture(scope="module")
 def graphs_of_llama() -> int:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).eval()
     return compiled_graphs(llama, DynamicCache(config=llama.config))
 
 
-@pytest.mark.parametrize("variant", ["hybrid", "convolution", "all_ssd"])
+@pytest.mark.parametrize("variant", ["convolution", "all_ssd"])
 def test_decoding_makes_as_few_graphs_as_llama(variant, graphs_of_llama):
-    model = tiny_model(variant)
+    model = tiny_model(variant, **one_of_each(variant))
     assert compiled_graphs(model, TransXSSMCache(config=model.config)) <= graphs_of_llama
 
 
-@pytest.mark.parametrize("is_prompt_compiled", [True, False])
-def test_a_compiled_step_appends_what_an_uncompiled_one_does(is_prompt_compiled):
-    model, ids = tiny_model("everything"), tokens(2, LENGTH)
+@pytest.mark.parametrize(("variant", "is_prompt_compiled"), [("hybrid", True), ("everything", False)])
+def test_a_compiled_step_appends_what_an_uncompiled_one_does(variant, is_prompt_compiled):
+    model, ids = tiny_model(variant, **one_of_each(variant)), tokens(2, LENGTH)
     cache = TransXSSMCache(config=model.config)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")
@@ -523,11 +529,11 @@ def test_a_compiled_step_appends_what_an_uncompiled_one_does(is_prompt_compiled)
     assert_close(torch.cat((logits, *steps, rest), dim=1), logits_of(model, ids), torch.float64)
 
 
-@pytest.mark.parametrize("variant", ["hybrid", "convolution", "all_ssd"])
+@pytest.mark.parametrize("variant", ["convolution", "all_ssd"])
 def test_an_exported_step_has_no_room_among_its_outputs(variant):
     """As transformers' exporter takes a cache to pieces: every tensor in it is filled, and the program is right for another text."""
     exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")
-    model, ids = tiny_model(variant, dtype=torch.float32), tokens(2, LENGTH)
+    model, ids = tiny_model(variant, dtype=torch.float32, **one_of_each(variant)), tokens(2, LENGTH)
 
     def inputs(seed: int) -> dict[str, Any]:
         cache = TransXSSMCache(config=model.config)

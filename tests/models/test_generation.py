@@ -1,6 +1,7 @@
 """`generate` as its users call it, held to a greedy loop that runs the whole text again for every token."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from tests.models.tiny import (
     WITH_ATTENTION,
     logits_of,
     pad_rows,
-    skip_where_transformers_is_wrong,
     tiny_config,
     tiny_model,
     tokens,
+    transformers_is_wrong,
 )
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
 
@@ -36,35 +37,36 @@ def generate(model: TransXSSMForCausalLM, ids: Tensor | None = None, **arguments
     return model.generate(ids, **settings)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "cache": {},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+}
+CHUNKS = {f"chunks of {size}": {"prefill_chunk_size": size} for size in (1, 3, 20)}
+
+
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
 class TestGreedy:
     @pytest.fixture
     def model(self, variant) -> TransXSSMForCausalLM:
         return tiny_model(variant)
 
-    @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-    def test_follows_the_argmax(self, model, variant, arguments):
-        if "cache_implementation" in arguments:
-            skip_where_transformers_is_wrong("static cache of sliding layers", variant, SLIDING)
+    def test_follows_the_argmax(self, model, variant):
         ids = tokens(2, 7)
-        assert torch.equal(generate(model, ids, **arguments), greedy_by_hand(model, ids))
+        expected = greedy_by_hand(model, ids)
+        for way, arguments in (WAYS | CHUNKS).items():
+            if way == "static cache" and transformers_is_wrong(variant, SLIDING):
+                continue
+            assert torch.equal(generate(model, ids, **arguments), expected), way
 
-    @pytest.mark.parametrize(
-        "arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str
-    )
-    def test_left_padded_batch_is_each_row_alone(self, model, variant, arguments):
-        if "cache_implementation" in arguments:
-            skip_where_transformers_is_wrong("static cache of sliding layers", variant, SLIDING)
+    def test_left_padded_batch_is_each_row_alone(self, model, variant):
         rows = [tokens(1, length, seed=length)[0] for length in (9, 3, 6)]
         ids, mask = pad_rows(rows, left=[0, 6, 3], width=9)
-        generated = generate(model, ids, attention_mask=mask, **arguments)[:, 9:]
-        alone = [greedy_by_hand(model, row[None])[0, len(row) :] for row in rows]
-        assert torch.equal(generated, torch.stack(alone))
-
-    @pytest.mark.parametrize("prefill_chunk_size", [1, 3, 20])
-    def test_chunked_prefill(self, model, prefill_chunk_size):
-        ids = tokens(2, 7)
-        assert torch.equal(generate(model, ids, prefill_chunk_size=prefill_chunk_size), greedy_by_hand(model, ids))
+        alone = torch.stack([greedy_by_hand(model, row[None])[0, len(row) :] for row in rows])
+        for way, arguments in (WAYS | {"chunks of 4": {"prefill_chunk_size": 4}}).items():
+            if way == "static cache" and transformers_is_wrong(variant, SLIDING):
+                continue
+            assert torch.equal(generate(model, ids, attention_mask=mask, **arguments)[:, 9:], alone), way
 
     def test_prompt_of_embeddings(self, model):
         ids = tokens(2, 7)

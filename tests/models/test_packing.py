@@ -1,15 +1,28 @@
 """Documents packed into one row see nothing of each other: logits, losses and gradients are those of each document alone."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
-from tests.models.tiny import ALL_VARIANTS, FILLER, VARIANTS, gradients_of, logits_of, tiny_model, tokens
+from tests.models.tiny import (
+    ALL_VARIANTS,
+    FILLER,
+    VARIANTS,
+    combinations,
+    gradients_of,
+    logits_of,
+    one_of_each,
+    tiny_model,
+    tokens,
+)
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMForCausalLM
 
@@ -48,9 +61,7 @@ def one_row(model: TransXSSMForCausalLM, docs: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([logits_of(model, doc, use_cache=False) for doc in docs], dim=1)
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
-@pytest.mark.parametrize("marks", MARKS)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "marks", "use_cache"), combinations(MARKS, [True, False]))
 def test_logits_are_those_of_separate_documents(variant, marks, use_cache):
     model, docs = tiny_model(variant), documents(LENGTHS)
     packed = logits_of(model, torch.cat(docs, dim=1), use_cache=use_cache, **MARKS[marks](LENGTHS))
@@ -91,9 +102,7 @@ def mean_of_separate_losses(model: TransXSSMForCausalLM, docs: tuple[Tensor, ...
     )
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
-@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "marks", "use_cache"), combinations(["seq_idx", "position_ids"], [True, False]))
 class TestLoss:
     def test_is_the_mean_of_separate_losses(self, variant, marks, use_cache):
         model, docs = tiny_model(variant, dtype=torch.float32), documents(LENGTHS)
@@ -114,9 +123,7 @@ class TestLoss:
             assert_close(packed[name], gradient, torch.float64, name=name)
 
 
-@pytest.mark.parametrize("pieces", [[1, 1, 1, 1], [4], [1, 3]], ids=str)
-@pytest.mark.parametrize("marks", MARKS)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "marks", "pieces"), combinations(MARKS, [(1, 1, 1, 1), (4,), (1, 3)]), ids=str)
 def test_decoding_goes_on_with_the_last_document_only(variant, marks, pieces):
     model, docs, more = tiny_model(variant), documents(LENGTHS), tokens(1, 4, seed=3)
     cache = TransXSSMCache(config=model.config)
@@ -169,9 +176,7 @@ def padded_row(docs: tuple[Tensor, ...], marks: str, side: str) -> tuple[Tensor,
     return row, mask, marked
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("marks", MARKS)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "marks", "side"), combinations(MARKS, SIDES))
 def test_a_padded_packed_row(variant, marks, side):
     model, docs = tiny_model(variant), documents(LENGTHS)
     row, mask, marked = padded_row(docs, marks, side)
@@ -179,9 +184,7 @@ def test_a_padded_packed_row(variant, marks, side):
     assert_close(padded[:, mask[0].bool()], one_row(model, docs), torch.float64)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "marks", "side"), combinations(["seq_idx", "position_ids"], SIDES))
 def test_decoding_after_a_padded_packed_row(variant, marks, side):
     model, docs, more = tiny_model(variant), documents(LENGTHS), tokens(1, 3, seed=3)
     row, mask, marked = padded_row(docs, marks, side)
@@ -234,30 +237,45 @@ def test_generate_takes_the_documents_of_a_packed_prompt():
     assert torch.equal(model.generate(ids, seq_idx=seq_idx, use_cache=False, **options)[:, 20:], alone)
 
 
-@pytest.mark.parametrize("side", ["none", *SIDES])
-@pytest.mark.parametrize("marks", ["seq_idx", "position_ids"])
-@pytest.mark.parametrize("variant", ["hybrid", "everything", "all_ssd_mamba2"])
-def test_compiled_packed_rows(variant, marks, side):
-    """In one graph, into which the numbers of documents go unseen; then a row of one document in the same graph."""
-    model, docs = tiny_model(variant), documents(LENGTHS)
+def compiled_whole(model: TransXSSMForCausalLM, graphs: list[GraphModule]) -> Callable[..., Any]:
+    """The model compiled as one graph, which `graphs` keeps."""
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    if side == "none":
-        row, mask, marked = torch.cat(docs, dim=1), None, MARKS[marks](LENGTHS)
-    else:
+    return torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+
+
+@pytest.mark.parametrize(
+    ("variant", "marks"), [("hybrid", "seq_idx"), ("everything", "position_ids"), ("all_ssd_mamba2", "seq_idx")]
+)
+@torch.no_grad()
+def test_compiled_packed_rows(variant, marks):
+    """In one graph, into which the numbers of documents go unseen: a row of one document takes the same."""
+    model, docs, graphs = tiny_model(variant, **one_of_each(variant)), documents(LENGTHS), []
+    compiled, row = compiled_whole(model, graphs), torch.cat(docs, dim=1)
+    packed = compiled(row, use_cache=False, **MARKS[marks](LENGTHS)).logits
+    assert_close(packed, one_row(model, docs), torch.float64)
+    whole = compiled(row, use_cache=False, **MARKS[marks]([sum(LENGTHS)])).logits
+    assert_close(whole, logits_of(model, row), torch.float64)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "marks"), [("hybrid", "position_ids"), ("everything", "seq_idx"), ("all_ssd_mamba2", "position_ids")]
+)
+@torch.no_grad()
+def test_compiled_packed_rows_between_pads(variant, marks):
+    """In one graph, wherever the pads stand."""
+    model, docs, graphs = tiny_model(variant, **one_of_each(variant)), documents(LENGTHS), []
+    compiled, expected = compiled_whole(model, graphs), one_row(model, docs)
+    for side in SIDES:
         row, mask, marked = padded_row(docs, marks, side)
-    seen = torch.ones_like(row[0]) if mask is None else mask[0]
-    with torch.no_grad():
         packed = compiled(row, attention_mask=mask, use_cache=False, **marked).logits
-        assert_close(packed[:, seen.bool()], one_row(model, docs), torch.float64)
-        if side == "none":
-            whole = compiled(row, use_cache=False, **MARKS[marks]([sum(LENGTHS)])).logits
-            assert_close(whole, logits_of(model, row), torch.float64)
+        assert_close(packed[:, mask[0].bool()], expected, torch.float64, name=f"pads: {side}")
+    assert len(graphs) == 1
 
 
 def test_positions_that_nobody_gives_need_no_documents_when_compiled():
     """A mask of all pairs would be slower than causal attention without one."""
-    model, ids, attended = tiny_model("all_attention", attn_implementation="sdpa"), tokens(1, 9), []
+    model, ids, attended = tiny_model("all_attention", **one_of_each("all_attention")), tokens(1, 9), []
 
     def spy(graph, inputs):
         attended.extend(node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
@@ -266,13 +284,13 @@ def test_positions_that_nobody_gives_need_no_documents_when_compiled():
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, fullgraph=True, backend=spy)(ids, use_cache=False)
-    assert len(attended) == 3
+    assert len(attended) == 1
     assert all(node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] for node in attended)
 
 
 @pytest.mark.parametrize("positions", ["packed", "plain"])
 def test_a_compiled_prompt_in_a_cache_that_cannot_tell_documents_apart(positions):
-    model, ids = tiny_model(), torch.cat(documents(LENGTHS), dim=1)
+    model, ids = tiny_model(**one_of_each("hybrid")), torch.cat(documents(LENGTHS), dim=1)
     cache, compiled = DynamicCache(config=model.config), torch.compile(model, backend="eager")
     torch.compiler.reset()
     with torch.no_grad():
@@ -293,8 +311,7 @@ def test_generate_refuses_packed_rows_in_a_static_cache(variant, marks):
         model.generate(row, **MARKS[marks](LENGTHS), **options)
 
 
-@pytest.mark.parametrize("counted", [True, False], ids=["positions count pads", "positions leave pads out"])
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "counted"), combinations([True, False]))
 def test_documents_with_pads_between_them(variant, counted):
     """Positions fall back behind the pads, whether those were counted or not."""
     model, docs = tiny_model(variant), documents([6, 8])
@@ -308,14 +325,14 @@ def test_documents_with_pads_between_them(variant, counted):
 
 
 def losses_of_trainer(folder: Path, *, return_seq_idx: bool, **arguments) -> list[float]:
-    """Logged losses of three steps on flattened documents, as transformers' own collator packs them."""
+    """Logged losses of two steps, which differ in length, on flattened documents, as transformers' own collator packs them."""
     documents = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (5, 9, 4, 12, 7, 6)]
     trainer = Trainer(
-        model=tiny_model("mamba2", dtype=torch.float32),
+        model=tiny_model("mamba2", dtype=torch.float32, **one_of_each("mamba2")),
         args=TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=2,
-            max_steps=3,
+            max_steps=2,
             logging_steps=1,
             report_to=[],
             use_cpu=True,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from tests.models.tiny import ALL_VARIANTS, FILLER, gradients_of, logits_of, pad_rows, tiny_model, tokens
+from tests.models.tiny import ALL_VARIANTS, FILLER, combinations, gradients_of, logits_of, pad_rows, tiny_model, tokens
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache
 
@@ -19,10 +19,9 @@ def rows() -> list[Tensor]:
 
 
 # transformers' eager attention forms its softmax in float32.
-@pytest.mark.parametrize(("attention", "dtype"), [("sdpa", torch.float64), ("eager", torch.float32)])
-@pytest.mark.parametrize("side", LEFT)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-def test_logits(variant, side, attention, dtype):
+@pytest.mark.parametrize(("variant", "side", "attention"), combinations(LEFT, ["sdpa", "eager"]))
+def test_logits(variant, side, attention):
+    dtype = {"sdpa": torch.float64, "eager": torch.float32}[attention]
     model = tiny_model(variant, dtype=dtype)
     model.set_attn_implementation(attention)
     ids, mask = pad_rows(rows(), LEFT[side], WIDTH)
@@ -41,8 +40,7 @@ def test_unmasked_pads_do_count(variant):
     assert (logits_of(model, ids)[1, -len(alone) :] - alone).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("side", LEFT)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "side"), combinations(LEFT))
 def test_loss_and_gradients(variant, side):
     model = tiny_model(variant)
     ids, mask = pad_rows(rows(), LEFT[side], WIDTH)
@@ -60,9 +58,7 @@ def test_loss_and_gradients(variant, side):
         assert_close(padded_gradients[name], gradient, torch.float64, name=name)
 
 
-@pytest.mark.parametrize("pieces", [[1, 1, 1], [3], [1, 2]], ids=str)
-@pytest.mark.parametrize("side", LEFT)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "side", "pieces"), combinations(LEFT, [(1, 1, 1), (3,), (1, 2)]), ids=str)
 def test_decoding_after_a_padded_prompt(variant, side, pieces):
     model, more = tiny_model(variant), tokens(3, 3, seed=5)
     ids, mask = pad_rows(rows(), LEFT[side], WIDTH)
@@ -102,9 +98,8 @@ LENGTH = PATTERNS.shape[1]
 
 
 @pytest.mark.parametrize(
-    "pieces", [[LENGTH], [5, 9], [9, 5], [7, 1, 6], [1] * LENGTH], ids=["whole", "5 9", "9 5", "7 1 6", "ones"]
+    ("variant", "pieces"), combinations([(LENGTH,), (5, 9), (9, 5), (7, 1, 6), (1,) * LENGTH]), ids=str
 )
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_pads_between_tokens(variant, pieces):
     """One call, two calls or a call for each column: each row is its tokens alone."""
     model = tiny_model(variant)

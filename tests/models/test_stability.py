@@ -12,7 +12,7 @@ LENGTH = 16_384  # the paper's longest training length
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_training_at_16k_tokens_stay_finite():
+def test_five_steps_of_training_at_16k_tokens_stay_finite():
     torch.manual_seed(0)
     config = TransXSSMConfig(
         vocab_size=VOCAB_SIZE,
@@ -25,7 +25,7 @@ def test_twenty_steps_of_training_at_16k_tokens_stay_finite():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01)
     ids = tokens(1, LENGTH)
     losses = []
-    for step in range(20):
+    for step in range(5):
         loss = model(ids, labels=ids, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from tests.models.tiny import (
     ALL_VARIANTS,
     VOCAB_SIZE,
+    combinations,
     gradients_of,
     logits_of,
     pad_rows,
@@ -33,7 +34,7 @@ PROJECTIONS = [
 
 def losses_of_training(model: nn.Module, num_steps: int, **batch: Tensor) -> list[float]:
     """Losses of AdamW steps on one batch, before each step and after the last."""
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     losses = []
     for _ in range(num_steps):
         loss = model(**batch).loss
@@ -49,15 +50,14 @@ def losses_of_training(model: nn.Module, num_steps: int, **batch: Tensor) -> lis
 def test_learns_a_batch_by_heart(variant):
     model = tiny_model(variant, dtype=torch.float32).train()
     ids = tokens(4, 12)
-    losses = losses_of_training(model, 60, input_ids=ids, labels=ids)
+    losses = losses_of_training(model, 20, input_ids=ids, labels=ids)
     assert losses[-1] < 0.2 * losses[0]
     prompt = ids[:, :4]
     continued = model.eval().generate(prompt, max_new_tokens=8, do_sample=False)
     assert (continued == ids).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "use_reentrant"), combinations([True, False]))
 def test_gradient_checkpointing_changes_no_gradient(variant, use_reentrant):
     model, ids = tiny_model(variant).train(), tokens(2, 12)
     marks = {"seq_idx": torch.tensor([[0] * 5 + [1] * 7, [0] * 12])}
@@ -100,11 +100,9 @@ def test_compiles_as_one_graph():
     ("variant", "marked", "dynamic"),
     [
         ("hybrid", "plain", None),
-        ("hybrid", "packed", None),
-        ("hybrid", "padded", True),
-        ("everything", "plain", True),
-        ("mamba2", "packed", True),
         ("mamba2", "padded", None),
+        ("hybrid", "padded", True),
+        ("everything", "packed", True),
     ],
 )
 def test_training_makes_as_few_graphs_as_llama(variant, marked, dynamic):
@@ -149,7 +147,7 @@ class TestLora:
         model = with_lora(tiny_model(variant, dtype=torch.float32)).train()
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         ids = tokens(4, 12)
-        losses = losses_of_training(model, 30, input_ids=ids, labels=ids)
+        losses = losses_of_training(model, 10, input_ids=ids, labels=ids)
         assert losses[-1] < 0.7 * losses[0]
         for name, weight in model.named_parameters():
             assert torch.equal(weight, before[name]) == ("lora_" not in name), name
@@ -208,7 +206,7 @@ class TestSequenceClassification:
         ids, mask = pad_rows([tokens(1, length, seed=length)[0] for length in (9, 4, 6)], [0, 0, 0], 9)
         ids = ids.masked_fill(mask == 0, self.PAD)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
-        losses = losses_of_training(self.classifier(variant).train(), 20, **batch)
+        losses = losses_of_training(self.classifier(variant).train(), 8, **batch)
         assert losses[-1] < 0.5 * losses[0]
         assert all(map(math.isfinite, losses))
 

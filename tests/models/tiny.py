@@ -4,7 +4,10 @@ Weights are drawn ten times wider than a real initialisation, so that every laye
 signal; chunks are four tokens, so that short rows cross them.
 """
 
-import pytest
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import transformers
 from packaging.version import Version
@@ -74,10 +77,26 @@ SLIDING = [name for name, options in VARIANTS.items() if "sliding_window" in opt
 WITH_ATTENTION = [name for name in VARIANTS if not name.startswith("all_ssd")]
 
 
-def skip_where_transformers_is_wrong(feature: str, variant: str, affected: list[str]) -> None:
-    """Skips what transformers 5.17 itself gets wrong; found right in 5.23."""
-    if variant in affected and Version(transformers.__version__) < Version("5.23"):
-        pytest.skip(f"transformers {transformers.__version__} has no correct {feature}")
+def combinations(*options: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """(variant, option, …) for `parametrize`: the default and `everything` with every combination of the options, which is where two
+    options could get in each other's way, and every other variant with one of them, in turn."""
+    products = list(itertools.product(*options))
+    thorough = ["hybrid", "everything"]
+    others = [name for name in ALL_VARIANTS if name not in thorough]
+    return [(name, *chosen) for name in thorough for chosen in products] + [
+        (name, *chosen) for name, chosen in zip(others, itertools.cycle(products), strict=False)
+    ]
+
+
+def one_of_each(variant: str) -> dict[str, Any]:
+    """Overrides that leave a variant one layer of each of its kinds: compiling takes time by the layer."""
+    kinds = list(dict.fromkeys({**SIZES, **VARIANTS[variant]}["layer_types"]))
+    return {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+
+
+def transformers_is_wrong(variant: str, affected: list[str]) -> bool:
+    """Whether transformers itself gets an `affected` variant wrong, as 5.17 does; 5.23 was found right."""
+    return variant in affected and Version(transformers.__version__) < Version("5.23")
 
 
 def tiny_config(variant: str = "hybrid", **overrides) -> TransXSSMConfig:
