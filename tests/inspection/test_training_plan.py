@@ -43,13 +43,13 @@ def test_memory_is_near_the_measured(entry, mode, length):
     assert memory.weights + memory.activations == pytest.approx(cell["peak_bytes"], rel=CLOSE)
 
 
-@pytest.mark.parametrize("entry", ["large-1", "large-2"])
+@pytest.mark.parametrize("entry", ["large-1", "large-2", "memory-1", "memory-2"])
 def test_steps_and_memory_are_near_the_measured_with_one_gpu_and_two(entry):
     found = json.loads(MEASURED.with_name("scaling.json").read_text())[entry]
     sizes = {"gpus": found["gpus"], "length": found["length"], "rows": found["batch"], "gpu": "h200"}
     data = "ddp" if found["sharding"] == "none" else found["sharding"]
-    plan = plans(**sizes)[data, False]
-    assert plan.memory.total == pytest.approx(found["peak_bytes"], rel=CLOSE)
+    plan = plans(**sizes)[data, found.get("checkpointing", False)]
+    assert plan.memory.total - plan.memory.reserved == pytest.approx(found["peak_bytes"], rel=CLOSE)
     assert plan.step_seconds == pytest.approx(found["step_seconds"], rel=CLOSE)
     assert plan.tokens_per_second == pytest.approx(found["tokens_per_second"], rel=CLOSE)
 

@@ -43,7 +43,7 @@ class MemoryPlan(NamedTuple):
     weights: float  # float32
     optimizer: float  # AdamW's moments
     gathered: float  # weights of the shards of others, for the time of their layer or step
-    activations: float  # or the gradients, which take their place
+    activations: float  # or the gradients, which take their place, and those of a layer
     reserved: float = RESERVED_BYTES
 
     @property
@@ -171,7 +171,8 @@ def memory_plan(
     parameters = sum(counts.values())
     hidden, layers = config.hidden_size, config.num_hidden_layers
     kept = BFLOAT16 * (KEPT_HIDDEN * hidden + KEPT_INTERMEDIATE * config.intermediate_size)  # of a token in a layer
-    activations = tokens * (layers * BFLOAT16 * hidden + kept if is_checkpointing else layers * kept)
+    # What a layer gets has the type of the weights, since the embeddings do.
+    activations = tokens * (layers * weight_bytes * hidden + kept if is_checkpointing else layers * kept)
     gathered = 0.0
     if shards > 1:
         whole_step = counts["embeddings"] + counts["head"]  # with their gradient; and two layers, one on its way
@@ -180,7 +181,7 @@ def memory_plan(
         weights=weight_bytes * parameters / shards,
         optimizer=2 * FLOAT32 * parameters / shards,
         gathered=gathered,
-        activations=max(activations, weight_bytes * parameters / shards),
+        activations=max(activations, weight_bytes * parameters / shards + tokens * kept),
     )
 
 
