@@ -151,7 +151,7 @@ def greeting(folder: Path, flags: Sequence[str], url: str, seconds: float) -> st
         f"print(client.{call}.choices[0].{result})"
     )
     return (
-        f"Serving {model} at {url} (ready after {seconds:.0f} s; Ctrl-C ends it)\n"
+        f"Serving {model} at {url} (a page to try it on; ready after {seconds:.0f} s; Ctrl-C ends it)\n"
         f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{header} -d {shlex.quote(json.dumps(body))}\n"
         f'  python -c "{client}"'
     )

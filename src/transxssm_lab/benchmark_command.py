@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from transxssm.models import read_device
 from transxssm.models.checkpoint import read_dtype
+from transxssm.serving.vllm import require_supported_vllm
 from transxssm.wording import parse_length
 from transxssm_cli.tables import show, table_of
 from transxssm_lab.benchmarking import (
@@ -27,9 +28,11 @@ from transxssm_lab.benchmarking import (
 )
 from transxssm_lab.benchmarking import decode as decode_benchmark
 from transxssm_lab.benchmarking import ops as ops_benchmark
+from transxssm_lab.benchmarking import serving as serving_benchmark
 from transxssm_lab.benchmarking import throughput as throughput_benchmark
 from transxssm_lab.benchmarking.decode import OVER_BATCH
 from transxssm_lab.benchmarking.report import CONTENDER_HEADERS, OVER_LENGTH, Report, contender_rows, notes
+from transxssm_lab.benchmarking.serving import ServingSettings, run_serving
 
 DEFAULT_FOLDER = Path("runs/benchmarks")
 GIGABYTE = 1e9
@@ -131,6 +134,44 @@ def run_ops_command(
     with _progress(ops_benchmark.num_parts(settings, setup.device), folder) as notify:
         results = run_ops(settings, folder, setup=setup, budget=budget, notify=notify)
     _show(results, folder)
+
+
+def run_serving_command(
+    *,
+    preset: str,
+    dtype: str,
+    clients: tuple[str, ...],
+    prompt: int,
+    new: int,
+    long_prompt: str,
+    long_clients: int,
+    long_new: int,
+    repeats: int,
+    cache_gb: float,
+    budget_minutes: float,
+    output: Path | None,
+) -> None:
+    """Both models in vLLM.
+
+    Raises:
+        ValueError: vLLM is missing; an option that is unknown or impossible.
+    """
+    require_supported_vllm()
+    settings = ServingSettings(
+        preset=preset,
+        dtype=dtype,
+        clients=tuple(map(parse_length, clients)),
+        prompt=prompt,
+        new=new,
+        long_prompt=parse_length(long_prompt),
+        long_clients=long_clients,
+        long_new=long_new,
+        repeats=repeats,
+        cache_gigabytes=cache_gb,
+    )
+    folder = output or DEFAULT_FOLDER / f"{serving_benchmark.NAME}-{preset}-{dtype}"
+    results = run_serving(settings, folder, minutes=budget_minutes, say=lambda line: typer.echo(line, err=True))
+    _show(results, folder, serving_benchmark.REPORT)
 
 
 def _setup(device: str, threads: int | None) -> Setup:

@@ -167,6 +167,47 @@ def ops(
     )
 
 
+@benchmark.command()
+def serving(
+    preset: Preset = "small",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    clients: Annotated[
+        str, typer.Option(help="Requests at once with short prompts, such as 1,4,16.")
+    ] = "1,2,4,8,16,32,64",
+    prompt: Annotated[int, typer.Option(help="Tokens of a short prompt.")] = 64,
+    new: Annotated[int, typer.Option(help="Tokens that follow a short prompt.")] = 64,
+    long_prompt: Annotated[str, typer.Option(help="Tokens of a long prompt, such as 4K.")] = "4K",
+    long_clients: Annotated[int, typer.Option(help="Requests at once with long prompts.")] = 16,
+    long_new: Annotated[int, typer.Option(help="Tokens that follow a long prompt.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Timed turns of each load; both servers take turns.")] = 3,
+    cache_gb: Annotated[float, typer.Option(help="Cache of each server.")] = 2.0,
+    budget_minutes: BudgetMinutes = 60.0,
+    output: Output = None,
+) -> None:
+    """Our model and a Llama with as many parameters in vLLM, under the same load: throughput, time to first token, between tokens.
+
+    Needs vLLM (`make serve` builds an environment that has it).
+
+    Example: [cyan]transxssm benchmark serving --clients 1,16 --long-clients 4 --repeats 1[/]
+    """
+    from transxssm_lab.benchmark_command import names_in, run_serving_command
+
+    run_serving_command(
+        preset=preset,
+        dtype=dtype,
+        clients=names_in(clients),
+        prompt=prompt,
+        new=new,
+        long_prompt=long_prompt,
+        long_clients=long_clients,
+        long_new=long_new,
+        repeats=repeats,
+        cache_gb=cache_gb,
+        budget_minutes=budget_minutes,
+        output=output,
+    )
+
+
 def study(
     arguments: Annotated[
         list[str] | None,

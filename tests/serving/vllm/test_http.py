@@ -1,8 +1,11 @@
 """The server over HTTP, as `transxssm serve` starts it: one for all tests here, of a model of random weights whose tokens are bytes."""
 
+import asyncio
+import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +22,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serving` builds an environment that has it")
 
+import aiohttp
 import openai
 
 from tests.serving.checkpoints import byte_tokenizer, write_random_checkpoint
@@ -61,7 +65,7 @@ class Server:
             "--max-num-seqs",
             "16",
         ]
-        command = [sys.executable, "-m", "transxssm", "serve", str(folder), *flags, "--enable-prompt-tokens-details"]
+        command = [sys.executable, "-m", "transxssm", "serve", str(folder), *flags]
         with log.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + START_SECONDS
@@ -224,6 +228,63 @@ def test_chat(server, model):
 
 def test_models_are_listed(server):
     assert [entry.id for entry in server.client.models.list()] == ["little"]
+
+
+def test_page(server):
+    with urllib.request.urlopen(f"{server.url}/") as response:
+        page = response.read().decode()
+        assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "const isChat = true;" in page
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed here: the page's script was not run")
+    told = asyncio.run(told_by_page(browser, f"{server.url}/?prompt=Hello"))
+    assert float(told["speed"]) > 0
+    assert told["prefix"].startswith("22 tokens, ")
+    assert told["memory"].endswith("%")
+    assert told["model"] == "little"
+    assert len(told["text"]) > len("Hello")
+
+
+async def told_by_page(browser: str, url: str) -> dict[str, str]:
+    """What the page shows in a browser when it has written; a picture of it goes where SCREENSHOT says."""
+    port = free_port()
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--remote-debugging-port={port}",
+        "--window-size=800,700",
+        url,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    read = "Object.fromEntries([...document.querySelectorAll('[id]')].map((part) => [part.id, part.textContent]))"
+    try:
+        async with aiohttp.ClientSession() as session:
+            targets: list[dict[str, str]] = []
+            while not any(target["type"] == "page" for target in targets):
+                with contextlib.suppress(aiohttp.ClientError):
+                    targets = await (await session.get(f"http://127.0.0.1:{port}/json")).json()
+                await asyncio.sleep(0.2)
+            [address] = [target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page"]
+            async with session.ws_connect(address, max_msg_size=0) as page:
+                for number in range(600):
+                    question = {"expression": read, "returnByValue": True}
+                    await page.send_json({"id": number, "method": "Runtime.evaluate", "params": question})
+                    told = (await page.receive_json())["result"]["result"].get("value", {})
+                    if told.get("speed", "–") != "–" and told["memory"] != "–":
+                        break
+                    await asyncio.sleep(0.2)
+                if "SCREENSHOT" in os.environ:
+                    await page.send_json({"id": 1000, "method": "Page.captureScreenshot"})
+                    Path(os.environ["SCREENSHOT"]).write_bytes(
+                        base64.b64decode((await page.receive_json())["result"]["data"])
+                    )
+                return told
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 GOOD = {"model": "little", "prompt": "a", "max_tokens": 2}

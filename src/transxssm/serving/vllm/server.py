@@ -23,7 +23,7 @@ NULL_PAGES = 1  # which vLLM keeps for padding
 STATES_PER_SEQUENCE = 2  # the one that is read and the one that is written, where prefixes are cached
 # Longest sequences that a CPU's cache has room for where the machine has: prefixes stay in what is not in use.
 SEQUENCES = 64
-BASE_MODEL = "transxssm.serving.vllm.server.RefuseChat"
+MIDDLEWARE = "transxssm.serving.vllm.server."
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,8 +58,9 @@ def read_arguments(folder: Path, flags: Sequence[str]) -> Namespace:
         raise ValueError(f"got a second model, {args.model_tag!r}: expected one checkpoint, then vLLM's flags")
     if Path(args.model) != folder:
         raise ValueError(f"--model {args.model}: the checkpoint is the first argument, {folder}; leave the flag out")
-    if args.chat_template is None and not has_chat_template(folder):
-        args.middleware = [*args.middleware, BASE_MODEL]
+    is_base = args.chat_template is None and not has_chat_template(folder)
+    own = ("RefuseChat", "BasePage") if is_base else ("Page",)
+    args.middleware = [*args.middleware, *(MIDDLEWARE + name for name in own)]
     validate_parsed_serve_args(args)
     return args
 
@@ -82,6 +83,7 @@ def _defaults_of(folder: Path) -> list[str]:
         "--dtype",
         config.get("dtype") or "float32",  # vLLM's own choice would round float32 to bfloat16
         "--no-use-tqdm-on-load",
+        "--enable-prompt-tokens-details",  # how many of them were cached
         # Our operators are compiled already: torch.compile makes a CPU's start minutes longer, and its tokens no faster.
         *(["--enforce-eager"] if current_platform.is_cpu() else []),
     ]
@@ -178,6 +180,35 @@ def serve(args: Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     ServeSubcommand.cmd(args)
+
+
+class Page:
+    """ASGI middleware that answers `/` with a page to try the model on.
+
+    Args:
+        app: the server.
+    """
+
+    IS_CHAT = "true"
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        self.content = page.replace("IS_CHAT", self.IS_CHAT).encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != "/" or scope["method"] not in ("GET", "HEAD"):
+            await self.app(scope, receive, send)
+            return
+        headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(self.content)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": self.content if scope["method"] == "GET" else b""})
+
+
+class BasePage(Page):
+    """The same for a base model, which goes on from a text."""
+
+    IS_CHAT = "false"
 
 
 class RefuseChat:
