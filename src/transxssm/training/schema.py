@@ -228,8 +228,9 @@ def validated(schema: Any, sections: Mapping[str, Any], kind: str, *, also_known
             break
         at, value = inner, value[part]  # type: ignore[index]
         where.append(str(part))
-    expected = str(first["ctx"]["error"]) if first["type"] == "value_error" else _expected(at)  # of `within`
-    raise ValueError(f"{'.'.join(where)}: got {_shown(value)}, expected {expected}")
+    if first["type"] == "value_error":  # of `within`
+        raise ValueError(f"{'.'.join(where)}: got {value}, expected {first['ctx']['error']}")
+    raise ValueError(f"{'.'.join(where)}: got {_shown(value)}, expected {_expected(at)}")
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
