@@ -95,10 +95,10 @@ class TransXSSMAttention(nn.Module):
         angles: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the output projection takes, (b, t, h d), and the weights, of what `input_layers` give.
+        """Computes the input of the output projection, (b, t, h d), and the attention weights from the outputs of `input_layers`.
 
         Args:
-            angles: of the selective rotation.
+            angles: angles of the selective rotation.
         """
         queries, keys, values, *gates = projected
         heads = (*queries.shape[:2], -1, self.head_dim)
@@ -106,7 +106,7 @@ class TransXSSMAttention(nn.Module):
         v = values.view(heads).transpose(1, 2)  # (b, h, t, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if positions.length_scale is not None:  # behind the norm, which would take it out
+        if positions.length_scale is not None:  # after the norm, which would cancel it
             q = (q * positions.length_scale[..., None, None]).to(q.dtype)
         if angles is not None:
             q, k = rotate_by_angles(q, angles), rotate_by_angles(k, angles)
@@ -154,12 +154,12 @@ class TransXSSMAttention(nn.Module):
     def _is_causal_for_kernels(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
     ) -> bool:
-        """Whether whole rows attend as `has_kernels_for_rows` says, with nothing hidden but what comes later."""
+        """Whether these are whole rows with causal attention and no mask, for which `has_kernels_for_rows` is true."""
         is_whole = attention_mask is None and 1 < q.shape[2] == k.shape[2]
         return is_whole and self.is_causal and has_kernels_for_rows(self.config, self.training, options, q, k, v)
 
     def _is_for_single_query(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether this is a token that is decoded by SDPA, for which there is a faster way, and nothing but its output is asked for."""
+        """Whether SDPA decodes one token without gradients, and `single_query_attention` has a faster backend for it."""
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         return (
             self.config._attn_implementation == "sdpa"
@@ -170,7 +170,7 @@ class TransXSSMAttention(nn.Module):
 
 
 def _hides_keys_alike(mask: Tensor, k: Tensor) -> bool:
-    """Whether it says of each key if it is seen, the same for all heads."""
+    """Whether the mask is boolean and hides the same keys from all heads and queries of a row."""
     return mask.dtype == torch.bool and mask.shape[1:] == (1, 1, k.shape[2])
 
 
@@ -180,7 +180,7 @@ def has_kernels_for_rows(
     """Whether SDPA is asked for causal attention without dropout, and `causal_attention` has kernels for it.
 
     Args:
-        options: of the attention function, among them perhaps transformers' `is_causal`.
+        options: options of the attention function, possibly with transformers' `is_causal`.
     """
     is_causal = getattr(config, "is_causal", True) and options.get("is_causal") is not False
     has_dropout = is_training and config.attention_dropout > 0
@@ -189,9 +189,9 @@ def has_kernels_for_rows(
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """SDPA by another backend than cuDNN, where another is allowed.
+    """Makes SDPA use another backend than cuDNN, if another is allowed.
 
-    torch prefers cuDNN on Hopper, which makes a plan for every new length of the keys: a decoded token waits 65 ms for it on an H200.
+    On Hopper torch prefers cuDNN, which builds a plan for every new number of keys. A decoded token waits 65 ms for it on an H200.
     """
     cuda = torch.backends.cuda
     has_another = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()

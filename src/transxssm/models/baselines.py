@@ -1,11 +1,11 @@
-"""The models TransXSSM is compared with (Appendix B), out of transformers, with as many parameters: Llama, Mamba-2, Jamba.
+"""The models of transformers with which TransXSSM is compared at equal parameters (Appendix B): Llama, Mamba-2, Jamba.
 
 "Jamba" is the paper's word for a hybrid of attention and Mamba-2 blocks; transformers' Bamba is one. All have the hybrid's
-hidden size, vocabulary and tying. Llama and Jamba have its depth too, and their FFN's width makes up the difference; Mamba-2 has no
-FFN and makes it up in depth.
+hidden size, vocabulary and tying. Llama and Jamba also have its depth, and the width of their FFN is chosen to match the parameters.
+Mamba-2 has no FFN, so that its depth is chosen.
 
-Where mamba_ssm's kernels are not installed, transformers computes Mamba-2's scan with sums over products of Q × Q × n numbers, several
-times as slow as everything else in the model. `use_our_scan` has it compute the same function as this package does, in time to train it.
+Without mamba_ssm's kernels, transformers computes Mamba-2's scan by sums over products of Q × Q × n numbers, which takes several times as
+long as the rest of the model. `use_our_scan` makes it compute the same function by this package's scan, which is fast enough to train.
 """
 
 import copy
@@ -29,7 +29,7 @@ from transxssm.ops.short_convolution import short_convolution
 from transxssm.ops.ssd import ssd_chunk_scan
 
 PARAMETER_TOLERANCE = 0.02
-# A width that is a multiple of a large power of two suits the hardware; it may cost this much of the match.
+# The deviation in parameters that is accepted for a width that is a multiple of a large power of two, which suits the hardware.
 _ROUNDING_TOLERANCE = 0.005
 _WIDTH_MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -38,22 +38,22 @@ MAMBA2_EXPAND = 2
 MAMBA2_GROUPS = 1
 MAMBA2_CONV_KERNEL_SIZE = 4
 MAMBA2_CHUNK_SIZE = 256
-_LONGEST = 131072  # positions: transformers refuses none, but warns beyond what a configuration names
+_LONGEST = 131072  # positions; transformers warns beyond the number in a configuration
 
 
 def count_baseline_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the causal language model of a configuration, tied ones once; nothing is allocated."""
+    """Number of parameters of a configuration's causal language model, tied ones counted once. No memory is allocated."""
     return sum(parameter.numel() for parameter in language_model_on_meta(config).parameters())
 
 
 def language_model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The modules of a causal language model, with shapes and no storage."""
+    """The modules of a causal language model on the meta device, with shapes but no storage."""
     with torch.device("meta"):
         return _model_of(config)
 
 
 def llama_config(config: TransXSSMConfig) -> LlamaConfig:
-    """A Llama of the hybrid's width, depth and heads, its FFN as wide as the parameters need.
+    """A Llama with the hybrid's width, depth and heads. The width of its FFN matches the number of parameters.
 
     Raises:
         ValueError: no width comes within `PARAMETER_TOLERANCE` of the hybrid's parameters.
@@ -74,10 +74,10 @@ def llama_config(config: TransXSSMConfig) -> LlamaConfig:
 def jamba_config(config: TransXSSMConfig) -> BambaConfig:
     """Mamba-2 blocks where the hybrid has SSD layers, attention where it has attention, an FFN after each (transformers' Bamba).
 
-    Attention rotates the whole head, as the hybrid's does; the Mamba-2 blocks leave positions to convolution and recurrence.
+    Attention rotates the whole head, as in the hybrid. The Mamba-2 blocks encode positions by convolution and recurrence only.
 
     Raises:
-        ValueError: no FFN width comes within `PARAMETER_TOLERANCE` of the hybrid's parameters; heads that do not divide the block.
+        ValueError: no FFN width comes within `PARAMETER_TOLERANCE` of the hybrid's parameters, or the heads do not divide the block.
     """
     num_heads = _mamba2_heads(config)
 
@@ -102,10 +102,10 @@ def jamba_config(config: TransXSSMConfig) -> BambaConfig:
 
 
 def mamba2_config(config: TransXSSMConfig) -> Mamba2Config:
-    """A Mamba-2 of the hybrid's width, as deep as the parameters need; where a layer is too coarse a step, its state is resized.
+    """A Mamba-2 with the hybrid's width. Its depth and, for small differences, its state size match the number of parameters.
 
     Raises:
-        ValueError: no depth and state size come within `PARAMETER_TOLERANCE`; heads that do not divide the block.
+        ValueError: no depth and state size come within `PARAMETER_TOLERANCE`, or the heads do not divide the block.
     """
     num_heads, target = _mamba2_heads(config), count_baseline_parameters(config)
 
@@ -146,15 +146,15 @@ BASELINES: dict[str, Callable[[TransXSSMConfig], PreTrainedConfig]] = {
 def new_language_model(
     config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> PreTrainedModel:
-    """A language model with new weights, of this package or a baseline.
+    """Makes a language model with new weights, of this package or a baseline.
 
-    transformers initialises, with one exception: it starts every time step of Bamba's Mamba-2 blocks at softplus(1) ≈ 1.3, which
-    leaves a state a half-life of half a token; they start as Mamba-2's do, log-uniform in [0.001, 0.1].
+    transformers initialises the weights, with one exception: it starts every time step of Bamba's Mamba-2 blocks at softplus(1) ≈ 1.3,
+    which gives states a half-life of half a token. Here they start as in Mamba-2, log-uniform in [0.001, 0.1].
 
     Args:
-        config: a `TransXSSMConfig`, or one of this module's.
-        dtype: of the weights.
-        options: of `AutoModelForCausalLM.from_config`, such as attn_implementation.
+        config: a `TransXSSMConfig`, or a configuration made by this module.
+        dtype: dtype of the weights.
+        options: options of `AutoModelForCausalLM.from_config`, such as attn_implementation.
     """
     model = _model_of(config, dtype=dtype, **options)
     if isinstance(config, BambaConfig):
@@ -168,7 +168,7 @@ def new_language_model(
 
 
 def _model_of(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    if isinstance(config, TransXSSMConfig):  # also where nobody has registered it with the Auto classes
+    if isinstance(config, TransXSSMConfig):  # works without registration with the Auto classes, too
         return TransXSSMForCausalLM._from_config(config, **options)
     return AutoModelForCausalLM.from_config(config, **options)
 
@@ -195,7 +195,7 @@ def _attention_fields(config: TransXSSMConfig) -> dict[str, Any]:
 
 
 def _fixed_rotation(config: TransXSSMConfig) -> dict[str, Any]:
-    """The hybrid's rotation by position, without what it may add to it."""
+    """The hybrid's rotation by position, without a selective rotation."""
     rope = copy.deepcopy(config.rope_parameters or {})
     if rope.get("rope_type") != SELECTIVE_ROPE_TYPE:
         return rope
@@ -213,7 +213,7 @@ def _mamba2_heads(config: TransXSSMConfig) -> int:
 
 
 def _solve_linear(with_size: Callable[[int], PreTrainedConfig], target: int) -> float:
-    """The size at which the parameters, which are linear in it, are `target`."""
+    """The size at which the number of parameters, which is linear in it, is `target`."""
     at_1, at_2 = (count_baseline_parameters(with_size(size)) for size in (1, 2))
     return 1 + (target - at_1) / (at_2 - at_1)
 
@@ -243,10 +243,10 @@ def _no_match(name: str, closest: PreTrainedConfig, target: int) -> ValueError:
 
 
 def use_our_scan(model: PreTrainedModel) -> None:
-    """Has every Mamba-2 mixer of a model (Mamba2, Bamba) compute whole sequences with `ssd_chunk_scan`, in place.
+    """Makes every Mamba-2 mixer of a model (Mamba2, Bamba) compute whole sequences by `ssd_chunk_scan`, in place.
 
-    Weights, configuration and what is saved stay transformers' own; so do a forward pass with a cache, and a mixer of another
-    activation than SiLU.
+    Weights, configuration and saved files remain those of transformers. A forward pass with a cache and mixers with another activation
+    than SiLU still use its code.
     """
     for module in model.modules():
         if isinstance(module, Mamba2Mixer | BambaMixer) and module.activation == "silu":

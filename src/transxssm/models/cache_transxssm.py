@@ -1,5 +1,5 @@
-"""The decoding caches: transformers' own, which also count their tokens, remember where the last document began, and write a token's
-keys and values where there is room instead of copying all the earlier ones.
+"""The decoding caches. They extend transformers' own: they count their tokens, remember where the last document began, and append a
+token's keys and values in place instead of copying all earlier ones.
 
 Letters: b batch, h heads, t time, d head_dim of attention.
 """
@@ -36,24 +36,26 @@ _FILE_FORMAT = "transxssm cache 1"
 
 @dataclass(frozen=True)
 class CacheSnapshot:
-    """Where a cache was, to which `TransXSSMCache.restore` takes it back: the states, and of keys and values no more than their number.
+    """The contents of a cache at one moment, for `TransXSSMCache.restore`: the states, and only the number of keys and values.
 
     Args:
-        num_tokens: that the cache held, pads included.
-        num_bytes: that the snapshot holds, the same at any length.
+        num_tokens: number of tokens in the cache, pads included.
+        num_bytes: size of the snapshot, which does not depend on the number of tokens.
     """
 
     num_tokens: int
     num_bytes: int
-    _cuts: list[int]  # the cache's own, by which it knows its snapshots
+    _cuts: list[int]  # the list of the cache itself, by which it recognises its snapshots
     _num_cuts: int
     _layers: list[dict[str, Any]]
     _document_start: Tensor | None
 
 
 class _Cuts:
-    """How many tokens stayed each time that some of a cache's were taken back, and −1 where its rows were changed. In a slot, where
-    exporters, which make an output of every attribute, do not see it."""
+    """The number of tokens that were left after each removal from a cache, and −1 for each change of its rows.
+
+    It is kept in a slot, since exporters make an output of every other attribute.
+    """
 
     __slots__ = ("_list",)
     _list: list[int]
@@ -82,7 +84,7 @@ class TransXSSMCache(_Cuts, DynamicCache):
                 self.layers[index] = SlidingLayer(sliding_window=layer.sliding_window)
             elif type(layer) is LinearAttentionLayer:
                 self.layers[index] = StateLayer(number_of_states=layer.number_of_states)
-        self.document_start: Tensor | None = None  # (b,) index of the last document's first token, 0 everywhere if None
+        self.document_start: Tensor | None = None  # (b,) index of the last document's first token; None if all are 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of cached tokens, pads included."""
@@ -99,10 +101,10 @@ class TransXSSMCache(_Cuts, DynamicCache):
         self._cuts.append(-1)
 
     def snapshot(self) -> CacheSnapshot:
-        """Notes where the cache is, so that what is read from here on can be taken back.
+        """Records the contents of the cache, so that tokens that are read from now on can be removed again.
 
-        It copies the states of SSD layers and the keys and values of sliding windows, a constant number of bytes; those of attention layers
-        stay in the cache. A copy that goes its own way is `copy.deepcopy`.
+        It copies the states of SSD layers and the keys and values of sliding windows, a constant number of bytes. The keys and values of
+        full attention layers stay in the cache. For an independent copy use `copy.deepcopy`.
         """
         layers = [_contents_of(layer) for layer in self.layers]
         tensors = [each for contents in layers for each in contents.values() if isinstance(each, Tensor)]
@@ -116,11 +118,11 @@ class TransXSSMCache(_Cuts, DynamicCache):
         )
 
     def restore(self, snapshot: CacheSnapshot) -> None:
-        """Takes the cache back to where it was at a snapshot, as often as one likes.
+        """Restores the contents that the cache had at a snapshot. A snapshot can be restored any number of times.
 
         Raises:
-            ValueError: a snapshot of another cache; one that no longer fits, since its tokens were taken back or the rows of the batch
-                were changed after it.
+            ValueError: the snapshot is of another cache, or no longer fits because its tokens were removed or the rows of the batch were
+                changed after it.
         """
         if snapshot._cuts is not self._cuts:
             raise ValueError(
@@ -132,7 +134,7 @@ class TransXSSMCache(_Cuts, DynamicCache):
                 "reordered, repeated or reset; keep a copy.deepcopy of the cache instead"
             )
         for index, layer in enumerate(self.layers):
-            # A selective rotation's states are added at the first token.
+            # Layers for the states of selective rotations are added at the first token.
             _put_back(layer, snapshot._layers[index] if index < len(snapshot._layers) else {}, snapshot.num_tokens)
         self.document_start = snapshot._document_start
         self._cuts.append(snapshot.num_tokens)
@@ -141,8 +143,8 @@ class TransXSSMCache(_Cuts, DynamicCache):
         """Writes the cache into a safetensors file, for `load` with the same model.
 
         Args:
-            path: of the file.
-            model: whose cache it is; its fingerprint goes into the file.
+            path: path of the file.
+            model: the model of the cache. Its fingerprint is stored in the file.
         """
         tensors = {} if self.document_start is None else {"document_start": self.document_start}
         numbers = []
@@ -158,7 +160,7 @@ class TransXSSMCache(_Cuts, DynamicCache):
         """Reads a cache that `save` has written, onto the model's device.
 
         Raises:
-            ValueError: no such file, one that holds no cache or is damaged, or the cache of another model.
+            ValueError: the file does not exist, holds no cache, is damaged, or holds the cache of another model.
         """
         try:
             with safe_open(path, framework="pt", device=str(model.device)) as file:
@@ -177,7 +179,7 @@ class TransXSSMCache(_Cuts, DynamicCache):
         cache = cls(config=model.config)
         numbers = json.loads(metadata["layers"])
         while len(cache.layers) < len(numbers):
-            cache.layers.append(StateLayer())  # of selective rotations
+            cache.layers.append(StateLayer())  # for selective rotations
         cache.document_start = tensors.pop("document_start", None)
         for index, layer in enumerate(cache.layers):
             prefix = f"layers.{index}."
@@ -186,10 +188,10 @@ class TransXSSMCache(_Cuts, DynamicCache):
         return cache
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens away, −tokens_to_remove of them, where all layers attend.
+        """Removes the last −tokens_to_remove tokens, if all layers are attention layers.
 
         Raises:
-            ValueError: an SSD layer, whose state has summed the tokens; tokens of a packed row's earlier documents.
+            ValueError: there is an SSD layer, whose state has summed the tokens, or the tokens are of a packed row's earlier documents.
         """
         if tokens_to_remove and any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             raise ValueError(
@@ -226,7 +228,7 @@ class TransXSSMCache(_Cuts, DynamicCache):
 
 
 class StaticStatesCache(StaticCache):
-    """A cache of states alone, whose step can be compiled once: a tensor counts its tokens, as those of other static caches are."""
+    """A cache of states alone, whose step can be compiled once. A tensor counts its tokens, as in other static caches."""
 
     def get_seq_length(self, layer_idx: int = 0) -> Tensor | int:
         """Number of cached tokens, pads included."""
@@ -234,25 +236,25 @@ class StaticStatesCache(StaticCache):
 
 
 def has_keys(cache: Cache) -> bool:
-    """Whether any layer of the cache attends, and so counts its tokens. One that is made at the first token does."""
+    """Whether any layer of the cache is an attention layer, which counts its tokens. A layer that is made at the first token is one."""
     return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def num_cached_tokens(cache: Cache | None) -> Any:
-    """Number of cached tokens, pads included, in any cache: an integer, or a tensor where a static cache counts."""
+    """Number of cached tokens, pads included, in any cache: an integer, or a tensor if a static cache counts."""
     if cache is None:
         return 0
     return cache.get_seq_length() if has_keys(cache) else num_counted_tokens(cache)
 
 
 def num_counted_tokens(cache: Cache) -> Any:
-    """What `count_tokens` has counted since the states began."""
+    """The number of tokens that `count_tokens` has counted since the states were zero."""
     first = cache.layers[0]
     return getattr(first, "num_seen_tokens", 0) if first.has_previous_state[0] else 0
 
 
 def count_tokens(cache: Cache, num_before: Any, num_new: int) -> None:
-    """Notes on a cache of states alone how many tokens they have summed. The first of them keeps it: any cache may hold them."""
+    """Records in a cache of states alone how many tokens they have summed. The first layer holds the count, in any kind of cache."""
     if has_keys(cache):
         return
     first = cache.layers[0]
@@ -269,7 +271,7 @@ def count_tokens(cache: Cache, num_before: Any, num_new: int) -> None:
 
 
 class StateLayer(LinearAttentionLayer):
-    """A layer's states, of which rows can be taken and repeated, and no token taken back."""
+    """A layer's states. Rows can be selected and repeated, but no token can be removed."""
 
     is_croppable = False
 
@@ -282,7 +284,7 @@ class StateLayer(LinearAttentionLayer):
         self._map_states(lambda state: state[indices.to(state.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Of no tokens; others `TransXSSMCache.crop` refuses."""
+        """Does nothing: `TransXSSMCache.crop` refuses to remove tokens from states."""
 
     def _map_states(self, change: Callable[[Tensor], Tensor]) -> None:
         for states in (self.conv_states, self.recurrent_states):
@@ -292,17 +294,17 @@ class StateLayer(LinearAttentionLayer):
 
 
 class _Room:
-    """Buffers in a slot, where exporters, which make an input and an output of every attribute, do not see them."""
+    """Buffers in a slot, since exporters make an input and an output of every other attribute."""
 
     __slots__ = ("_buffers",)
     _buffers: dict[str, Tensor]
 
 
 class GrowingLayer(_Room, DynamicLayer):
-    """Keys and values at the front of buffers with room behind them, so that a token costs what it adds, not all before it.
+    """Keys and values at the front of larger buffers, so that appending a token does not copy the earlier ones.
 
-    `keys` and `values` are views of what is filled. Whoever replaces them (a beam search, `crop`) need not know of the buffers:
-    what no longer lies at a buffer's front is copied into a new one at the next update. What is traced appends a copy.
+    `keys` and `values` are views of the filled part. Code that replaces them (beam search, `crop`) need not know about the buffers:
+    tensors that are not at the front of a buffer are copied into a new one at the next update. While tracing, an update makes a copy.
     """
 
     keys: Tensor
@@ -313,7 +315,7 @@ class GrowingLayer(_Room, DynamicLayer):
         self._buffers = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends (b, h, t, d) each; returns all keys and values."""
+        """Appends (b, h, t, d) each, and returns all keys and values."""
         needs_grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if needs_grad or is_tracing(key_states):
             self._buffers = {}
@@ -331,13 +333,11 @@ class GrowingLayer(_Room, DynamicLayer):
     def _append(self, name: str, past: Tensor, new: Tensor) -> Tensor:
         start = past.shape[-2] if past.numel() else 0
         stop = start + new.shape[-2]
-        dtype = torch.promote_types(past.dtype, new.dtype)  # what was cached under autocast may go on without
+        dtype = torch.promote_types(past.dtype, new.dtype)  # the cached ones may come from autocast
         buffers = self._own_buffers()
         buffer = buffers.get(name)
         if buffer is None or buffer.dtype != dtype or stop > buffer.shape[-2] or not _is_front(past, buffer):
-            room = max(
-                _MIN_ROOM, start // 4
-            )  # a prompt is taken as it is; what goes on growing is copied ever more rarely
+            room = max(_MIN_ROOM, start // 4)  # a prompt is not copied; a growing cache is copied less and less often
             buffer = new.new_empty(*new.shape[:-2], stop + room, new.shape[-1], dtype=dtype)
             if start:
                 buffer[..., :start, :] = past
@@ -352,12 +352,12 @@ class GrowingLayer(_Room, DynamicLayer):
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
-    """The keys and values of each row's last tokens, as many as a window reaches back; pads take none of their places."""
+    """The keys and values of the last tokens of each row that fit into the window. Pads take no place in it."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends (b, h, t, d) each; returns those that were kept and the new ones.
+        """Appends (b, h, t, d) each, and returns the kept and the new ones.
 
         Args:
             padding_mask: (b, t), 0 at pads.
@@ -366,7 +366,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         if self.record_past:
             return keys, values
         num_passed = max(keys.shape[-2] - (self.sliding_window - 1), 0)
-        if self.sliding_window == 1:  # of which transformers keeps all
+        if self.sliding_window == 1:  # transformers would keep all tokens
             self.keys, self.values = keys[..., num_passed:, :], values[..., num_passed:, :]
         elif padding_mask is not None:
             batch, length = padding_mask.shape
@@ -380,10 +380,10 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
 
 def _contents_of(layer: Any, *, with_all_keys: bool = False) -> dict[str, Any]:
-    """Copies of a layer's tensors, and its numbers. Empty before its first tokens.
+    """Copies of a layer's tensors, and its counters. Empty before its first tokens.
 
     Args:
-        with_all_keys: with those of an attention layer without a window, which otherwise stay where they are.
+        with_all_keys: also copy keys and values of an attention layer without a window.
     """
     if isinstance(layer, LinearAttentionLayer):
         if not layer.has_previous_state[0]:
@@ -405,7 +405,7 @@ def _put_back(layer: Any, contents: dict[str, Any], num_tokens: int | None) -> N
     if not contents:
         layer.reset()
     elif isinstance(layer, LinearAttentionLayer):
-        write_ssd_state(layer, contents["recurrent_state"], contents.get("conv_state"))  # which copies them
+        write_ssd_state(layer, contents["recurrent_state"], contents.get("conv_state"))  # copies them
         if "num_seen_tokens" in contents:
             layer.num_seen_tokens = contents["num_seen_tokens"]
     elif "keys" in contents:
@@ -419,10 +419,10 @@ def _put_back(layer: Any, contents: dict[str, Any], num_tokens: int | None) -> N
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """A number of a model's options and weights, by which its caches are known.
+    """A hash of a model's options and weights, which identifies its caches.
 
-    It reads some 1024 numbers of a weight, evenly spaced, so that it costs milliseconds at any size. Training moves them all; a single
-    number that was changed on purpose may go unseen.
+    It reads some 1024 evenly spaced numbers of each weight, so that it costs milliseconds at any size. Training changes them all, but a
+    change of a single number may go unnoticed.
     """
     own = {name: value for name, value in model.config.to_dict().items() if name in TransXSSMConfig.__annotations__}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
@@ -435,7 +435,7 @@ def fingerprint_of(model: PreTrainedModel) -> str:
 
 
 def _is_front(part: Tensor, buffer: Tensor) -> bool:
-    """Whether `part` is the first tokens of `buffer`, in place."""
+    """Whether `part` is a view of the first tokens of `buffer`."""
     return (
         part.data_ptr() == buffer.data_ptr()
         and part.shape[:-2] == buffer.shape[:-2]
@@ -444,11 +444,12 @@ def _is_front(part: Tensor, buffer: Tensor) -> bool:
 
 
 def ssd_state_of(cache: Cache | None, layer_idx: int) -> LinearAttentionLayer | None:
-    """A layer's own part of the cache, which is all that an SSD layer sees: a layer that looked itself up by its number would be
-    compiled once for every number, and each call would try the others first.
+    """A layer's own part of the cache, which an SSD layer gets instead of the cache.
+
+    A layer that looked itself up by its index would be compiled once for every index, and each call would check the guards of the others.
 
     Raises:
-        ValueError: a cache that was made without this model's config.
+        ValueError: the cache was made without this model's config.
     """
     if cache is None:
         return None
@@ -464,8 +465,10 @@ def ssd_state_of(cache: Cache | None, layer_idx: int) -> LinearAttentionLayer | 
 
 
 def angle_states_of(cache: Cache | None, num_layers: int) -> list[LinearAttentionLayer] | None:
-    """The last inputs and the running angle of each layer's selective rotation, which any cache keeps behind the model's own layers: they
-    are reset, reordered, repeated and moved with them."""
+    """The last inputs and the running angle of each layer's selective rotation.
+
+    Any cache keeps them after the model's own layers, so that they are reset, reordered, repeated and moved with these.
+    """
     if cache is None:
         return None
     while len(cache.layers) < 2 * num_layers:
@@ -478,22 +481,22 @@ def read_ssd_state(cached: LinearAttentionLayer | None) -> tuple[Tensor | None, 
     if cached is None or not cached.has_previous_state[0]:
         return None, None
     state, conv_state = cached.recurrent_states[0], cached.conv_states[0]
-    if torch.is_grad_enabled():  # the buffers are overwritten in place, which backward must not see
+    if torch.is_grad_enabled():  # backward needs the old values, and the buffers are overwritten in place
         return state.clone(), None if conv_state is None else conv_state.clone()
     return state, conv_state
 
 
 def write_ssd_state(cached: LinearAttentionLayer, state: Tensor, conv_state: Tensor | None) -> None:
-    """Copies a layer's new states into the cache and marks them as there.
+    """Copies a layer's new states into the cache and marks the layer as initialised.
 
-    transformers marks a layer in `update_conv_state` only, so that without this a model without convolution would start
-    from zero again at every call.
+    transformers marks a layer only in `update_conv_state`, so that otherwise a model without convolution would start from zero at every
+    call.
     """
     cached.update_recurrent_state(state)
     if conv_state is not None:
         previous = cached.conv_states[0]
         if previous is None or torch.promote_types(previous.dtype, conv_state.dtype) != previous.dtype:
-            cached.lazy_initialization(conv_states=conv_state)  # and where the old one, of an autocast, would round
+            cached.lazy_initialization(conv_states=conv_state)  # also if the old one is of a lower precision
         cached.conv_states[0].copy_(conv_state)
     cached.device = state.device
     cached.has_previous_state[0] = True

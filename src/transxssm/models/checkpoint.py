@@ -1,4 +1,4 @@
-"""A checkpoint folder, read with every refusal in one line: missing, cut short, of another model, with another's tokenizer."""
+"""Reads checkpoint folders. Every refusal is one line: a folder is missing, truncated, of another model, or has another tokenizer."""
 
 import json
 from pathlib import Path
@@ -21,16 +21,16 @@ from transxssm.models.ssd_mixer import name_in_checkpoints
 from transxssm.wording import one_line
 
 CONFIG = "config.json"
-HEADER_LENGTH_BYTES = 8  # a safetensors file: the header's length, the header in JSON, the tensors
+HEADER_LENGTH_BYTES = 8  # a safetensors file has the header's length, the header in JSON, and the tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_config(folder: Path) -> TransXSSMConfig:
-    """The configuration in a checkpoint folder; no weight is read.
+    """The configuration in a checkpoint folder. No weight is read.
 
     Raises:
-        ValueError: there is no such folder, it holds no model, another kind of model, or sizes that do not fit each other.
+        ValueError: there is no such folder, or it holds no model, another kind of model, or sizes that do not fit each other.
     """
     kind = _model_type(folder)
     if kind != TransXSSMConfig.model_type:
@@ -45,20 +45,20 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
     """The language model in a checkpoint folder, on a device, in evaluation mode.
 
     Args:
-        folder: as `save_pretrained` leaves it.
-        dtype: of the weights (A_log, dt_bias and D stay float32). Defaults to the dtype in which they were saved.
-        device: from `read_device`.
+        folder: a folder written by `save_pretrained`.
+        dtype: dtype of the weights (A_log, dt_bias and D stay float32). Defaults to the dtype in which they were saved.
+        device: a device from `read_device`.
 
     Raises:
-        ValueError: see `read_config`; weights that are missing, cut short, or of other shapes than the configuration says.
+        ValueError: see `read_config`; or weights are missing, truncated, or of other shapes than the configuration says.
     """
     return _load(TransXSSMForCausalLM, folder, read_config(folder), dtype, device)
 
 
 def load_causal_lm(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The language model in a folder, ours or any other that transformers knows, on a device, in evaluation mode.
+    """The language model in a folder, of this package or transformers, on a device, in evaluation mode.
 
-    Code that a folder brings along is not run.
+    Code in the folder is not run.
 
     Args:
         folder, dtype, device: as for `load_model`.
@@ -73,10 +73,10 @@ def load_causal_lm(folder: Path, *, dtype: torch.dtype | None, device: torch.dev
 
 
 def read_causal_lm_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a causal language model in a folder, ours or any other that transformers knows; no weight is read.
+    """The configuration of a causal language model in a folder, of this package or transformers. No weight is read.
 
     Raises:
-        ValueError: see `read_config`; a kind of model that transformers does not know, or that is no causal language model.
+        ValueError: see `read_config`; or the model is unknown to transformers, or is not a causal language model.
     """
     if _model_type(folder) == TransXSSMConfig.model_type:
         return read_config(folder)
@@ -95,7 +95,7 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
     """The tokenizer in a checkpoint folder.
 
     Raises:
-        ValueError: there is none, or it has token ids that the model has no embedding for.
+        ValueError: there is no tokenizer, or it has token ids for which the model has no embedding.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
@@ -112,10 +112,10 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
 
 
 def read_device(name: str) -> torch.device:
-    """A device by name; "auto" is the first GPU if torch sees one, else the CPU.
+    """A device by name. "auto" is the first GPU if torch sees one, else the CPU.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,15 +124,15 @@ def read_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:1, …") from None
     try:
-        torch.zeros(1, device=device).item()  # the name alone says nothing about the machine
-    except (NotImplementedError, ImportError) as error:  # the former lists every key of torch's dispatcher
+        torch.zeros(1, device=device).item()  # torch.device accepts names of devices that are not there
+    except (NotImplementedError, ImportError) as error:  # torch's message lists every key of its dispatcher
         raise ValueError(
             f"device {name!r} cannot be used here: this torch has no such backend; {_devices()}"
         ) from error
     except (RuntimeError, AssertionError) as error:
         reason = (
             str(error).split("\n", 1)[0].split(". ", 1)[0].rstrip(".")
-        )  # what follows is advice on building or debugging torch
+        )  # the rest is advice on building or debugging torch
         raise ValueError(f"device {name!r} cannot be used here: {reason}; {_devices()}") from error
     return device
 
@@ -167,7 +167,7 @@ def _load(
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # not ignored, but named below: transformers' error names none
+            ignore_mismatched_sizes=True,  # reported below, since transformers' error does not name them
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
@@ -185,7 +185,7 @@ def _load(
             "them; put the configuration there that they were saved with"
         )
     absent = sorted(map(name_in_checkpoints, report["missing_keys"]))
-    if absent:  # transformers would draw them at random
+    if absent:  # transformers would initialise them at random
         raise ValueError(f"{folder} lacks {len(absent)} of the model's weights, {absent[0]} among them: save it anew")
     return model.to(device).eval()
 
@@ -216,14 +216,14 @@ def _unfinished_hint(folder: Path) -> str:
 
 
 def read_dtype(name: str, *others: str) -> torch.dtype:
-    """The type of a name.
+    """The dtype of this name.
 
     Args:
-        name: as the user gave it.
-        others: what else would be accepted in its place, for the message.
+        name: the name that the user gave.
+        others: other accepted values, for the message.
 
     Raises:
-        ValueError: no such type.
+        ValueError: there is no such dtype.
     """
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}: expected one of {', '.join([*others, *DTYPES])}")

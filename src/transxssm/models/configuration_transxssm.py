@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from transxssm.ops import rotary_frequencies
 
-# Fields that may be left out: None goes in, `__post_init__` derives the value, readers see it.
+# Fields that may be None on construction. `__post_init__` derives their values.
 DERIVED: Any = None
 if TYPE_CHECKING:
     DerivedInt = int
@@ -29,7 +29,7 @@ SELECTIVE_ROPE_TYPE = "selective"
 _SELECTIVE_DEFAULTS = {"rank": 16, "kernel_size": 4, "gate": False}
 
 _PAPERS_PRESETS: dict[str, dict[str, Any]] = {
-    # For five minutes on a laptop's CPU; the vocabulary is the tokenizer's.
+    # For five minutes of training on a laptop's CPU. The vocabulary size is that of the tokenizer.
     "tiny": {
         "vocab_size": 4096,
         "hidden_size": 128,
@@ -59,7 +59,7 @@ _PAPERS_PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
     },
 }
-# What the experiments recommend from some ten million tokens on (docs/results.md): Mamba-2's convolution and skip beside the rotation.
+# Recommended by the experiments from some ten million tokens on (docs/results.md): Mamba-2's convolution and skip besides the rotation.
 _CONVOLUTION = {"ssd_conv_kernel_size": 4, "ssd_skip": True}
 PRESETS: dict[str, dict[str, Any]] = _PAPERS_PRESETS | {
     f"{name}-conv": sizes | _CONVOLUTION for name, sizes in _PAPERS_PRESETS.items()
@@ -90,11 +90,11 @@ class TransXSSMConfig(PreTrainedConfig):
         ssd_skip: adds D x to an SSD layer's output, as in Mamba-2.
         ssd_norm_BC: an RMSNorm over the state on every group's B and C, before their bias and rotation, as in Mamba-3.
         ssd_bias_BC: a bias for every group and channel on B and C, before their rotation; starts at 1, as in Mamba-3.
-        ssd_output_gate: multiplies an SSD layer's output with silu(z), a projection more, and normalises it, as in Mamba-2.
+        ssd_output_gate: multiplies an SSD layer's output by silu(z), from an additional projection, and normalises it, as in Mamba-2.
         ssd_scan_in_fp32: upcasts x, B and C to float32 for the scan of a model in half precision. Slower: its products are float32 too.
         attention_position_embedding: "rope" rotates Q and K (Unified RoPE); "none" leaves positions to the SSD layers (NoPE).
         qk_norm: an RMSNorm on every head of Q and K before their rotation, as in Qwen3.
-        attention_output_gate: multiplies every channel of the heads' output with sigmoid(g), a projection more, as in Qwen3-Next.
+        attention_output_gate: multiplies every channel of the heads' output by sigmoid(g), from an additional projection, as in Qwen3-Next.
         ssd_A_min, ssd_A_max: A starts uniform in −[min, max].
         ssd_dt_min, ssd_dt_max, ssd_dt_floor: time steps start log-uniform in [min, max], at least floor.
         length_scaling_base: base of the factor max(1, log_base n) on C and Q at position n − 1 (Appendix A, end); the mean length
@@ -167,7 +167,7 @@ class TransXSSMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_positive(*_GIVEN_SIZES)
         self._derive()
-        self._check_layer_types()  # before transformers renames the kinds of layer that it knows from elsewhere
+        self._check_layer_types()  # before transformers renames kinds of layers of other models
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         self.check()
@@ -176,20 +176,20 @@ class TransXSSMConfig(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "TransXSSMConfig":
         """The configuration of a preset (`PRESETS`), with fields replaced by `overrides`.
 
-        "tiny", "small", "320m" and "1.3b" are the paper's model at four sizes; "-conv" behind the name adds a short convolution and
+        "tiny", "small", "320m" and "1.3b" are the paper's model at four sizes. The suffix "-conv" adds a short convolution and
         the D skip to the SSD layers, which is what we recommend for all but the shortest runs.
 
         Raises:
-            ValueError: no such preset, or the result is no valid configuration.
+            ValueError: there is no such preset, or the result is not a valid configuration.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     def check(self) -> None:
-        """Completes `rope_parameters`, and refuses fields that do not fit each other.
+        """Completes `rope_parameters`, and checks that the fields fit each other.
 
-        Construction does this, and so does every model that is built of the configuration, since fields may have been set in between.
+        It runs on construction and again when a model is built, since fields may have been set in between.
 
         Raises:
             ValueError: see the class.
@@ -221,37 +221,37 @@ class TransXSSMConfig(PreTrainedConfig):
 
     @property
     def rope_type(self) -> str:
-        """That of `rope_parameters`."""
+        """The rope_type in `rope_parameters`."""
         return str((self.rope_parameters or {}).get("rope_type", "default"))
 
     @property
     def is_selective(self) -> bool:
-        """Whether rotations depend on the tokens: `TransXSSMSelectiveRotation`."""
+        """Whether rotations depend on the tokens (`TransXSSMSelectiveRotation`)."""
         return bool(self._rotated_widths()) and self.rope_type == SELECTIVE_ROPE_TYPE
 
     @property
     def ssd_num_rotated_pairs(self) -> int:
-        """Of the ssd_state_size / 2 pairs of a state, how many rotate where states do."""
+        """The number of a state's ssd_state_size / 2 pairs that rotate, if states rotate."""
         return round(self.ssd_partial_rotary_factor * self.ssd_state_size / 2)
 
     @property
     def rotary_width(self) -> int:
-        """Width of the one table of frequencies that every rotated layer reads."""
+        """Width of the table of frequencies that all rotated layers share."""
         return max(self._rotated_widths(), default=0)
 
     def rotary_frequencies(self) -> tuple[list[float], float]:
         """The table's angular frequencies (Eq. 3) after static scaling, and yarn's factor for attention (1 elsewhere).
 
         Raises:
-            ValueError: `rope_parameters`, which may have been set since the configuration was made, name a scaling that is not static.
+            ValueError: `rope_parameters` name a scaling that is not static. They may have been set after construction.
         """
         self._check_rope()
         rope = self.rope_parameters or {}
-        with torch.device("cpu"):  # real numbers even while a model is laid out on the meta device
+        with torch.device("cpu"):  # so that there are values even while a model is built on the meta device
             if self.rope_type in ("default", SELECTIVE_ROPE_TYPE):
                 return rotary_frequencies(self.rotary_width, rope["rope_theta"]).tolist(), 1.0
             table = copy.copy(self)
-            table.head_dim = self.rotary_width  # transformers computes a table of this width
+            table.head_dim = self.rotary_width  # the width of the table that transformers computes
             frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](table)
             return frequencies.double().tolist(), float(attention_factor)
 
@@ -280,7 +280,7 @@ class TransXSSMConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """The rules of the modules that the model has; transformers warns of a rule without a module.
+        """The rules for the modules that the model has. transformers warns of a rule without a module.
 
         A layer with a selective rotation is replicated: one projection makes the angles of all its heads.
         """
@@ -292,16 +292,16 @@ class TransXSSMConfig(PreTrainedConfig):
         styles = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
         if self.attention_output_gate:
             styles["g_proj"] = "colwise"
-        if self.qk_norm:  # one weight for the heads of every shard
+        if self.qk_norm:  # all shards' heads share one weight
             styles |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
         plan["layers.*.self_attn"] = "transxssm_attention"
         return plan | {f"layers.*.self_attn.{name}": style for name, style in styles.items()}
 
     def _ssd_styles(self) -> dict[str, str]:
-        """Heads and groups of SSD layers over processes; styles of our own are in `transxssm.models.tensor_parallel`."""
+        """Styles that divide the heads and groups of SSD layers. Those of this package are in `transxssm.models.tensor_parallel`."""
         styles = {"": "transxssm_mixer", ".dynamics": "transxssm_heads", ".out_proj": "rowwise"}
         styles |= dict.fromkeys((".x_proj", ".B_proj", ".C_proj", ".dt_proj"), "colwise")
-        if self.ssd_norm_BC:  # one weight for the groups of every shard
+        if self.ssd_norm_BC:  # all shards' groups share one weight
             styles |= dict.fromkeys((".B_norm", ".C_norm"), "replicated_with_grad_allreduce")
         if self.ssd_output_gate:
             styles |= {".z_proj": "colwise", ".norm": "transxssm_wide_norm"}
@@ -368,7 +368,7 @@ class TransXSSMConfig(PreTrainedConfig):
             )
 
     def _check_selective_rope(self, rope: dict[str, Any]) -> None:
-        """Completes the keys of a selective rotation, and refuses others."""
+        """Completes the keys of a selective rotation, and refuses unknown ones."""
         known = ("rope_type", "rope_theta", "partial_rotary_factor", *_SELECTIVE_DEFAULTS)
         if unknown := [name for name in rope if name not in known]:
             raise ValueError(
@@ -382,7 +382,7 @@ class TransXSSMConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters' gate must be true or false: got {rope['gate']!r}")
 
     def _validate_selective_rope_parameters(self, rope: dict[str, Any], ignore_keys: set[str] | None = None) -> None:
-        """What transformers calls for each rope_type by its name; `_check_rope` has checked more."""
+        """A hook that transformers calls by the name of the rope_type. `_check_rope` has already checked more."""
 
     def _check_partial_rotation(self) -> None:
         factor, pairs = self.ssd_partial_rotary_factor, self.ssd_state_size / 2

@@ -1,4 +1,4 @@
-"""Context parallelism: each process of a group computes its part of every row, and layers exchange what crosses the cuts.
+"""Context parallelism: each process of a group computes its part of every row, and layers exchange what crosses the boundaries.
 
 All processes get the whole rows; process i of r takes the i-th of r equal parts, in order. An SSD layer scans its part from zero and
 gathers the final states and sums of time steps of all parts; its convolution gets the last inputs of the part before. Attention gathers
@@ -18,7 +18,7 @@ from torch.distributed import _functional_collectives
 from transxssm.models.linear import HALF_PRECISION
 from transxssm.ops.ssd.parts import state_before_part
 
-# The compiler traces these, and they have gradients. torch 2.13 renamed the former, and warns of its old name.
+# The compiler traces these functions, and they have gradients. torch 2.13 warns of the former's old name.
 _collectives: Any = _functional_collectives
 _all_gather = getattr(_collectives, "all_gather_single_autograd", None) or _collectives.all_gather_tensor_autograd
 _all_to_all = _collectives.all_to_all_single_autograd
@@ -35,7 +35,7 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def with_dense_gradient(tensor: Tensor) -> Tensor:
-    """The tensor, whose gradient will be contiguous: NCCL sends no other, and the gradient of a sum is one number seen many times."""
+    """Returns the tensor, with a contiguous gradient. NCCL sends no other, and the gradient of a sum is an expanded scalar."""
     dense: Tensor = _DenseGradient.apply(tensor)
     return dense
 
@@ -43,7 +43,7 @@ def with_dense_gradient(tensor: Tensor) -> Tensor:
 class SequencePart(NamedTuple):
     """The part of each row that this process has."""
 
-    group: str  # the name of the process group, by which torch finds it: a graph of the compiler keeps no group
+    group: str  # name of the process group, since a compiled graph cannot hold the group itself
     rank: int
     size: int
 
@@ -53,7 +53,7 @@ class SequencePart(NamedTuple):
         return whole[:, self.rank * length : (self.rank + 1) * length]
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """(r, …) the tensors of all processes. Its gradient is the sum of what all of them have for this process's."""
+        """(r, …) the tensors of all processes. The gradient of this process's tensor is the sum over all processes."""
         return with_dense_gradient(_all_gather(tensor[None].contiguous(), 0, self.group))
 
     def sum(self, scalar: Tensor) -> Tensor:
@@ -62,27 +62,27 @@ class SequencePart(NamedTuple):
 
 
 class ContextPart(NamedTuple):
-    """A part of packed rows, and which earlier parts reach into it."""
+    """A part of packed rows, and the earlier parts whose last document continues in it."""
 
     part: SequencePart
     joins: Tensor  # (b or 1, r), whether an earlier part ends in the document in which this one begins
-    continues: Tensor | None  # (b, t of all) whether a token is of that document; None where each row is one document
+    continues: Tensor | None  # (b, t of all) whether a token is of that document, or None if each row is one document
 
 
 def part_of_group(group: dist.ProcessGroup) -> SequencePart:
-    """This process's part, one for each process of the group."""
+    """This process's part, if each process of the group has one."""
     return SequencePart(group.group_name, dist.get_rank(group), dist.get_world_size(group))
 
 
 def refusal_of_parts(
     part: SequencePart, length: int, smallest: int, has_pads: bool, has_cache: bool, implementation: str | None
 ) -> str | None:
-    """Why rows cannot be computed in parts. None if they can.
+    """Why rows cannot be computed in parts, or None if they can.
 
     Args:
-        length: of the rows, tokens.
-        smallest: number of tokens in a part.
-        implementation: of attention. None where the model has no attention.
+        length: tokens in a row.
+        smallest: fewest tokens in a part.
+        implementation: name of the attention implementation, or None if the model has no attention.
     """
     if has_cache:
         return (
@@ -104,7 +104,7 @@ def refusal_of_parts(
 
 
 def context_part(part: SequencePart, seq_idx: Tensor | None, device: torch.device) -> ContextPart:
-    """What layers need to know of the other parts.
+    """The information on other parts that layers need.
 
     Args:
         seq_idx: (b, t) documents of the whole rows.
@@ -119,11 +119,11 @@ def context_part(part: SequencePart, seq_idx: Tensor | None, device: torch.devic
 
 
 def state_before(context: ContextPart, final_state: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-    """(b, h, p, n): the state before this part, by one gathering of all parts' final states and sums of time steps.
+    """(b, h, p, n): the state before this part, by one all-gather of the parts' final states and sums of time steps.
 
     Args:
-        final_state: (b, h, p, n), of this part scanned from zero.
-        dt: (b, t, h) of this part.
+        final_state: (b, h, p, n), the final state of this part scanned from zero.
+        dt: (b, t, h), the time steps of this part.
         A: (h,).
     """
     heads = final_state.shape[1]
@@ -134,15 +134,15 @@ def state_before(context: ContextPart, final_state: Tensor, dt: Tensor, A: Tenso
 
 
 def inputs_before(context: ContextPart, inputs: Tensor, number: int) -> Tensor:
-    """(b, number, e): the inputs right before this part, zeros before a row and where they are another document's.
+    """(b, number, e): the inputs right before this part. They are zero before a row and for another document's tokens.
 
     Args:
-        inputs: (b, t, e) of this part.
+        inputs: (b, t, e), the inputs of this part.
     """
     part, length = context.part, inputs.shape[1]
     last = part.gathered(inputs[:, length - number :])  # (r, b, number, e)
     before, start = last[max(part.rank - 1, 0)], part.rank * length
-    if part.rank == 0:  # zeros that hang on what was gathered: all processes take part in its backward
+    if part.rank == 0:  # zeros that depend on the gathered tensor, so that all processes take part in its backward pass
         return before.masked_fill(torch.ones_like(before, dtype=torch.bool), 0.0)
     if context.continues is None:
         return before
@@ -152,10 +152,10 @@ def inputs_before(context: ContextPart, inputs: Tensor, number: int) -> Tensor:
 def mask_of_part(
     context: ContextPart, length: int, seq_idx: Tensor | None, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """(b or 1, 1, t of this part, t of all): which keys each query sees. Returns None where each query sees all keys up to its own.
+    """(b or 1, 1, t of this part, t of all): the keys that each query sees. None if each query sees all keys up to its own.
 
     Args:
-        length: of the whole rows.
+        length: tokens in a whole row.
         seq_idx: (b, t) documents of the whole rows.
         window: number of last tokens that each query sees, or None for all of them.
     """
@@ -174,11 +174,11 @@ def mask_of_part(
 def attention_in_parts(
     context: ContextPart, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, dropout: float
 ) -> Tensor:
-    """(b, h, t, d): causal attention of this part's queries to the keys of all.
+    """(b, h, t, d): causal attention of this part's queries to the keys of all parts.
 
     Args:
-        q: (b, h, t, d). k, v: (b, k, t, d), of this part.
-        mask: of `mask_of_part`.
+        q: (b, h, t, d). k, v: (b, k, t, d). All are of this part.
+        mask: the mask from `mask_of_part`.
     """
     part = context.part
     gathered = part.gathered(torch.stack((k, v)))  # (r, 2, b, k, t, d)
@@ -187,7 +187,7 @@ def attention_in_parts(
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": is_grouped}
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
-    if q.shape[2] % 2:  # no halves to move
+    if q.shape[2] % 2:  # cannot be halved
         return _last_queries(q, k, v, part.rank + 1, part.size, options)
     pieces = _moved(part, torch.stack(q.chunk(2, dim=2)), back=False)  # (2, b, h, t/2, d)
     number_of_pieces = 2 * part.size
@@ -206,8 +206,8 @@ def _last_queries(q: Tensor, k: Tensor, v: Tensor, end: int, of: int, options: d
     if q.shape[2] == seen:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     if q.device.type == "cuda" and q.dtype in HALF_PRECISION:
-        # SDPA takes causal queries for the first of the keys. This is what torch's `causal_lower_right` calls, which the compiler does not
-        # trace: the kernels take them for the last.
+        # SDPA aligns causal queries with the first keys. This function, which torch's `causal_lower_right` calls, aligns them with the
+        # last ones. The compiler does not trace `causal_lower_right` itself.
         if q.shape[1] != k.shape[1]:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -219,9 +219,10 @@ def _last_queries(q: Tensor, k: Tensor, v: Tensor, end: int, of: int, options: d
 
 
 def _moved(part: SequencePart, pieces: Tensor, *, back: bool) -> Tensor:
-    """Halves of parts to the processes that compute them, or back: process i has pieces 2i and 2i + 1 of 2r, and computes i and 2r − 1 − i.
+    """Sends halves of parts to the processes that compute them, or back.
 
-    A piece has scores with all keys before it, so that the two together have the same number everywhere.
+    Process i owns pieces 2i and 2i + 1 of 2r, and computes pieces i and 2r − 1 − i. A piece has scores with all keys before it, so
+    that every process computes the same number of scores.
     """
     last = 2 * part.size - 1
     own = (2 * part.rank, 2 * part.rank + 1)
@@ -235,6 +236,6 @@ def _moved(part: SequencePart, pieces: Tensor, *, back: bool) -> Tensor:
         [places.count(process) for process in range(part.size)] for places in (destinations, sources)
     )
     received = with_dense_gradient(_all_to_all(sent.contiguous(), received_sizes, sent_sizes, part.group))
-    # From one process in the order of their numbers, and so are processes: sources of a lower piece come first unless back.
+    # Pieces arrive ordered by process, and those of one process by their numbers.
     arrival = sorted(range(2), key=lambda index: (sources[index], (own if back else computed)[index]))
     return received if arrival == [0, 1] else received.flip(0)

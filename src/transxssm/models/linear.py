@@ -1,8 +1,8 @@
 """Products of the model's linear layers, which are torch's own modules.
 
-Quantisers look for `type(module) is nn.Linear`; adapters, sharding and hooks act when a module is called. So the layers are plain, and
-are called wherever anything but torch's own forward may act. Everywhere else their product comes from `transxssm.ops.linear`, which is
-fast in half precision on any CPU.
+Quantisers look for `type(module) is nn.Linear`, and adapters, sharding and hooks act when a module is called. So the layers are plain
+`nn.Linear`, and are called if anything besides torch's own forward may act. Otherwise their product comes from `transxssm.ops.linear`,
+which is fast in half precision on any CPU.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,16 +17,16 @@ from torch.overrides import TorchFunctionMode
 
 from transxssm.ops import linear
 
-DENSE = (nn.Parameter, Tensor)  # FSDP1 leaves a view in the place of a parameter
+DENSE = (nn.Parameter, Tensor)  # FSDP1 replaces a parameter by a view
 LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """What `module(x)` gives, with the fast products of a CPU, also inside an adapter's or a quantiser's module.
+    """Computes `module(x)` with the fast products of a CPU, also inside the module of an adapter or a quantiser.
 
     Args:
-        module: a linear layer, or what an adapter or a quantiser has put in its place.
+        module: a linear layer, or the module by which an adapter or a quantiser has replaced it.
         x: (…, i).
     """
     output: Tensor
@@ -43,7 +43,7 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def plain_weights(modules: Iterable[nn.Module]) -> tuple[Tensor, ...] | None:
-    """The weights of layers that are all plain (`is_plain_linear`), else None."""
+    """The weights of the layers, or None if one of them is not plain (`is_plain_linear`)."""
     weights = []
     for module in modules:
         weight = _plain_weight(module)
@@ -54,18 +54,18 @@ def plain_weights(modules: Iterable[nn.Module]) -> tuple[Tensor, ...] | None:
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether x · weightᵀ with the module's dense weight is all that a call of it does.
+    """Whether a call of the module only computes x · weightᵀ with a dense weight.
 
-    Not of a subclass, a parametrised or replaced layer, one with a bias, a hook or a forward of its own (accelerate's and tensor
-    parallelism's), nor of a weight that is a tensor of another class (torchao's quantised one, a DTensor).
+    This is false for a subclass, a parametrised or replaced layer, a layer with a bias, a hook or a forward of its own (from accelerate or
+    tensor parallelism), and a weight of another tensor class (torchao's quantised tensors, a DTensor).
     """
     return _plain_weight(module) is not None
 
 
 def _plain_weight(module: nn.Module) -> Tensor | None:
-    """The weight of a plain layer, else None.
+    """The weight of a plain layer, or None for another layer.
 
-    Decoding asks some two hundred times a token, so attributes are read without `nn.Module.__getattr__`.
+    Decoding calls this some two hundred times for each token, so that attributes are read without `nn.Module.__getattr__`.
     """
     if type(module) not in LINEAR:
         return None
@@ -90,12 +90,12 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """float64 stays; everything below float32 is raised to it."""
+    """Upcasts to float32. A float64 tensor stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class _FastProducts(TorchFunctionMode):
-    """Takes the products of a layer that is not plain, such as those of LoRA's base layer, from `transxssm.ops.linear` too."""
+    """Redirects the products inside a layer that is not plain, such as LoRA's base layer, to `transxssm.ops.linear`."""
 
     def __torch_function__(
         self,

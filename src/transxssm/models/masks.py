@@ -1,4 +1,4 @@
-"""What each token attends to: pads, a mask for each kind of attention layer or, where kernels are told, its first key.
+"""What each token attends to: pads, and for each kind of attention layer a mask or, for kernels that take it, the per-query KV start.
 
 Letters: b batch, t time.
 """
@@ -36,10 +36,10 @@ def padding_of(
     past_length: int,
     length: int,
 ) -> Tensor | None:
-    """The two-dimensional mask, (b, cached + t), if there is one, after a check that it says what SSD layers need to know.
+    """The two-dimensional mask, (b, cached + t), if there is one, after a check that SSD layers can read pads from it.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: the mask has another shape.
     """
     if not isinstance(attention_mask, Tensor):
         return None
@@ -63,19 +63,20 @@ def first_keys_by_kind(
     seq_idx: Tensor | None,
     padding: Tensor | None,
 ) -> dict[str, FirstKeys] | None:
-    """The first key that each token sees, for each kind of attention layer. None if masks are needed: there are no kernels that take first
-    keys, or a token sees other keys than a range.
+    """The first key that each token sees, for each kind of attention layer.
+
+    None if masks are needed, because no kernel takes first keys, or because the keys that a token sees are not a range.
 
     Args:
-        options: of the attention function.
-        inputs_embeds: (b, t, hidden) of whole rows.
+        options: options of the attention function.
+        inputs_embeds: (b, t, hidden), whole rows.
         seq_idx: (b, t) documents of packed rows.
-        padding: (b, t), 0 at pads. What is on the right no token sees anyhow. While tracing it can't be looked at.
+        padding: (b, t), 0 at pads. No token sees pads on its right. While tracing, its values cannot be read, and the result is None.
     """
     if inputs_embeds.device.type != "cpu" or (padding is not None and is_tracing(padding)):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
-    head = inputs_embeds.new_empty(1, 1, 1, config.head_dim, dtype=dtype)  # as projections will make them
+    head = inputs_embeds.new_empty(1, 1, 1, config.head_dim, dtype=dtype)  # like the heads that projections will make
     if not has_kernels_for_rows(config, is_training, options, head, head, head):
         return None
     num_left_pads = None
@@ -94,9 +95,10 @@ def first_keys_by_kind(
 def documents_of(
     config: TransXSSMConfig, position_ids: Tensor, padding: Tensor | None, cache: Cache | None
 ) -> Tensor | None:
-    """(b or 1, t) document of each token, read off `position_ids` that restart. None if each row is one document.
+    """(b or 1, t) document of each token, derived from restarts in `position_ids`. None if each row is one document.
 
-    While tracing, the numbers are formed whatever they are. Where they could not be honoured, the graph asserts that there is one document.
+    While tracing, the numbers are always formed. If the cache or attention does not support documents, the graph asserts that there is
+    only one.
     """
     seq_idx = documents_from_positions(position_ids, padding)
     if seq_idx is None or not is_tracing(seq_idx):
@@ -134,10 +136,10 @@ def refusal_of_pads_between(config: TransXSSMConfig, cache: Cache | None) -> str
 
 
 def _counts_tokens(config: TransXSSMConfig, padding: Tensor | None, cache: Cache | None) -> bool:
-    """Whether windows have to pass over pads between tokens, where transformers counts columns.
+    """Whether windows have to skip pads between tokens. transformers' windows count columns, pads included.
 
     Raises:
-        ValueError: a cache that keeps columns; while tracing, the graph asserts that there are no such pads.
+        ValueError: the cache keeps columns. While tracing, the graph asserts instead that there are no such pads.
     """
     if "sliding_attention" not in config.layer_types or padding is None:
         return False
@@ -161,11 +163,11 @@ def attention_masks(
     past_length: int,
     seq_idx: Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """The mask of each kind of attention layer in the model: causal, no pads, no other documents.
+    """The mask of each kind of attention layer in the model. It is causal, and hides pads and other documents.
 
     Raises:
-        ValueError: packed rows with a cache or an attention implementation that would let documents leak; pads between tokens with a
-            cache that would count them.
+        ValueError: rows are packed, and the cache or the attention implementation would let documents leak; or there are pads between
+            tokens, and the cache would count them.
     """
     documents = None
     cached_start = cache.document_start if isinstance(cache, TransXSSMCache) else None
@@ -189,7 +191,7 @@ def attention_masks(
         keys = windowed_keys(padding, past_length, seq_idx, cached_start)
         create["sliding_attention"] = create_causal_mask
         padding_of_kind["sliding_attention"] = keys.is_token
-        # Flash attention takes pads out by itself before it counts, and no function.
+        # Flash attention removes pads by itself before it counts, and takes no mask function.
         is_seen["sliding_attention"] = (
             None if "flash" in config._attn_implementation else _is_in_window(config.sliding_window, keys)
         )
@@ -199,7 +201,7 @@ def attention_masks(
         if kind not in config.layer_types:
             continue
         restriction = is_seen[kind]
-        # Left to itself, transformers 5.17 may read the lengths off an SSD layer.
+        # Without layer_idx, transformers 5.17 may read the lengths of an SSD layer.
         options: dict[str, Any] = {"layer_idx": config.layer_types.index(kind)}
         if takes_tensors:
             options["allow_is_causal_skip"] = restriction is None
@@ -213,8 +215,10 @@ def attention_masks(
 
 
 def _restricted(mask: Tensor, is_seen: MaskFunction, inputs_embeds: Tensor, past_length: int) -> Tensor:
-    """A mask (b, 1, t, keys) of transformers, of booleans or of numbers to be added, with a function of indices besides. Its own way there
-    maps over the indices one by one, which takes as long as half the layers of a small model."""
+    """Restricts a boolean or additive mask of transformers, (b, 1, t, keys), by a function of indices.
+
+    transformers maps such a function over single indices, which takes as long as half the layers of a small model.
+    """
     batch, length = inputs_embeds.shape[:2]
     device = inputs_embeds.device
     ends = past_length + length
@@ -231,11 +235,12 @@ def _restricted(mask: Tensor, is_seen: MaskFunction, inputs_embeds: Tensor, past
 def next_token_masks(
     config: TransXSSMConfig, tokens: Tensor, attention_mask: Tensor | None, cache: Cache | None
 ) -> dict[str, Tensor | None] | None:
-    """The masks by layer type of one token a row behind a static cache, in two operations where transformers, for any number of tokens,
-    takes some twenty, one after the other before each token. None where that would not be the mask.
+    """The masks by layer type for decoding one token in each row with a static cache. None if the call is another one.
+
+    They take two operations, where transformers' general function takes some twenty before each token.
 
     Args:
-        tokens: (b, 1, …), of which the shape and the device count.
+        tokens: (b, 1, …). Only the shape and the device are used.
         attention_mask: (b, cached + 1), 0 at pads. Defaults to no pads.
     """
     batch, length = tokens.shape[:2]
@@ -255,7 +260,7 @@ def next_token_masks(
 
 
 def _is_in_window(window: int | None, keys: WindowedKeys) -> MaskFunction:
-    """The mask function of a window over tokens."""
+    """The mask function of a window that counts tokens."""
     assert window is not None
 
     def is_in_window(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ model = {auto_class}.from_pretrained("path/to/this/folder")
 class TransXSSMRotaryEmbedding(nn.Module):
     """Unified RoPE (Eq. 2): cos and sin of one frequency table, read by SSD layers and, subsampled, by attention.
 
-    Holds no buffer: a buffer would be cast to bfloat16 with the model, and left uninitialised by meta-device loading.
+    It holds no buffer, which would be cast to bfloat16 with the model and left uninitialised when loading from the meta device.
     """
 
     def __init__(self, config: TransXSSMConfig) -> None:
@@ -119,11 +119,12 @@ class TransXSSMRotaryEmbedding(nn.Module):
         self.num_rotated_pairs = config.ssd_num_rotated_pairs
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotary:
-        """(cos, sin) of attention as code that is written for any model of transformers asks for it: (b or 1, t, head_dim) each, in x's
-        dtype, its halves equal.
+        """(cos, sin) of attention in transformers' format, for code that works with any of its models.
+
+        Both are (b or 1, t, head_dim) in x's dtype, with equal halves.
 
         Raises:
-            ValueError: attention does not rotate, or there is none.
+            ValueError: attention does not rotate, or there is no attention layer.
         """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         _, attention = self.tables(position_ids, dtype)
@@ -136,7 +137,7 @@ class TransXSSMRotaryEmbedding(nn.Module):
         return cos, sin
 
     def pair_frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """The frequencies of the pairs that rotate, radians, of SSD layers and of attention; None as in `tables`."""
+        """The frequencies of the pairs that rotate, in radians, of SSD layers and of attention. None as in `tables`."""
         if not self.frequencies:
             return None, None
         frequencies = torch.tensor(self.frequencies, dtype=dtype, device=device)
@@ -149,7 +150,7 @@ class TransXSSMRotaryEmbedding(nn.Module):
         return ssd, attention
 
     def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Rotary | None, Rotary | None]:
-        """(cos, sin) for SSD layers and for attention, in `dtype`; None for a kind that isn't there or isn't rotated."""
+        """(cos, sin) for SSD layers and for attention, in `dtype`. None for a kind of layer that the model lacks or does not rotate."""
         if not self.frequencies:
             return None, None
         device = position_ids.device if has_float64(position_ids.device) else torch.device("cpu")
@@ -182,8 +183,10 @@ class TransXSSMMLP(nn.Module):
 
 
 class CheckpointsGradients:
-    """`gradient_checkpointing` as transformers sets it, which counts only where gradients are formed: elsewhere nothing is recomputed, and
-    a cache, which transformers takes away from layers that are, can stay. So a model generates while it is trained."""
+    """Ignores transformers' `gradient_checkpointing` where no gradients are formed, so that a model can generate while it is trained.
+
+    transformers removes the cache from layers that it recomputes. Without gradients nothing is recomputed, and the cache can stay.
+    """
 
     _gradient_checkpointing = False
 
@@ -219,8 +222,12 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         angle_state: LinearAttentionLayer | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """past_key_values: the cache where the layer attends; where it is an SSD layer its own part of it (`ssd_state_of`).
-        angle_state: what the cache keeps of the layer's selective rotation (`angle_states_of`)."""
+        """Computes the layer.
+
+        Args:
+            past_key_values: the cache for an attention layer, or an SSD layer's own part of it (`ssd_state_of`).
+            angle_state: the state of the layer's selective rotation in the cache (`angle_states_of`).
+        """
         weights = self._weights_of_a_token(hidden_states, positions)
         if weights is not None:
             start, end = weights
@@ -239,8 +246,10 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _weights_of_a_token(self, hidden_states: Tensor, positions: Positions) -> tuple[Any, Any] | None:
-        """What `layer_start` and `layer_end` take of this layer, where few tokens are decoded and a call of the layer's modules would do
-        nothing but compute with their weights; else None."""
+        """The weights for `layer_start` and `layer_end`, if few tokens are decoded and no module of the layer has hooks or the like.
+
+        Otherwise None.
+        """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or positions.padding_mask is not None:
             return None
         if hidden_states.device.type != "cpu" or hidden_states.shape[0] * hidden_states.shape[1] > MOST_TOKENS:
@@ -253,7 +262,7 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         )
         is_plain = (
             type(mixer) in (TransXSSMSSDMixer, TransXSSMAttention)
-            and mixer.rotation is None  # which reads what the norm gives, too
+            and mixer.rotation is None  # a rotation reads the norm's output, too
             and type(mlp) is TransXSSMMLP
             and type(mlp.act_fn) is SILU
             and type(before) is type(after) is TransXSSMRMSNorm
@@ -269,7 +278,7 @@ class TransXSSMDecoderLayer(CheckpointsGradients, GradientCheckpointingLayer):
         return (before.weight, before.eps, inputs), (output, after.weight, after.eps, *ffn)
 
 
-_IN_FLOAT32 = (TransXSSMDynamics, TransXSSMSelectiveRotation)  # whatever the dtype of the model
+_IN_FLOAT32 = (TransXSSMDynamics, TransXSSMSelectiveRotation)  # in a model of any dtype
 
 
 class TransXSSMPreTrainedModel(PreTrainedModel):
@@ -283,7 +292,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
-    _supports_attention_backend = False  # a backend hands masks of all pairs to attention, and states nothing
+    _supports_attention_backend = False  # transformers' backends know only masks of attention, no states
     _can_compile_fullgraph = True
     _is_stateful = True
     _can_record_outputs = {  # noqa: RUF012
@@ -294,7 +303,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: TransXSSMConfig, *args: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)
-        self._keep_in_fp32_modules_strict = []  # only what is there may be named
+        self._keep_in_fp32_modules_strict = []  # only existing modules may be named
         if SSD_LAYER_TYPE in config.layer_types:
             self._keep_in_fp32_modules_strict.append("dynamics")
         if config.is_selective:
@@ -302,10 +311,10 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
 
     @property
     def _no_split_modules(self) -> set[str]:
-        """What stays on one device; accelerate makes an FSDP unit of each, whose parameters must have one dtype.
+        """The modules that stay on one device. accelerate makes an FSDP unit of each, whose parameters must have one dtype.
 
-        So float32 parameters in a model of another dtype are a unit of their own. Where all dtypes are the same they are not: accelerate's
-        mixed precision rounds what a unit returns.
+        So float32 parameters in a model of another dtype are units of their own. If all dtypes are the same they are not, since
+        accelerate's mixed precision rounds the results of a unit.
         """
         names = self.__dict__.setdefault("_names_of_undivided_modules", {TransXSSMDecoderLayer.__name__})
         dtypes = {weight.dtype for weight in self.parameters() if weight.is_floating_point()}
@@ -319,7 +328,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As in transformers, and writes a model card that says what to import before loading, where the folder has none."""
+        """Saves as in transformers, and adds a model card, if there is none, that says what to import before loading."""
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         card = Path(save_directory) / MODEL_CARD
         if is_main_process and not card.exists():
@@ -349,7 +358,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_weight, std=config.initializer_range)
             init.zeros_(module.up_weight)
             taps = torch.zeros_like(module.conv_weight)
-            taps[:, -1] = 1.0  # of the token itself
+            taps[:, -1] = 1.0  # the token itself
             init.copy_(module.conv_weight, taps)
             if module.gate_weight is not None:
                 init.zeros_(module.gate_weight)
@@ -369,14 +378,14 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         self.post_init()
 
     def enable_context_parallel(self, group: dist.ProcessGroup | None) -> None:
-        """From now on processes share the tokens of each row: all call the model with the same whole rows, and each computes its part.
+        """Makes processes share the tokens of each row: all call the model with the same whole rows, and each computes its part.
 
-        What `forward` returns is of that part alone, process i of r having tokens i t/r … (i + 1) t/r − 1, but for the loss, which is that
-        of whole rows on every process. Call backward on all of them, and average gradients over the group, as DDP and FSDP do: they are
-        then those of one process.
+        `forward` returns results for that part only: process i of r has the tokens i t/r … (i + 1) t/r − 1. The loss is that of whole rows
+        on every process. Call backward on all processes and average gradients over the group, as DDP and FSDP do. The averages equal the
+        gradients of a single process.
 
         Args:
-            group: the processes that share rows. With None each process computes its own rows again.
+            group: the processes that share rows. None ends the sharing.
         """
         self.sequence_part = None if group is None or dist.get_world_size(group) == 1 else part_of_group(group)
 
@@ -393,20 +402,21 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of every token.
+        """Computes the hidden states of every token.
 
         Args:
             input_ids: (b, t), or inputs_embeds: (b, t, hidden); exactly one of them.
             attention_mask: (b, cached + t), 0 at pads; or masks by layer type, as `generate` prepares them.
-            position_ids: (b or 1, t); default: counted over the tokens that are no pads.
+            position_ids: (b or 1, t). Defaults to counting the tokens that are not pads.
             past_key_values: a `TransXSSMCache`, or transformers' dynamic or static cache made from this config.
-            use_cache: whether to make a cache where none is given.
-            seq_idx: (b, t) non-decreasing: the documents of packed rows, none of which sees another; default: from restarts in
-                position_ids. With a cache, the first token continues the cached document.
+            use_cache: whether to make a cache if none is given.
+            seq_idx: (b, t) non-decreasing, the documents of packed rows, which do not see each other. Defaults to what restarts in
+                position_ids say. With a cache, the first token continues the cached document.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; a mask of another shape; packed rows with a cache or an
-                attention implementation that would let documents leak; a cache where gradient checkpointing recomputes layers.
+            ValueError: both or neither of input_ids and inputs_embeds are given; the mask has another shape; rows are packed with a cache
+                or an attention implementation that would let documents leak; or there is a cache while gradient checkpointing recomputes
+                layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
@@ -451,7 +461,7 @@ class TransXSSMModel(CheckpointsGradients, TransXSSMPreTrainedModel):
             seq_idx = None if seq_idx is None else part.of(seq_idx)
         inputs_embeds = self.embed_tokens(tokens) if inputs_embeds is None else tokens
 
-        # A static cache answers with all its places (and keeps its length in a tensor), and what is packed needs more of a cache than keys.
+        # A static cache returns its whole capacity (and keeps its length in a tensor), and packed rows need more from a cache than keys.
         is_whole = past_key_values is None or (
             isinstance(past_key_values, DynamicCache) and seq_idx is None and past_length == 0
         )
@@ -554,15 +564,15 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token, and the loss where labels are given. Other arguments: `TransXSSMModel.forward`.
+        """Computes the logits of the next token, and the loss if labels are given. See `TransXSSMModel.forward` for other arguments.
 
         Args:
             labels: (b, t) token ids, −100 where a token doesn't count; label t is predicted from token t − 1.
-            logits_to_keep: number of last positions to compute logits for, or their indices. 0 computes all of them.
-            skip_logits: where there are labels, return the loss alone, for which the (tokens × vocabulary) logits are never formed.
+            logits_to_keep: number of last positions for which logits are computed, or their indices. 0 computes all of them.
+            skip_logits: if there are labels, return only the loss, without ever forming the (tokens × vocabulary) logits.
             num_items_in_batch: divides the summed loss. Defaults to the number of labels that count, which gives their mean.
-            shift_labels: (b, t) labels that are shifted already, in place of labels. Named here alone: Trainer takes every
-                argument with "label" in its name for one that each batch has.
+            shift_labels: (b, t) labels that are already shifted, in place of labels. It is not an explicit parameter, since Trainer
+                expects every argument with "label" in its name in each batch.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
@@ -582,7 +592,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             if not is_plain_linear(
                 self.lm_head
-            ):  # adapted, quantised, sharded or watched: its weight is not all that it computes with
+            ):  # adapted, quantised, sharded or hooked: the head computes with more than its weight
                 all_logits = apply_linear(self.lm_head, hidden_states)
             loss = self._loss(hidden_states, all_logits, shift_labels, num_items_in_batch, self.model.sequence_part)
         if loss is None or not skip_logits:
@@ -604,7 +614,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         num_items: Tensor | int | None,
         part: SequencePart | None,
     ) -> Tensor:
-        """Of whole rows. Without the logits where there are none yet."""
+        """The loss of whole rows. If `logits` is None, it is computed without forming them."""
         if part is not None:
             num_items = (shift_labels != -100).sum() if num_items is None else num_items
             shift_labels = part.of(shift_labels)
@@ -621,10 +631,10 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, for models of attention layers only.
+        """As in transformers, for models with attention layers only.
 
         Raises:
-            ValueError: there are SSD layers, whose states cannot be kept in pages as keys and values can.
+            ValueError: there are SSD layers, whose states cannot be kept in pages like keys and values.
         """
         if "linear_attention" in self.config.layer_types:
             raise ValueError(
@@ -636,11 +646,12 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Reads the prompt, of which something must be left to read behind the cache: transformers slices it by what is left, and a slice
-        of nothing is all of it.
+        """Reads the part of the prompt that is not in the cache, which must have at least one token.
+
+        transformers takes the last tokens by a negative slice, which for no tokens would be the whole prompt.
 
         Raises:
-            ValueError: the cache holds the whole prompt, or more than it; chunks of a prompt of embeddings.
+            ValueError: the cache holds the whole prompt or more, or a prompt of embeddings is to be read in chunks.
         """
         embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
         if embeds is not None and generation_config.prefill_chunk_size is not None:
@@ -651,7 +662,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         num_masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         length = input_ids.shape[1] if embeds is None else embeds.shape[1]
-        if cache is not None and (embeds is not None or num_masked == length):  # else the prompt is what is new
+        if cache is not None and (embeds is not None or num_masked == length):  # else all of the prompt is new
             num_cached = int(cache.get_seq_length())
             if num_cached >= length:
                 raise ValueError(
@@ -660,13 +671,13 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
                 )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(  # generate looks for inputs_embeds among the names
+    def prepare_inputs_for_generation(  # generate looks for inputs_embeds in the signature
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """`generate(seq_idx=…)` numbers the prompt's documents; generated tokens continue the last of them."""
+        """Adds `generate(seq_idx=…)`, the documents of the prompt. Generated tokens continue the last one."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         seq_idx, cache = inputs.get("seq_idx"), inputs.get("past_key_values")
-        is_masked_by_kind = isinstance(inputs.get("attention_mask"), dict)  # as for static caches
+        is_masked_by_kind = isinstance(inputs.get("attention_mask"), dict)  # as with static caches
         refusal = refusal_of_documents(self.config, cache)
         if seq_idx is not None and is_masked_by_kind and refusal is not None:
             raise ValueError(refusal)
@@ -686,10 +697,10 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Masks by layer type for a static cache, outside of the compiled step. transformers reads no documents off positions here.
+        """Masks by layer type for a static cache, made outside the compiled step. transformers derives no documents from positions here.
 
         Raises:
-            ValueError: positions of a packed row; pads between tokens in a sliding window.
+            ValueError: the positions are those of a packed row, or there are pads between tokens in a sliding window.
         """
         refusal = refusal_of_documents(config, past_key_values)
         documents = None if position_ids is None else documents_from_positions(position_ids, attention_mask)
@@ -705,17 +716,17 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             )
         if attention_mask is not None and (
             SSD_LAYER_TYPE in masks or config.is_selective
-        ):  # transformers drops it where there is one token, which may be a pad
+        ):  # transformers drops the mask of a single token, which may be a pad
             masks[SSD_LAYER_TYPE] = local_padding(attention_mask, inputs_embeds.shape[1])
         return masks
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """`generate` gets the cache that counts its tokens, unless another kind was asked for.
+        """Gives `generate` the cache that counts its tokens, unless another kind was requested.
 
         Raises:
-            ValueError: the model is to assist another one, and has SSD layers.
+            ValueError: the model has SSD layers, and is to assist another model.
         """
         has_states = SSD_LAYER_TYPE in self.config.layer_types
         if generation_config.is_assistant and (has_states or self.config.is_selective):
@@ -734,7 +745,7 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None or has_keys(cache) or isinstance(cache, TransXSSMCache | StaticStatesCache):
             return
-        # transformers' own caches of states alone cannot say how many tokens they hold, which `generate` asks: one that can takes them.
+        # `generate` asks for the number of cached tokens. transformers' caches of states alone lack it, and are replaced.
         is_static = isinstance(cache, StaticCache)
         counting = StaticStatesCache(self.config, max_cache_len=0) if is_static else TransXSSMCache(self.config)
         counting.layers = cache.layers
@@ -744,6 +755,6 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
 class TransXSSMForSequenceClassification(GenericForSequenceClassification, TransXSSMPreTrainedModel):
     """The decoder with a classifier on its last token."""
 
-    # Its loss is each batch's mean. Trainer, which would conclude from `**kwargs` that the loss takes num_items_in_batch, then averages
-    # over the batches that a step accumulates.
+    # The loss is the mean over each batch, so that Trainer must average over the microbatches of a step. From `**kwargs` it would conclude
+    # that the loss takes num_items_in_batch.
     accepts_loss_kwargs = False

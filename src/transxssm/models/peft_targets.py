@@ -1,4 +1,4 @@
-"""The layers that PEFT adapts by default: those that it adapts in a Llama, and their counterparts in an SSD layer."""
+"""The layers that PEFT adapts by default: those of a Llama, and their counterparts in an SSD layer."""
 
 import importlib.abc
 import importlib.machinery
@@ -15,8 +15,8 @@ IN_SSD_LAYERS = {"q_proj": "C_proj", "k_proj": "B_proj", "v_proj": "x_proj", "o_
 def add_peft_targets(model_type: str) -> None:
     """Enters a model type in PEFT's tables of default `target_modules`, one for each kind of adapter.
 
-    Where PEFT has not been imported yet, this happens when it is: importing it here would add a second to the import of this package
-    for everyone who has PEFT installed.
+    If PEFT has not been imported yet, this happens when it is. Importing it here would add a second to the import of this package for
+    everyone who has PEFT installed.
     """
     if TABLES in sys.modules:
         _enter(model_type, sys.modules[TABLES])
@@ -32,7 +32,7 @@ def _enter(model_type: str, constants: ModuleType) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds PEFT's tables as Python would, once, and enters the model type as soon as they are there."""
+    """An import hook that finds PEFT's tables once, and enters the model type when they have been imported."""
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type

@@ -19,21 +19,21 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class FirstKeys(NamedTuple):
-    """What attention layers get in place of a mask: each token sees the keys from its first one to itself."""
+    """The per-query KV start, which attention layers get in place of a mask: each token sees the keys from its first one to itself."""
 
     numbers: Tensor | None  # (b, t) int32; None if the first key of every token is the first of the row
 
 
 class Positions(NamedTuple):
-    """What the layers need to know of their tokens' positions and documents; computed once per forward."""
+    """The positions and documents of the tokens, as all layers need them. They are computed once per forward pass."""
 
     ssd_rotary: Rotary | None  # cos, sin (b or 1, t, n/2)
     attention_rotary: Rotary | None  # cos, sin (b or 1, t, d/2)
     length_scale: Tensor | None  # (b or 1, t) factor on C and Q
-    padding_mask: Tensor | None  # (b, t), 0 at pads; None: no pads
-    seq_idx: Tensor | None  # (b, t) document of each token; None: one document in a row
+    padding_mask: Tensor | None  # (b, t), 0 at pads, or None if there are no pads
+    seq_idx: Tensor | None  # (b, t) document of each token, or None if each row is one document
     context: ContextPart | None = None  # other parts of the rows, where processes share them
-    # Of selective rotations: the frequencies of the pairs of a state and of a head, radians, and where packed documents begin and end.
+    # For selective rotations: frequencies of the pairs of a state and of a head, in radians, and the bounds of packed documents.
     ssd_frequencies: Tensor | None = None  # (up to n/2,)
     attention_frequencies: Tensor | None = None  # (d/2,)
     bounds: DocumentBounds | None = None
@@ -46,8 +46,8 @@ def default_positions(
     seq_idx: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
-    """(b or 1, t): the number of real tokens before each in its document: arange + past length where there are neither pads
-    nor packed rows. start: where the cached document began."""
+    """(b or 1, t): the number of real tokens before each token in its document. Without pads and packed rows this is
+    arange + past length. `start` is the place at which the cached document began."""
     length = inputs_embeds.shape[1]
     index = past_length + torch.arange(length, device=inputs_embeds.device)[None]  # a static cache's length is a tensor
     begins = (
@@ -63,13 +63,13 @@ def default_positions(
 
 
 def document_begins(seq_idx: Tensor, index: Tensor) -> Tensor:
-    """(b, t): the place, of those in `index` (1, t), at which each token's document begins; 0 for that of the first token."""
+    """(b, t): the place, among those in `index` (1, t), at which each token's document begins. It is 0 for the first document."""
     restarts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     return (index * restarts).cummax(dim=1).values
 
 
 def document_bounds(seq_idx: Tensor, padding: Tensor | None) -> DocumentBounds:
-    """Where each token's document begins and ends in its row. Pads before a row's first token are of its document.
+    """Where each token's document begins and ends in its row. Pads before a row's first token belong to that token's document.
 
     Args:
         seq_idx: (b, t), non-decreasing.
@@ -87,7 +87,7 @@ def document_bounds(seq_idx: Tensor, padding: Tensor | None) -> DocumentBounds:
 def first_keys_in(
     window: int | None, seq_idx: Tensor | None, num_left_pads: Tensor | None, hidden_states: Tensor
 ) -> FirstKeys:
-    """The first key that each token sees: of its document, after the pads on the left, and among the last `window`. A pad sees itself."""
+    """The first key that each token sees: in its document, after the pads on the left, and within the window. A pad sees itself."""
     batch, length = hidden_states.shape[:2]
     index = torch.arange(length, device=hidden_states.device)[None]
     bounds = []
@@ -103,10 +103,10 @@ def first_keys_in(
 
 
 def left_pads(padding: Tensor) -> Tensor | None:
-    """(b,) the number of pads before each row's first token; None: a row has pads between its tokens.
+    """(b,) the number of pads before each row's first token, or None if a row has pads between its tokens.
 
     Args:
-        padding: (b, t), 0 at pads. A row of nothing else counts as one of tokens.
+        padding: (b, t), 0 at pads. A row of pads alone counts as a row of tokens.
     """
     if has_pads_between(padding).any():
         return None
@@ -121,17 +121,19 @@ def has_pads_between(padding: Tensor) -> Tensor:
 
 
 class WindowedKeys(NamedTuple):
-    """What a window that counts tokens, and no pads between them, has to know of each column of a row, (b, cached + t). Of cached tokens
-    there are the last of each row alone, side by side on the right, as `SlidingLayer` keeps them."""
+    """What a window that counts tokens, and not the pads between them, needs to know about each column of a row, (b, cached + t).
 
-    numbers: Tensor  # of tokens before each query, itself included
+    Of cached tokens only the last ones of each row are present, side by side on the right, as `SlidingLayer` keeps them.
+    """
+
+    numbers: Tensor  # number of tokens up to each query, itself included
     key_numbers: Tensor
-    is_token: Tensor  # whether the key is one
-    documents: Tensor | None  # of each key and query. None if a row is one document
+    is_token: Tensor  # whether the key is a token and not a pad
+    documents: Tensor | None  # document of each key and query, or None if each row is one document
 
 
 def windowed_keys(padding: Tensor, past_length: int, seq_idx: Tensor | None, start: Tensor | None) -> WindowedKeys:
-    """The same for pads anywhere.
+    """The `WindowedKeys` of rows with pads anywhere.
 
     Args:
         padding: (b, cached + t), 0 at pads.
@@ -142,7 +144,7 @@ def windowed_keys(padding: Tensor, past_length: int, seq_idx: Tensor | None, sta
     num_before = F.pad(real.long().cumsum(-1), (1, 0))  # (b, cached + t + 1) tokens before each column
     numbers = num_before[:, 1:]
     to_the_last = torch.arange(1 - past_length, 1, device=padding.device)
-    cached_numbers = num_before[:, past_length, None] + to_the_last  # (b, cached); of nothing where below 1
+    cached_numbers = num_before[:, past_length, None] + to_the_last  # (b, cached); below 1 where there is no token
     documents = None
     if seq_idx is not None or start is not None:
         local = torch.zeros_like(numbers[:, past_length:]) if seq_idx is None else seq_idx - seq_idx[:, :1]
@@ -159,10 +161,10 @@ def windowed_keys(padding: Tensor, past_length: int, seq_idx: Tensor | None, sta
 
 
 def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor | None:
-    """(b or 1, t) document numbers, or None if each row is one document. A document begins where a token's position does not follow the
-    one before it; behind pads, which positions may count or leave out, where it falls back.
+    """(b or 1, t) document numbers, or None if each row is one document.
 
-    While tracing, numbers can't be looked at, so that there are some for rows of one document, too.
+    A document begins where a token's position does not follow the one before it. After pads, which positions may count or leave out,
+    it begins where the position decreases. While tracing, values cannot be read, so that rows of one document get numbers, too.
     """
     length = position_ids.shape[-1]
     if length == 1:
@@ -183,7 +185,7 @@ def documents_from_positions(position_ids: Tensor, padding: Tensor | None) -> Te
 def local_padding(padding: Tensor | None, length: int) -> Tensor | None:
     """(b, t) mask of this call's tokens, or None where there are no pads among them.
 
-    transformers' own helper drops it for single tokens, so that a prompt fed token by token would take pads for text.
+    transformers' own helper drops the mask for single tokens, so that a prompt that is fed token by token would read pads as text.
     """
     if padding is None:
         return None

@@ -31,16 +31,16 @@ DYNAMICS_NAMES = ("A_log", "dt_bias", "D")
 
 
 def name_in_checkpoints(name: str) -> str:
-    """The name that a parameter, or a module, has in a checkpoint, where an SSD layer's `dynamics` are its own."""
+    """The name of a parameter or module in a checkpoint, where the parameters of `dynamics` belong to the SSD layer itself."""
     return re.sub(r"\bssd\.dynamics\b", "ssd", name)
 
 
 class TransXSSMDynamics(nn.Module):
     """The per-head parameters of a state-space layer: A = −exp(A_log), the bias of dt, and D (Appendix A; D as in Mamba-2).
 
-    They are float32 in a model of any dtype: bfloat16 would move decays by a part in 256. They form a module, because FSDP shards
-    parameters of one dtype together and gathers them when their module is called. What it returns outlives the call, after which gathered
-    parameters are freed.
+    They are float32 in a model of any dtype, since bfloat16 would change decays by a part in 256. They form a module, because FSDP shards
+    parameters of one dtype together and gathers them when their module is called. Its results must be new tensors, since gathered
+    parameters are freed after the call.
     """
 
     def __init__(self, num_heads: int, *, has_skip: bool) -> None:
@@ -74,8 +74,8 @@ class TransXSSMSSDMixer(nn.Module):
         self.x_proj = nn.Linear(config.hidden_size, x_size, bias=False)
         self.B_proj = nn.Linear(config.hidden_size, state_size, bias=False)
         self.C_proj = nn.Linear(config.hidden_size, state_size, bias=False)
-        # Quantisers leave this type alone: an output per head suits no block size of theirs (bitsandbytes' 4-bit kernel refuses it on
-        # a CPU), saves nothing, and decays are exponentials of it.
+        # Quantisers skip this type of layer. One output per head fits none of their block sizes (bitsandbytes' 4-bit kernel refuses it
+        # on a CPU) and would save nothing, and decays are exponentials of the output.
         self.dt_proj = NonDynamicallyQuantizableLinear(config.hidden_size, self.num_heads, bias=False)
         self.out_proj = nn.Linear(x_size, config.hidden_size, bias=False)
         self.conv_weight = None
@@ -85,7 +85,7 @@ class TransXSSMSSDMixer(nn.Module):
         if config.ssd_norm_BC:
             self.B_norm = TransXSSMRMSNorm(self.state_size, eps=config.rms_norm_eps)
             self.C_norm = TransXSSMRMSNorm(self.state_size, eps=config.rms_norm_eps)
-        # Vectors, not (g, n), as biases are: what has two axes decays.
+        # Vectors like other biases, and not (g, n), since weight decay applies to parameters with two axes.
         self.B_bias = nn.Parameter(torch.empty(state_size)) if config.ssd_bias_BC else None
         self.C_bias = nn.Parameter(torch.empty(state_size)) if config.ssd_bias_BC else None
         self.z_proj = self.norm = None
@@ -110,7 +110,7 @@ class TransXSSMSSDMixer(nn.Module):
         return self.dynamics.D
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # By the names of checkpoints too: Trainer gives a checkpoint's tensors to `load_state_dict` as they are.
+        # Accepts the names of checkpoints, too, since Trainer passes a checkpoint's tensors to `load_state_dict` unchanged.
         for name in DYNAMICS_NAMES:
             if f"{prefix}{name}" in state_dict:
                 state_dict[f"{prefix}dynamics.{name}"] = state_dict.pop(f"{prefix}{name}")
@@ -148,10 +148,10 @@ class TransXSSMSSDMixer(nn.Module):
         cached: LinearAttentionLayer | None = None,
         angles: Tensor | None = None,
     ) -> Tensor:
-        """What the output projection takes, (b, t, h p), of what `input_layers` give: zeros at pads.
+        """Computes the input of the output projection, (b, t, h p), from the outputs of `input_layers`, which are zero at pads.
 
         Args:
-            angles: of the selective rotation.
+            angles: angles of the selective rotation.
         """
         x, B, C, dt_input, *gates = projected
         batch, length, _ = x.shape
@@ -175,11 +175,11 @@ class TransXSSMSSDMixer(nn.Module):
             dt, A, D = dt.float(), A.float(), None if D is None else D.float()
         if positions.padding_mask is not None:  # after softplus, so that a pad leaves the state alone
             dt = dt * positions.padding_mask[..., None]
-        x = x.view(batch, length, -1, self.head_dim)  # under tensor parallelism this process's heads
+        x = x.view(batch, length, -1, self.head_dim)  # under tensor parallelism only this process's heads
         B, C = self._state_map(B, self.B_norm, self.B_bias), self._state_map(C, self.C_norm, self.C_bias)
-        if positions.length_scale is not None:  # behind the norm, which would take it out
+        if positions.length_scale is not None:  # after the norm, which would cancel it
             C = (C * positions.length_scale[..., None, None]).to(C.dtype)
-        if angles is not None:  # and the scan rotates by position
+        if angles is not None:  # in addition to the rotation by position inside the scan
             B, C = rotate_by_angles(B, angles), rotate_by_angles(C, angles)
         dtype = x.dtype
         if self.scan_in_fp32:
@@ -217,7 +217,7 @@ class TransXSSMSSDMixer(nn.Module):
         return y
 
     def _state_map(self, projected: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
-        """(b, t, g, n): B or C of every group, normalised over the state and moved by its bias where there are any."""
+        """(b, t, g, n): B or C of every group, normalised over the state and with its bias added, if the model has them."""
         state_map = projected.unflatten(-1, (-1, self.state_size))
         if norm is not None:
             state_map = norm(state_map)
@@ -228,7 +228,7 @@ class TransXSSMSSDMixer(nn.Module):
 
 @functools.cache
 def warn_of_rounded_decays(dtype: torch.dtype) -> None:
-    """Once for each dtype."""
+    """Warns once for each dtype."""
     logger.warning(
         "time steps and decays of SSD layers were rounded to %s: got mixed precision that casts what TransXSSMDynamics returns, expected "
         "float32; load the model in float32, or give FSDP a MixedPrecisionPolicy with output_dtype=None",

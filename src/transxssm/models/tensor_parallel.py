@@ -1,7 +1,7 @@
 """Tensor parallelism: each process of a group has some of the heads and groups of every layer, and all rows.
 
-transformers' plan shards linear layers (`TransXSSMConfig.base_model_tp_plan`). An SSD layer also has parameters for each head, group or
-channel that no linear layer holds. The styles of this module, which the plan names, give a process its own of them.
+transformers' plan shards linear layers (`TransXSSMConfig.base_model_tp_plan`). An SSD layer also has parameters of heads, groups or
+channels outside of linear layers. The styles of this module, which the plan names, give each process its share of them.
 
 Letters: b batch, t time, e channels.
 """
@@ -27,7 +27,7 @@ HEADS, MIXER, WIDE_NORM, ATTENTION = (
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """A tensor that all processes have, of which each computes with a part: its gradient is the sum of theirs."""
+    """A tensor that all processes hold and each uses in part. Its gradient is the sum over the processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -42,7 +42,7 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes, each of which goes on computing its own part with it."""
+    """The sum over processes, with which each computes its own part."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -59,10 +59,10 @@ class _Sum(torch.autograd.Function):
 
 
 def refusal_of_heads(processes: int, **numbers: int) -> str | None:
-    """Why so many processes cannot have whole heads and groups each. None if they can.
+    """Why heads and groups cannot be divided evenly among so many processes, or None if they can.
 
     Args:
-        numbers: of heads or groups, by the name of the field of the configuration.
+        numbers: numbers of heads or groups, by the name of the field in the configuration.
     """
     for name, number in numbers.items():
         if number % processes:
@@ -75,7 +75,7 @@ def refusal_of_heads(processes: int, **numbers: int) -> str | None:
 
 @contextmanager
 def _own(module: Any, **replacements: Tensor) -> Iterator[None]:
-    """For one call of a module: its sharded parameters as this process's tensors, and others as given."""
+    """Replaces, for one call of a module, its sharded parameters by this process's tensors, and others as given."""
     parameters = module._parameters
     given = dict(parameters)
     shards = {name: weight.to_local() for name, weight in given.items() if isinstance(weight, DTensor)}
@@ -87,7 +87,7 @@ def _own(module: Any, **replacements: Tensor) -> Iterator[None]:
 
 
 class _OwnParameters(TensorParallelLayer):
-    """Parameters of which the first axis is divided among processes; a module computes with its own."""
+    """Parameters whose first axis is divided among processes. A module computes with its own share."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         weight = module._parameters.get(param)
@@ -112,8 +112,8 @@ class _OwnParameters(TensorParallelLayer):
 class _Mixer(_OwnParameters):
     """An SSD layer's parameters beside its linear layers: the biases of B and C, and the convolution.
 
-    Channels of the convolution are those of x, then of B, then of C, so that a process's own do not lie together. Every process has all
-    of them, a few thousand numbers.
+    The channels of the convolution are those of x, then of B, then of C, so that the channels of a process are not contiguous. Every
+    process holds all of them, a few thousand numbers.
     """
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
@@ -136,7 +136,7 @@ class _Mixer(_OwnParameters):
 
 
 class _WideNorm(_OwnParameters):
-    """RMSNorm over all channels, of which a process has some: the squares of all are summed."""
+    """RMSNorm over channels that are divided among processes, which sum the squares of all channels."""
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         def normalised(x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class _WideNorm(_OwnParameters):
 
 
 class _Attention(TensorParallelLayer):
-    """An attention layer, which shards itself by its linear layers, if its heads can be divided."""
+    """An attention layer, which is sharded by its linear layers if its heads can be divided."""
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         heads = {name: getattr(module.config, name) for name in ("num_attention_heads", "num_key_value_heads")}
@@ -163,10 +163,10 @@ class _Attention(TensorParallelLayer):
 
 
 def divide_heads(model: Any, mesh: DeviceMesh) -> None:
-    """Divides a model that every process has whole, in place, by its plan: what transformers does while it loads one.
+    """Divides a model that every process holds whole, in place and by its plan, as transformers does while it loads a model.
 
     Args:
-        mesh: of one dimension, the processes that share heads.
+        mesh: the processes that share heads, in one dimension.
     """
     plan: dict[str, str] = model.tp_plan
 
@@ -186,7 +186,7 @@ def divide_heads(model: Any, mesh: DeviceMesh) -> None:
 
 
 def register_styles() -> None:
-    """Makes the styles known to transformers by their names."""
+    """Registers the styles with transformers by their names."""
     styles: dict[str, Callable[[], TensorParallelLayer]] = {
         HEADS: _OwnParameters,
         MIXER: _Mixer,
