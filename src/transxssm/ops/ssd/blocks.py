@@ -54,13 +54,15 @@ class WholeChunks(NamedTuple):
     """Sequences side by side in one row, with pads behind each up to the next multiple of a chunk."""
 
     inputs: ScanInputs
-    places: Tensor  # (t,): where each token of the row went
+    places: Tensor | None  # (t,): where each token of the row went; None if all stayed
 
 
 def in_whole_chunks(inputs: ScanInputs, chunk_size: int) -> WholeChunks:
     """Lays the sequences of `inputs.cu_seqlens` out so that each begins with a chunk."""
     assert inputs.cu_seqlens is not None
     device, lengths = inputs.x.device, inputs.cu_seqlens.diff()
+    if not bool((lengths % chunk_size).any()):
+        return WholeChunks(inputs, None)
     widths = (lengths + chunk_size - 1) // chunk_size * chunk_size
     ends, new_ends = lengths.cumsum(0), F.pad(widths.cumsum(0), (1, 0))
     moved = new_ends[:-1] - (ends - lengths)  # (s,): how far each sequence goes to the right

@@ -5,7 +5,7 @@ Letters: b batch, s sequences, t time, h heads, g groups, p head_dim, n state si
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from transxssm.ops.dispatch import EXPORTED, Backend, Op, cpp_shortfall, is_exporting
 from transxssm.ops.sequences import check_slots, checked_cu_seqlens, read_slots
 from transxssm.ops.ssd import cpp as scan_cpp
-from transxssm.ops.ssd.blocks import ScanInputs, in_whole_chunks
+from transxssm.ops.ssd.blocks import ScanInputs, in_whole_chunks, is_on_cpu
 from transxssm.ops.ssd.chunked import ssd_chunked
 from transxssm.ops.ssd.portable import ssd_portable
 from transxssm.ops.ssd.reference import ssd_recurrence
@@ -26,6 +26,9 @@ from transxssm.ops.ssd.triton.scan import ssd_triton
 
 # By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
 DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
+
+
+Scan = Callable[[ScanInputs, int | None], tuple[Tensor, Tensor]]
 
 
 class SSDBackend(StrEnum):
@@ -41,8 +44,12 @@ class SSDBackend(StrEnum):
 
 def _chunked(backend: str, inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
     chunk_size = _chunk_size_of(inputs.x, chunk_size)
-    if inputs.cu_seqlens is not None:  # a chunk longer than any sequence would hold pads for nothing
-        chunk_size = min(chunk_size, int(inputs.cu_seqlens.diff().max()))
+    if inputs.cu_seqlens is not None:
+        lengths = inputs.cu_seqlens.diff()
+        chunk_size = min(chunk_size, int(lengths.max()))  # a longer one would hold pads for nothing
+        # A GPU waits for launches. On a CPU pads, and the copies that make room for them, took up to twice the time of a call for each.
+        if is_on_cpu(inputs.x) and bool((lengths % chunk_size).any()):
+            return _one_by_one(partial(_chunked, backend), inputs, chunk_size)
     arguments, options, places = _unpacked(inputs, chunk_size)
     y, state = ssd_chunked(*arguments, **options, chunk_size=chunk_size, backend=backend)
     return y if places is None else y[0].index_select(0, places)[None], state
@@ -78,7 +85,12 @@ def _recurrence(inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Ten
     if inputs.cu_seqlens is None:
         arguments, options = _of_one_sequence(inputs)
         return ssd_recurrence(*arguments, **options)
-    outputs, states = zip(*(_recurrence(each, chunk_size) for each in _each_sequence(inputs)), strict=True)
+    return _one_by_one(_recurrence, inputs, chunk_size)
+
+
+def _one_by_one(scan: Scan, inputs: ScanInputs, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+    """Each sequence of a row in a scan of its own."""
+    outputs, states = zip(*(scan(each, chunk_size) for each in _each_sequence(inputs)), strict=True)
     return torch.cat(outputs, dim=1), torch.cat(states)
 
 
