@@ -212,6 +212,33 @@ def recall(
 
 
 @app.command()
+def algorithmic(
+    context: typer.Context,
+    task: Annotated[
+        str, typer.Option(help="parity, modular-3, modular-5, s3, s5 (permutations) or copying; that of the training.")
+    ],
+    lengths: Annotated[str, typer.Option(help="Elements, or letters to copy.")] = "40,64,128,256",
+    examples: Annotated[int, typer.Option(help="Sequences for each length.")] = 512,
+    seed: Seed = 0,
+    batch_tokens: BatchTokens = 16_384,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    gpus: Gpus = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """State tracking (the running product in a group) and copying, for models that were trained on them.
+
+    Accuracy of the last state, or of all copied letters; token ids are the task's own, no tokenizer is involved.
+    """
+    place = _place(context.obj, dtype, device, output_dir)
+    if _is_launched_on(gpus, device):
+        return
+    from transxssm_cli.evaluation import evaluate_algorithmic
+
+    evaluate_algorithmic(place, task=task, lengths=lengths, examples=examples, seed=seed, batch_tokens=batch_tokens)
+
+
+@app.command()
 def harness(
     context: typer.Context,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks or groups; transxssm-paper: the paper's seven.")],

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from transxssm.data import DataArguments, Haystack, RecallTask, load_corpus
+from transxssm.data import AlgorithmicTask, DataArguments, Haystack, RecallTask, load_corpus
 from transxssm.evaluation import (
     CellPlan,
     Decoding,
@@ -67,7 +67,15 @@ EXTRAPOLATION = 4  # the longest default length, in training lengths
 LONGEST_DEFAULT = 65_536
 
 
-__all__ = ["Place", "TextOptions", "evaluate_harness", "evaluate_needle", "evaluate_perplexity", "evaluate_recall"]
+__all__ = [
+    "Place",
+    "TextOptions",
+    "evaluate_algorithmic",
+    "evaluate_harness",
+    "evaluate_needle",
+    "evaluate_perplexity",
+    "evaluate_recall",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -421,6 +429,20 @@ def evaluate_recall(place: Place, *, sizes: str, vocab_size: int, examples: int,
     model = place.load_model()
     plans = recall_plans(TokenScorer(model), tasks, num_examples=examples, seed=seed, batch_tokens=batch_tokens)
     results = _measure(place, model, "recall", {"vocab_size": vocab_size, "examples": examples, "seed": seed}, plans)
+    cells = results.cells.values()
+    _publish(results, recall_table(cells), lambda path: plot_recall(path, cells))
+
+
+@joined()
+def evaluate_algorithmic(place: Place, *, task: str, lengths: str, examples: int, seed: int, batch_tokens: int) -> None:
+    """`transxssm evaluate CHECKPOINT algorithmic`."""
+    tasks = [AlgorithmicTask(task, length) for length in read_numbers("--lengths", lengths)]
+    require_positive(examples=examples, batch_tokens=batch_tokens)
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative: got {seed}")
+    model = place.load_model()
+    plans = recall_plans(TokenScorer(model), tasks, num_examples=examples, seed=seed, batch_tokens=batch_tokens)
+    results = _measure(place, model, "algorithmic", {"examples": examples, "seed": seed}, plans)
     cells = results.cells.values()
     _publish(results, recall_table(cells), lambda path: plot_recall(path, cells))
 

@@ -100,6 +100,14 @@ def test_recall(run, random_checkpoint, out):
     assert list(results_of(out, "recall")["cells"]) == ["16/2", "32/4"]
 
 
+def test_algorithmic(run, random_checkpoint, out):
+    options = ("--task", "s3", "--lengths", "4,9", "--examples", "2", "--output-dir", out)
+    result = run("evaluate", random_checkpoint, "algorithmic", *options)
+    assert result.exit_code == 0
+    assert files_of(out) == ["algorithmic.json", "algorithmic.md", "algorithmic.png"]
+    assert list(results_of(out, "algorithmic")["cells"]) == ["s3/4", "s3/9"]
+
+
 def test_without_matplotlib_the_picture_is_left_out_and_that_is_said(run, random_checkpoint, out, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("evaluate", random_checkpoint, "recall", *RECALL, "--output-dir", out)
@@ -236,6 +244,7 @@ class TestRefusals:
             (["recall", "--sizes", "64"], "--sizes: got '64'"),
             (["recall", "--sizes", "8/4"], "need at least 16 tokens"),
             (["recall", "--seed", "-1"], "--seed must not be negative"),
+            (["algorithmic", "--task", "s4"], "unknown task 's4': expected one of parity"),
             (["recall", "--device", "gpu"], "unknown device 'gpu'"),
             (["recall", "--dtype", "int8"], "unknown dtype 'int8'"),
             (["recall", "--gpus", "two", "--device", "cpu"], "--gpus: got 'two', expected a number of GPUs from 1 on"),

@@ -8,8 +8,8 @@ import torch
 from tests.apple_gpu import OnAppleGPU
 from tests.evaluation.models import Oracle
 from tests.models.tiny import tiny_model
-from transxssm.data import RecallTask
-from transxssm.evaluation import TokenScorer, plot_recall, recall_plans, recall_table
+from transxssm.data import AlgorithmicTask, RecallTask
+from transxssm.evaluation import TokenScorer, key_of, plot_recall, recall_plans, recall_table
 from transxssm.evaluation.recall import measure_recall
 from transxssm.evaluation.scoring import TokenScores
 
@@ -60,7 +60,7 @@ def test_plans_and_table():
     steps: list[int] = []
     table = recall_table([plan.measure(steps.append) for plan in plans])
     assert sum(steps) == 6
-    assert [row[:3] for row in table.rows] == [["16", "2", "3"], ["64", "8", "3"]]
+    assert [row[:3] for row in table.rows] == [["2 pairs", "16", "3"], ["8 pairs", "64", "3"]]
 
 
 def test_a_vocabulary_that_the_model_has_not():
@@ -68,6 +68,33 @@ def test_a_vocabulary_that_the_model_has_not():
         recall_plans(
             TokenScorer(tiny_model()), [RecallTask(16, 2, vocab_size=98)], num_examples=1, seed=0, batch_tokens=1
         )
+
+
+def parity_so_far(ids):
+    return sum(ids[1:]) % 2
+
+
+def test_the_last_state_is_what_counts():
+    """An oracle that loses count after 20 of 40 elements knows the state at 20, and half of those at 40."""
+    for length, least, most in ((20, 1.0, 1.0), (40, 0.3, 0.7)):
+        task = AlgorithmicTask("parity", length)
+        oracle = Oracle(3, lambda ids: parity_so_far(ids[:21]), last=length + 2)
+        cell = measure_recall(TokenScorer(oracle), task, 100, 0, 1000, lambda steps: None)
+        assert least <= cell["accuracy"] <= most
+        assert (cell["task"], cell["length"]) == ("parity", length)
+
+
+def test_all_copied_letters_count():
+    task = AlgorithmicTask("copying", 10)
+    oracle = Oracle(27, lambda ids: ids[len(ids) - ids.index(26) - 1] if 26 in ids else 0, last=21)
+    cell = measure_recall(TokenScorer(oracle), task, 20, 0, 100, lambda steps: None)
+    assert cell["accuracy"] == 1.0
+    assert key_of(task) == "copying/10"
+
+
+def test_a_model_of_another_task_is_refused():
+    with pytest.raises(ValueError, match="vocabulary of 121 does not fit the model's of 97: choose the task"):
+        recall_plans(TokenScorer(tiny_model()), [AlgorithmicTask("s5", 2)], num_examples=1, seed=0, batch_tokens=1)
 
 
 def test_scores_that_cannot_be_float64_where_they_are(monkeypatch):

@@ -1,5 +1,6 @@
 """Text to batches: corpora, tokenizers, packed rows."""
 
+from transxssm.data.algorithmic import ALGORITHMIC_TASKS, AlgorithmicTask
 from transxssm.data.arguments import DataArguments
 from transxssm.data.associative_recall import RecallBatch, RecallTask
 from transxssm.data.corpus import EMBEDDED_CORPORA, Corpus, load_corpus, text_bytes
@@ -8,7 +9,9 @@ from transxssm.data.packing import PackedCollator, PackedDatasets, build_dataset
 from transxssm.data.tokenizer import build_tokenizer, document_bounds
 
 __all__ = [
+    "ALGORITHMIC_TASKS",
     "EMBEDDED_CORPORA",
+    "AlgorithmicTask",
     "Corpus",
     "DataArguments",
     "Haystack",

@@ -63,6 +63,16 @@ class RecallTask:
         if self.power <= 0:
             raise ValueError(f"the power law's exponent must be more than 0: got {self.power}")
 
+    @property
+    def num_tokens(self) -> int:
+        """Of a sequence, t."""
+        return self.length
+
+    @property
+    def num_judged(self) -> int:
+        """Answers of a sequence that count for the accuracy: all."""
+        return self.num_pairs
+
     def sequences(self, seed: int, first: int, count: int) -> RecallBatch:
         """The sequences number `first` … `first + count − 1` of a seed; each depends on nothing but seed and number."""
         drawn = [self._sequence(np.random.default_rng((seed, number))) for number in range(first, first + count)]

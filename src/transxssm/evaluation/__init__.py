@@ -10,7 +10,7 @@ from transxssm.evaluation.perplexity import (
     select_documents,
 )
 from transxssm.evaluation.processes import first_process_first, is_first, is_shared, joined
-from transxssm.evaluation.recall import STANDARD_SIZES, plot_recall, recall_plans, recall_table
+from transxssm.evaluation.recall import STANDARD_SIZES, key_of, plot_recall, recall_plans, recall_table
 from transxssm.evaluation.results import Cell, CellPlan, Results, ResultTable
 from transxssm.evaluation.scoring import TokenScorer, TokenScores
 
@@ -31,6 +31,7 @@ __all__ = [
     "is_shared",
     "joined",
     "judge_for",
+    "key_of",
     "longest_document",
     "needle_plans",
     "needle_table",

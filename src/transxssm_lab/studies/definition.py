@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, StrictFloat, StrictInt
 from pydantic.dataclasses import dataclass
 
-from transxssm.data import RecallTask
+from transxssm.data import AlgorithmicTask, RecallTask
 from transxssm.data.needle import NUM_NAMES
 from transxssm.training.schema import apply_override, bundled, read_document, validated
 from transxssm.wording import nearest
@@ -107,6 +107,32 @@ class Recall:
 
 
 @dataclass(frozen=True, config=_CLOSED)
+class Algorithmic:
+    """A task with exact answers at any length (`AlgorithmicTask`) to train on and be measured by, in place of text.
+
+    Args:
+        task: its name.
+        train_elements: elements or letters of a sequence; training takes turns.
+        lengths: elements or letters at which it is measured.
+        tokens_per_step: of a training step, which reads sequences of one length.
+        held_out_steps: batches of the held-out loss.
+        num_examples: sequences that the accuracy at each length is measured on.
+    """
+
+    task: str
+    train_elements: list[StrictInt]
+    lengths: list[StrictInt]
+    tokens_per_step: StrictInt = 4096
+    held_out_steps: StrictInt = 8
+    num_examples: StrictInt = 512
+
+    @property
+    def train_lengths(self) -> list[int]:
+        """Tokens of each length's sequences."""
+        return [AlgorithmicTask(self.task, length).num_tokens for length in self.train_elements]
+
+
+@dataclass(frozen=True, config=_CLOSED)
 class Needle:
     """Needles in haystacks of the data section's text, for training and evaluation: a sentence states a number, which is asked for.
 
@@ -143,12 +169,13 @@ class Study:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     perplexity: Perplexity | None = None
     recall: Recall | None = None
+    algorithmic: Algorithmic | None = None
     needle: Needle | None = None
 
     @property
-    def task(self) -> Recall | Needle | None:
+    def task(self) -> Recall | Algorithmic | Needle | None:
         """The task on which models are trained in place of text, if there is one."""
-        return self.recall if self.needle is None else self.needle
+        return self.recall or self.algorithmic or self.needle
 
     @property
     def output_dir(self) -> Path:
@@ -162,6 +189,8 @@ class Study:
             del settings["grid"][key]
         if self.grid.repeat_rates == "all":  # left out, so that the settings of older studies compare equal
             del settings["grid"]["repeat_rates"]
+        if self.algorithmic is None:  # as in studies before there was the section
+            del settings["algorithmic"]
         for cell in settings["cells"].values():
             del cell["slowdown"]
         return settings
@@ -279,10 +308,14 @@ def _check(study: Study) -> None:
             )
         if study.perplexity is None and study.task is None:
             raise ValueError(
-                f"cells.{name}.weights_of: such a cell is measured, not trained: add a section perplexity, recall or needle"
+                f"cells.{name}.weights_of: such a cell is measured, not trained: add a section perplexity, recall, algorithmic or needle"
             )
-    if sum(section is not None for section in (study.perplexity, study.recall, study.needle)) > 1:
-        raise ValueError("a study is measured by one of perplexity, recall and needle: got more than one section")
+    if sum(section is not None for section in (study.perplexity, study.recall, study.algorithmic, study.needle)) > 1:
+        raise ValueError(
+            "a study is measured by one of perplexity, recall, algorithmic and needle: got more than one section"
+        )
+    if study.algorithmic is not None:
+        _check_algorithmic(study.algorithmic)
     if study.needle is not None:
         _check_needle(study.needle)
     if study.recall is not None:
@@ -292,6 +325,18 @@ def _check(study: Study) -> None:
             RecallTask(
                 length=size[0], num_pairs=size[1], vocab_size=study.recall.vocab_size
             )  # raises for invalid sizes
+
+
+def _check_algorithmic(section: Algorithmic) -> None:
+    if not (section.train_elements and section.lengths):
+        raise ValueError("algorithmic: expected at least one of train_elements and lengths each")
+    for length in (*section.train_elements, *section.lengths):
+        AlgorithmicTask(section.task, length)  # refuses what cannot be
+    if section.num_examples < 1 or section.held_out_steps < 1:
+        raise ValueError(
+            "algorithmic: expected num_examples and held_out_steps of at least 1: "
+            f"got {section.num_examples} and {section.held_out_steps}"
+        )
 
 
 def _check_needle(needle: Needle) -> None:

@@ -24,7 +24,7 @@ from transxssm_lab.studies.definition import Study
 from transxssm_lab.studies.outcome import Outcome, read_outcome, write_divergence
 from transxssm_lab.studies.report import Evidence, best_rate, write_report
 from transxssm_lab.studies.schedule import Contender, PlannedRun, Schedule, contenders_of, duration, plan_of, recipe_for
-from transxssm_lab.studies.tasks import evaluate_run, needle_data, recall_data
+from transxssm_lab.studies.tasks import evaluate_run, needle_data, task_data
 
 STUDY = "study.json"
 # The part of a budget that is kept for the last checkpoint and the report: seconds, and its largest share.
@@ -210,8 +210,8 @@ class _Work:
         )
 
     def _source(self, recipe: Recipe) -> TrainingData:
-        if self.study.recall is not None:
-            return recall_data(self.study.recall, recipe)
+        if (section := self.study.recall or self.study.algorithmic) is not None:
+            return task_data(section, recipe)
         return text_data(recipe) if self.study.needle is None else needle_data(self.study.needle, recipe)
 
     def _step(self, label: str, run: PlannedRun, step: int, seconds: float) -> None:

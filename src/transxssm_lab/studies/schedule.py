@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from transxssm.data import AlgorithmicTask
 from transxssm.inspection.costs import step_flops
 from transxssm.models.baselines import count_baseline_parameters
 from transxssm.training import Recipe, recipe_of
@@ -106,6 +107,10 @@ def recipe_for(
     if study.recall is not None:
         model = {**model, "vocab_size": study.recall.vocab_size}
         data = {"corpus": "associative-recall", "sequence_length": data["sequence_length"]}
+    if study.algorithmic is not None:
+        task = AlgorithmicTask(study.algorithmic.task, 1)
+        model = {**model, "vocab_size": task.vocab_size}
+        data = {"corpus": task.name, "sequence_length": data["sequence_length"]}
     return recipe_of(study.name, {"model": model, "data": data, "training": training})
 
 

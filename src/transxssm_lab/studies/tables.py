@@ -243,7 +243,8 @@ def _measured(contenders: Reports) -> ResultTable | None:
         return _needles(contenders)
     is_recall = any("accuracy" in cell for one in contenders.values() for cell in one["measured"].values())
     measure, form = ("accuracy", ".1%") if is_recall else ("bits_per_byte", ".4f")
-    heading = "accuracy at length/pairs" if is_recall else "bits per byte in windows of"
+    places = "length/pairs" if keys[0][0].isdigit() else "task/length"
+    heading = f"accuracy at {places}" if is_recall else "bits per byte in windows of"
     rows = [
         [name, *(_number(one["measured"].get(key, {}).get(measure), form) for key in keys)]
         for name, one in contenders.items()

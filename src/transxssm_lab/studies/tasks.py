@@ -1,4 +1,4 @@
-"""The tasks on which a study trains in place of text, recall and needles, and its evaluations besides the held-out loss.
+"""The tasks on which a study trains in place of text (recall, algorithmic tasks, needles), and its evaluations besides the held-out loss.
 
 An item of a data set is a whole batch. Tasks or lengths alternate.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from transxssm.data import Haystack, RecallTask, build_tokenizer, load_corpus
+from transxssm.data import AlgorithmicTask, Haystack, RecallTask, build_tokenizer, load_corpus
 from transxssm.data.packing import IGNORED_LABEL
 from transxssm.evaluation import (
     CellPlan,
@@ -22,6 +22,7 @@ from transxssm.evaluation import (
     Results,
     TokenScorer,
     judge_for,
+    key_of,
     needle_plans,
     perplexity_plans,
     recall_plans,
@@ -36,7 +37,7 @@ from transxssm.models import (
     read_device,
 )
 from transxssm.training import Recipe, TrainingData
-from transxssm_lab.studies.definition import Needle, Recall, Study
+from transxssm_lab.studies.definition import Algorithmic, Needle, Recall, Study
 
 # Seeds of sequences. Training adds the run's own seed to its seed, so that it reads no sequence of the held-out loss or the evaluation.
 HELD_OUT_SEED, MEASURED_SEED, TRAINING_SEED = 0, 1, 2
@@ -44,13 +45,13 @@ HELD_OUT_SEED, MEASURED_SEED, TRAINING_SEED = 0, 1, 2
 
 HAYSTACK_PROMPTS = 64  # at least so many of the longest prompts fit into the text before it repeats
 
-MEASURES = ("perplexity", "recall", "needle")  # sections of a study, which has at most one of them
+MEASURES = ("perplexity", "recall", "algorithmic", "needle")  # sections of a study, which has at most one of them
 BATCH_TOKENS = 16384
 # Keys of a recipe's model section that are not fields of a configuration.
 _NO_FIELDS = ("preset", "architecture")
 
 
-class RecallBatches(Dataset):
+class TaskBatches(Dataset):
     """Batches with equal numbers of tokens, which are generated on access.
 
     Args:
@@ -60,7 +61,7 @@ class RecallBatches(Dataset):
         seed: seed of the sequences.
     """
 
-    def __init__(self, tasks: Sequence[RecallTask], tokens: int, count: int, seed: int) -> None:
+    def __init__(self, tasks: Sequence[RecallTask | AlgorithmicTask], tokens: int, count: int, seed: int) -> None:
         self.tasks, self.tokens, self.count, self.seed = tasks, tokens, count, seed
 
     def __len__(self) -> int:
@@ -69,30 +70,38 @@ class RecallBatches(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Batch number `index`: `input_ids` and `labels`, (b, t) int64. Labels are one place to the right, since models shift them back."""
         task = self.tasks[index % len(self.tasks)]
-        rows = max(1, self.tokens // task.length)
+        rows = max(1, self.tokens // task.num_tokens)
         batch = task.sequences(self.seed, index // len(self.tasks) * rows, rows)
-        # No question is at the last position, since a question takes two tokens.
+        # No question is at the last position, since a question of recall takes two tokens.
         labels = np.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED_LABEL)
         return {"input_ids": batch.input_ids, "labels": labels}
 
 
-def tasks_of(recall: Recall) -> list[RecallTask]:
-    """The tasks of a study.
+def trained_tasks(section: Recall | Algorithmic) -> Sequence[RecallTask | AlgorithmicTask]:
+    """The tasks that a study trains on.
 
     Raises:
-        ValueError: a task has too many pairs for its length or the vocabulary.
+        ValueError: a task has too many pairs for its length or the vocabulary, or is unknown.
     """
-    return [RecallTask(length, num_pairs, recall.vocab_size) for length, num_pairs in recall.sizes]
+    if isinstance(section, Algorithmic):
+        return [AlgorithmicTask(section.task, length) for length in section.train_elements]
+    return [RecallTask(length, num_pairs, section.vocab_size) for length, num_pairs in section.sizes]
 
 
-def recall_data(recall: Recall, recipe: Recipe) -> TrainingData:
+def measured_tasks(section: Recall | Algorithmic) -> Sequence[RecallTask | AlgorithmicTask]:
+    """The tasks on which a study measures its models. In recall they are those of training."""
+    if isinstance(section, Algorithmic):
+        return [AlgorithmicTask(section.task, length) for length in section.lengths]
+    return trained_tasks(section)
+
+
+def task_data(section: Recall | Algorithmic, recipe: Recipe) -> TrainingData:
     """New sequences for every step of a run, and the held-out ones, which all runs share."""
-    tasks = tasks_of(recall)
-    batches = partial(RecallBatches, tasks, recall.tokens_per_step)
+    batches = partial(TaskBatches, trained_tasks(section), section.tokens_per_step)
     steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
     return TrainingData(
         train=batches(count=steps, seed=TRAINING_SEED + recipe.training["seed"]),
-        held_out=batches(count=recall.held_out_steps, seed=HELD_OUT_SEED),
+        held_out=batches(count=section.held_out_steps, seed=HELD_OUT_SEED),
         collate=only_batch,
     )
 
@@ -193,14 +202,14 @@ def evaluate_run(
     """Evaluates the model in a run folder as the study says. Existing measurements are kept.
 
     Args:
-        study: a study, whose `perplexity`, `recall` and `needle` sections say what is measured.
+        study: a study, whose `perplexity`, `recall`, `algorithmic` and `needle` sections say what is measured.
         run_dir: folder of the trained model.
         recipe: recipe of the run, which names its text.
         path: path of the JSON file.
         overrides: model keys with which the weights are loaded. None for those of training.
 
     Returns:
-        The cells: by length, by task as "length/pairs", or by place as "length/depth".
+        The cells: by length, by task as "length/pairs" or "task/length", or by place as "length/depth".
 
     Raises:
         ValueError: no held-out document is as long as the longest window.
@@ -212,17 +221,16 @@ def evaluate_run(
     if wanted_cells(study) <= results.cells.keys():
         return results.cells
     model = _load(run_dir, overrides)
-    plans = _plans(
-        study, TokenScorer(model), recipe, load_tokenizer(run_dir, model.config) if study.recall is None else None
-    )
+    reads_text = study.recall is None and study.algorithmic is None
+    plans = _plans(study, TokenScorer(model), recipe, load_tokenizer(run_dir, model.config) if reads_text else None)
     results.measure(plans, advance=lambda steps: None, finished=lambda key: None)
     return results.cells
 
 
 def wanted_cells(study: Study) -> set[str]:
     """Keys of the cells that the study measures."""
-    if study.recall is not None:
-        return {f"{length}/{pairs}" for length, pairs in study.recall.sizes}
+    if (section := study.recall or study.algorithmic) is not None:
+        return set(map(key_of, measured_tasks(section)))
     if study.needle is not None:
         return {f"{length}/{depth:g}" for length in study.needle.lengths for depth in study.needle.depths}
     return set(map(str, study.perplexity.lengths)) if study.perplexity else set()
@@ -231,11 +239,11 @@ def wanted_cells(study: Study) -> set[str]:
 def _plans(
     study: Study, scorer: TokenScorer, recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None
 ) -> list[CellPlan]:
-    if study.recall is not None:
+    if (section := study.recall or study.algorithmic) is not None:
         return recall_plans(
             scorer,
-            tasks_of(study.recall),
-            num_examples=study.recall.num_examples,
+            measured_tasks(section),
+            num_examples=section.num_examples,
             seed=MEASURED_SEED,
             batch_tokens=BATCH_TOKENS,
         )

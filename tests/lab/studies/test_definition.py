@@ -125,7 +125,7 @@ def test_bad_bases(tmp_path, base, words):
         ({"cells": {"a": {"weights_of": "b"}}}, "no cell 'b'"),
         (
             {"cells": {"a": {}, "b": {"weights_of": "a"}}},
-            "measured, not trained: add a section perplexity, recall or needle",
+            "measured, not trained: add a section perplexity, recall, algorithmic or needle",
         ),
         (
             {"cells": {"a": {}, "b": {"weights_of": "a"}, "c": {"weights_of": "b"}}, "perplexity": {"lengths": [16]}},
@@ -135,10 +135,19 @@ def test_bad_bases(tmp_path, base, words):
         ({"cells": {}}, "at least one cell"),
         ({"cells": {"../a": {}}}, "names no folder"),
         ({"recall": {"sizes": [[16]]}}, "expected [length, pairs]"),
+        ({"algorithmic": {"task": "s4", "train_elements": [4], "lengths": [4]}}, "unknown task 's4'"),
+        (
+            {"algorithmic": {"task": "s3", "train_elements": [], "lengths": [4]}},
+            "at least one of train_elements and lengths",
+        ),
+        (
+            {"algorithmic": {"task": "s3", "train_elements": [4], "lengths": [0]}},
+            "at least 1 element or letter: got length 0",
+        ),
         ({"needle": {"train_lengths": [], "lengths": [64]}}, "at least one of train_lengths"),
         (
             {"needle": {"train_lengths": [64], "lengths": [64]}, "perplexity": {"lengths": [16]}},
-            "one of perplexity, recall and needle",
+            "one of perplexity, recall, algorithmic and needle",
         ),
         ({"sizes": {"s": {"models": {}}}}, "unknown key sizes.s.models: did you mean sizes.s.model?"),
     ],

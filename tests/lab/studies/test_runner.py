@@ -357,6 +357,22 @@ def test_recall_trains_and_is_measured(study):
     assert one["mean"]["train_tokens"] == 4 * 64
 
 
+def test_algorithmic_tasks_train_and_are_measured(study):
+    algorithmic = {
+        "task": "s3",
+        "train_elements": [4, 6],
+        "lengths": [4, 12],
+        "tokens_per_step": 24,
+        "held_out_steps": 2,
+        "num_examples": 8,
+    }
+    report = run_study(study("grid.seeds=[0]", tuning=None, data=None, cells={"hybrid": {}}, algorithmic=algorithmic))
+    one = report["contenders"]["hybrid"]
+    assert set(one["measured"]) == {"s3/4", "s3/12"}
+    assert 0 <= one["measured"]["s3/12"]["accuracy"] <= 1
+    assert one["mean"]["train_tokens"] == 2 * 24 + 2 * 24
+
+
 def test_needles_are_trained_on_and_measured(study, tmp_path):
     needle = {
         "train_lengths": [192, 256],

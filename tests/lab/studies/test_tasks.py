@@ -7,7 +7,7 @@ import torch
 from transxssm.data import Haystack, RecallTask
 from transxssm.training import recipe_of
 from transxssm_lab.studies.definition import Needle, Recall
-from transxssm_lab.studies.tasks import NeedleBatches, RecallBatches, needle_data, recall_data
+from transxssm_lab.studies.tasks import NeedleBatches, TaskBatches, needle_data, task_data
 
 LENGTHS = [160, 224]
 
@@ -80,7 +80,7 @@ def test_depths_are_spread(recipe):
 
 
 def test_the_shifted_label_is_the_target():
-    batch = RecallBatches(TASKS, tokens=64, count=4, seed=3)[1]
+    batch = TaskBatches(TASKS, tokens=64, count=4, seed=3)[1]
     task = TASKS[1].sequences(3, 0, 2)
     np.testing.assert_array_equal(batch["input_ids"], task.input_ids)
     np.testing.assert_array_equal(batch["labels"][:, 1:], task.targets[:, :-1])
@@ -89,7 +89,7 @@ def test_the_shifted_label_is_the_target():
 
 
 def test_tasks_take_turns_over_equally_many_tokens():
-    batches = RecallBatches(TASKS, tokens=64, count=4, seed=3)
+    batches = TaskBatches(TASKS, tokens=64, count=4, seed=3)
     assert [batches[index]["input_ids"].shape for index in range(4)] == [(4, 16), (2, 32), (4, 16), (2, 32)]
     assert not np.array_equal(batches[0]["input_ids"], batches[2]["input_ids"])
 
@@ -97,7 +97,7 @@ def test_tasks_take_turns_over_equally_many_tokens():
 def test_the_held_out_sequences_are_the_same_for_every_run_and_in_none():
     recall = Recall(sizes=[[16, 2]], vocab_size=64, tokens_per_step=64, held_out_steps=2)
     of_seed = [
-        recall_data(recall, recipe_of("recall", {"training": {"max_steps": 3, "seed": seed, "use_cpu": True}}))
+        task_data(recall, recipe_of("recall", {"training": {"max_steps": 3, "seed": seed, "use_cpu": True}}))
         for seed in (0, 1)
     ]
     held_out = [np.stack([data.held_out[index]["input_ids"] for index in range(2)]) for data in of_seed]
