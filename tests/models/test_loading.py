@@ -241,7 +241,9 @@ def assert_initialised(model: nn.Module, config: TransXSSMConfig) -> None:
         elif kind == "dt_bias":
             assert (softplus(weight) >= config.ssd_dt_min * (1 - 1e-4)).all(), name
             assert (softplus(weight) <= config.ssd_dt_max * (1 + 1e-4)).all(), name
-        elif ".rotation." in name and kind != "down_weight":  # φ = 1, which is fixed RoPE
+        elif kind == "down_weight":
+            assert weight.std().item() == pytest.approx(len(weight) ** -0.5, rel=0.2), name
+        elif ".rotation." in name:  # φ = 1, which is fixed RoPE
             started = torch.zeros_like(weight)
             started[:, -1] = 1 if kind == "conv_weight" else 0
             assert torch.equal(weight, started), name

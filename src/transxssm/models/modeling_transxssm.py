@@ -355,7 +355,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
                 bound = config.ssd_conv_kernel_size**-0.5  # as torch initialises a depthwise convolution
                 init.uniform_(module.conv_weight, -bound, bound)
         elif isinstance(module, TransXSSMSelectiveRotation):  # φ = 1
-            init.normal_(module.down_weight, std=config.initializer_range)
+            init.normal_(module.down_weight, std=len(module.down_weight) ** -0.5)  # so that norms are kept, which are 1
             init.zeros_(module.up_weight)
             taps = torch.zeros_like(module.conv_weight)
             taps[:, -1] = 1.0  # the token itself
