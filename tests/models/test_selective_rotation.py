@@ -112,6 +112,12 @@ def test_baselines_rotate_by_position():
         assert "rank" not in rope
 
 
+def test_configuration_leaves_what_it_was_given_alone():
+    given = dict(SELECTIVE)
+    tiny_config(rope_parameters=given)
+    assert given == SELECTIVE == {"rope_type": "selective"}
+
+
 def test_configuration_names_every_value_and_reads_it_again(tmp_path):
     config = tiny_config(rope_parameters=SELECTIVE)
     assert config.rope_parameters == {

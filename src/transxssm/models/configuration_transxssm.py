@@ -165,6 +165,7 @@ class TransXSSMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.rope_parameters = copy.deepcopy(self.rope_parameters)  # the caller's, which transformers would write into
         self._check_positive(*_GIVEN_SIZES)
         self._derive()
         self._check_layer_types()  # before transformers renames kinds of layers of other models
