@@ -185,7 +185,7 @@ def attention_masks(
 
     create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
     padding_of_kind = dict.fromkeys(create, attention_mask)
-    is_seen = dict.fromkeys(create, same_document)
+    is_seen: dict[str, MaskFunction | None] = dict.fromkeys(create, same_document)
     padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     if padding is not None and _counts_tokens(config, padding, cache):
         keys = windowed_keys(padding, past_length, seq_idx, cached_start)
