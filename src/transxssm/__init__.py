@@ -30,8 +30,8 @@ AutoConfig.register("transxssm", TransXSSMConfig, exist_ok=True)
 AutoModel.register(TransXSSMConfig, TransXSSMModel, exist_ok=True)
 AutoModelForCausalLM.register(TransXSSMConfig, TransXSSMForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(TransXSSMConfig, TransXSSMForSequenceClassification, exist_ok=True)
-# TRL given a path, pipelines and `transformers serve` look in the module `transformers` for the class that a saved config names. There
-# may be two modules of that name, since `transformers.processing_utils` executes it again: an attribute of their type is in both.
+# TRL (given a path), pipelines and `transformers serve` look up the class that a saved config names in the module `transformers`. There
+# may be two modules of that name, since `transformers.processing_utils` executes it again. An attribute of their type is in both.
 for _class in (TransXSSMModel, TransXSSMForCausalLM, TransXSSMForSequenceClassification):
     setattr(type(transformers), _class.__name__, _class)
 # Trainer's label smoothing shifts the labels of the classes named here, and of no others.

@@ -1,4 +1,4 @@
-"""The machine, its libraries and the version of the code: what a run computes with, and what its figures are to be judged by."""
+"""The machine, its libraries and the version of the code, which are recorded with the results of a run."""
 
 import datetime
 import importlib
@@ -20,7 +20,7 @@ from transxssm.ops.csrc import compiled_library
 from transxssm.ops.devices import has_fast_products, reason_without_triton
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Whose versions results depend on.
+# Libraries on whose versions results depend.
 LIBRARIES = ("transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -74,7 +74,7 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "triton": _version_of("triton", "triton"),
-        # Without them transformers computes Mamba-2, and with it Jamba, by a reference in PyTorch.
+        # Without them transformers computes Mamba-2, and so Jamba, by a reference in PyTorch.
         "mamba_ssm": _version_of("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined"),
         "causal_conv1d": _version_of("causal_conv1d", "causal_conv1d"),
         "system": platform.platform(),
@@ -84,7 +84,7 @@ def run_metadata(device: torch.device, num_threads: int | None) -> dict[str, Any
 def code_version(source: Path) -> dict[str, Any]:
     """The package's version and, where `source` belongs to a git repository, its commit and whether tracked files differ from it.
 
-    A copy without one is what `TRANSXSSM_COMMIT` says.
+    Without a repository, the commit is the value of `TRANSXSSM_COMMIT`.
     """
     version: dict[str, Any] = {"version": __version__, "commit": os.environ.get("TRANSXSSM_COMMIT"), "dirty": None}
     if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
@@ -104,12 +104,12 @@ def cpu_name() -> str:
 
 
 def _has_bfloat16_products() -> bool:
-    """Whether torch's CPU library multiplies bfloat16 matrices itself, without a detour over float32."""
+    """Whether torch's CPU library multiplies bfloat16 matrices itself, without converting them to float32."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _version_of(package: str, module: str) -> str | None:
-    """A package's version, its own word where it was not installed but put on the path; None where the module cannot be imported."""
+    """A package's version, from its module if it is on the path but not installed. None if the module cannot be imported."""
     try:
         importlib.import_module(module)
     except Exception:
@@ -121,7 +121,7 @@ def _version_of(package: str, module: str) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None where there is no git, no repository, or it says no."""
+    """The output of git, or None if there is no git or no repository, or the command fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     except OSError:

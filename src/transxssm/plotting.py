@@ -25,7 +25,7 @@ BLUE, SKY, VERMILLION, GREEN, PURPLE, ORANGE, GREY = (
     "#E69F00",
     "#666666",
 )
-HEAT = "cividis"  # reads the same to all eyes, and in grey
+HEAT = "cividis"  # readable for colour-blind readers, and in grey
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -46,13 +46,13 @@ STYLE: Any = {
     "ytick.color": "#555555",
     "figure.dpi": 160,
 }
-MOST_LABELS = 8  # at the ends of lines; more of them are a legend
-TICK_GAP = 0.075  # of the axis, between ticks
-LABEL_GAP = 1.25  # of the text's height, between labels
+MOST_LABELS = 8  # labels at the ends of lines; more lines get a legend
+TICK_GAP = 0.075  # least share of the axis between two ticks
+LABEL_GAP = 1.25  # distance of labels, in heights of the text
 
 
 class Look(NamedTuple):
-    """How a model is named and drawn."""
+    """The name and style of a model in plots."""
 
     name: str
     colour: str
@@ -94,7 +94,7 @@ LOOKS = {
     "sliding-window": Look("Sliding window in attention", ORANGE, "-"),
     "plain": Look("Plain", BLUE, "-"),
 }
-# Names that a key does not spell.
+# Names that cannot be derived from the key.
 NAMES = {
     "norm-BC": "Norm on B and C",
     "BC-norm": "Norm on B and C",
@@ -118,7 +118,7 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def looks_of(keys: Iterable[str]) -> dict[str, Look]:
-    """How to draw each of several models: its own look where it has one, else the next colour that none of them has."""
+    """The look of each of several models: its own if it has one, else the next colour that none of them uses."""
     keys = list(dict.fromkeys(keys))
     known = {key: LOOKS[key] for key in keys if key in LOOKS}
     taken = {(look.colour, look.line) for look in known.values()}
@@ -128,7 +128,7 @@ def looks_of(keys: Iterable[str]) -> dict[str, Look]:
 
 
 def tick(number: float) -> str:
-    """A number on an axis, short: "4K" for 4096, "131M" for 131,072,000, "0.5"."""
+    """Formats a number for an axis: "4K" for 4096, "131M" for 131,072,000, "0.5"."""
     if number >= 1024 and number % 1024 == 0 and number < 1e6:
         return f"{number / 1024:g}K"
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -138,7 +138,7 @@ def tick(number: float) -> str:
 
 
 def reason_without_pictures() -> str | None:
-    """Why no picture can be drawn here, in words; None where one can."""
+    """Why no plot can be drawn here, or None if one can."""
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed: pip install 'transxssm[lab]'"
     return None
@@ -146,12 +146,12 @@ def reason_without_pictures() -> str | None:
 
 @contextmanager
 def picture(path: Path, rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 4.0) -> Iterator[Any]:
-    """Axes of a new figure, which is written to `path` as a PNG in the end.
+    """Yields the axes of a new figure, which is written to `path` as a PNG at the end.
 
     Args:
-        path: of the PNG; its folder is made.
-        rows, columns: of axes: one of each gives an `Axes`, else a numpy array of them.
-        width, height: in inches.
+        path: path of the PNG. Its folder is created.
+        rows, columns: numbers of axes. One of each gives an `Axes`, otherwise a numpy array of them.
+        width, height: size in inches.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -174,20 +174,20 @@ def draw_line(
     *,
     marker: str = "o",
 ) -> None:
-    """A model's line, with its spread as a band where it is known."""
+    """Draws a model's line, with its spread as a band if it is known."""
     axes.plot(x, y, color=look.colour, linestyle=look.line, marker=marker, label=look.name)
     if low is not None and high is not None:
         axes.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
 
 
 def label_lines(axes: "Axes") -> None:
-    """Writes each line's name at its end, in its colour, without overlaps; a legend where there are many lines."""
+    """Writes each line's name at its end, in its colour, without overlaps. Many lines get a legend."""
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     if len(lines) > MOST_LABELS:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
         return
     axes.autoscale_view()
-    axes.get_xlim(), axes.get_ylim()  # which settles the limits that the transform reads
+    axes.get_xlim(), axes.get_ylim()  # settles the limits that the transform reads
     shares = axes.transScale + axes.transLimits  # from data to shares of the axes
     ends = [shares.transform(_last_point(line)) for line in lines]
     figure = axes.get_figure()
@@ -218,7 +218,7 @@ def label_lines(axes: "Axes") -> None:
 
 
 def set_ticks(axes: "Axes", numbers: Iterable[float], *, base: float = 2) -> None:
-    """A logarithmic x axis with these numbers on it, written short; one that would touch the one before it is left out."""
+    """Makes the x axis logarithmic with ticks at these numbers. A tick that would touch the one before is left out."""
     numbers = sorted(set(numbers))
     shown: list[float] = []
     for number in numbers:
@@ -230,14 +230,14 @@ def set_ticks(axes: "Axes", numbers: Iterable[float], *, base: float = 2) -> Non
 
 
 def short_ticks(axes: "Axes", *which: str) -> None:
-    """Writes the numbers of an axis ("x", "y") short, without powers of ten."""
+    """Formats the numbers of the axes ("x", "y") in short form, without powers of ten."""
     from matplotlib.ticker import FuncFormatter
 
     for name in which:
         axis = getattr(axes, f"{name}axis")
         axis.set_major_formatter(FuncFormatter(lambda number, _: tick(number)))
         low, high = sorted(getattr(axes, f"get_{name}lim")())
-        if axis.get_scale() == "log":  # a decade or less has numbers in between, too
+        if axis.get_scale() == "log":  # up to a decade, minor ticks have numbers, too
             between = {2, 5} if high < 30 * low else set()
             axis.set_minor_formatter(
                 FuncFormatter(
@@ -249,10 +249,10 @@ def short_ticks(axes: "Axes", *which: str) -> None:
 def binned(
     points: Sequence[Mapping[str, float]], x: str, names: Sequence[str], most: int = 120
 ) -> dict[str, np.ndarray]:
-    """Means of points in at most `most` groups of neighbours, so that a noisy curve can be read.
+    """Averages points in at most `most` groups of neighbours, so that a noisy curve is readable.
 
     Returns:
-        the means of `x` and of each name, by name.
+        The means of `x` and of each name, by name.
     """
     groups = np.array_split(np.arange(len(points)), min(most, len(points)))
     columns = {name: np.array([point[name] for point in points]) for name in (x, *names)}
@@ -260,7 +260,7 @@ def binned(
 
 
 def draw_heat_map(axes: "Axes", cells: Iterable[Mapping[str, Any]]) -> "AxesImage":
-    """The share of needles found, lengths to the right, depths downwards (the paper's Figure 5)."""
+    """Draws the share of needles found over lengths and, downwards, depths (the paper's Figure 5)."""
     accuracy_of = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
     lengths = sorted({length for length, _ in accuracy_of})
     depths = sorted({depth for _, depth in accuracy_of})
@@ -278,7 +278,7 @@ def draw_heat_map(axes: "Axes", cells: Iterable[Mapping[str, Any]]) -> "AxesImag
 
 
 def _name(key: str) -> str:
-    """A name for people out of a key: "7:1" for "ratio-7-1", "Output gate" for "output-gate"."""
+    """Derives a readable name from a key: "7:1" for "ratio-7-1", "Output gate" for "output-gate"."""
     if match := re.fullmatch(r"ratio-(\d+)-(\d+)", key):
         return f"{match[1]}:{match[2]}"
     if key in NAMES:
@@ -292,7 +292,7 @@ def _first_digit(number: float) -> int:
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Numbers near `places`, in their order, at least `gap` apart and, if they fit, between 0 and 1."""
+    """Numbers near `places` in the same order, at least `gap` apart and, if they fit, between 0 and 1."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = [places[index] for index in order]
     for _ in range(100):
@@ -306,7 +306,7 @@ def _apart(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _last_point(line: "Line2D") -> tuple[float, float]:
-    """The last point of a line that is drawn: what is not finite is a gap."""
+    """The last finite point of a line. Others are not drawn."""
     x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
     drawn = np.flatnonzero(np.isfinite(y))
     place = drawn[-1] if len(drawn) else -1
@@ -314,6 +314,6 @@ def _last_point(line: "Line2D") -> tuple[float, float]:
 
 
 def _darker(colour: str) -> str:
-    """For text, which needs more contrast than a line."""
+    """A darker colour for text, which needs more contrast than a line."""
     red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return f"#{int(0.78 * red):02x}{int(0.78 * green):02x}{int(0.78 * blue):02x}"

@@ -1,11 +1,11 @@
-"""Files that are replaced at once: whoever reads one, or finds it after a power cut, has the old content or the new, never a part."""
+"""Files that are replaced atomically: a reader, even after a power cut, finds the old content or the new, never a part."""
 
 import os
 from pathlib import Path
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """Replaces a text file, in UTF-8; its folder is made where it is missing."""
+    """Replaces a text file atomically, in UTF-8. Its folder is created if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".draft")
     draft.write_text(text, encoding="utf-8")

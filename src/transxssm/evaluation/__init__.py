@@ -1,4 +1,4 @@
-"""Layer 2: what a trained model can do: perplexity over context, needles, associative recall, the standard tasks."""
+"""Layer 2: evaluation of trained models by perplexity over context, needles, associative recall and standard tasks."""
 
 from transxssm.evaluation.harness import expand_groups, harness_plans, harness_table, plot_harness, require_harness
 from transxssm.evaluation.needle import Decoding, judge_for, needle_plans, needle_table, plot_needle

@@ -1,4 +1,4 @@
-"""Standard tasks, by the Language Model Evaluation Harness (the package lm-eval) with the loaded model inside it."""
+"""Standard tasks, measured by the Language Model Evaluation Harness (the package lm-eval) with the loaded model."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +13,10 @@ from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.plotting import BLUE, picture
 from transxssm.wording import one_line
 
-# The tasks of the paper's Table 3. Of ARC the paper does not say which part: both are run.
+# The tasks of the paper's Table 3. The paper does not say which part of ARC it uses, so that both are run.
 PAPER_GROUP = "transxssm-paper"
 GROUPS = {PAPER_GROUP: ("mmlu", "triviaqa", "piqa", "hellaswag", "openbookqa", "winogrande", "ai2_arc")}
-# What the paper calls accuracy, the first that a task has.
+# The metrics that the paper calls accuracy. The first that a task has is used.
 ACCURACIES = ("acc", "exact_match")
 
 
@@ -24,7 +24,7 @@ def require_harness() -> str:
     """The version of lm-eval.
 
     Raises:
-        ValueError: it is not installed; says how to.
+        ValueError: it is not installed. The message says how to install it.
     """
     try:
         return version("lm_eval")
@@ -35,7 +35,7 @@ def require_harness() -> str:
 
 
 def expand_groups(names: Sequence[str]) -> list[str]:
-    """Names of tasks for lm-eval, with our own groups replaced by what is in them; each once."""
+    """Names of tasks for lm-eval, each once. This package's own groups are replaced by their tasks."""
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
@@ -49,18 +49,18 @@ def harness_plans(
     limit: int | None,
     batch_size: int,
 ) -> list[CellPlan]:
-    """One cell a task, or group of tasks that lm-eval knows.
+    """Plans one cell for each task, or group of tasks that lm-eval knows.
 
     Args:
-        model, tokenizer: prompts begin with what the tokenizer puts there, as with lm-eval's own `hf` backend.
-        tasks: from `expand_groups`.
-        include_path: a folder of YAML tasks, which go before lm-eval's own.
-        num_fewshot: examples before each question. Defaults to what each task says.
-        limit: how many questions of each task to ask, from its first on. Defaults to all.
+        model, tokenizer: the model and its tokenizer, which adds the first token of a prompt, as with lm-eval's own `hf` backend.
+        tasks: names from `expand_groups`.
+        include_path: a folder of YAML tasks, which take precedence over lm-eval's own.
+        num_fewshot: examples before each question. Defaults to each task's own number.
+        limit: number of questions of each task, from the first on. Defaults to all.
         batch_size: sequences that the model reads at once.
 
     Raises:
-        ValueError: lm-eval is not installed; a folder that is none; an unknown task.
+        ValueError: lm-eval is not installed, `include_path` is not a folder, or a task is unknown.
     """
     require_harness()
     from lm_eval.models.huggingface import HFLM
@@ -80,19 +80,19 @@ def harness_plans(
 def measure_task(
     adapter: Any, task: str, manager: Any, num_fewshot: int | None, limit: int | None, advance: Advance
 ) -> Cell:
-    """What lm-eval reports for a task.
+    """Measures a task with lm-eval.
 
     Args:
         adapter: a model of lm-eval.
         task: a task, group or tag.
-        manager: lm-eval's TaskManager, which knows it.
+        manager: lm-eval's TaskManager that knows the task.
         num_fewshot, limit: see `harness_plans`.
 
     Returns:
         results: metric names to values, by task; shots, samples and versions by task.
 
     Raises:
-        ValueError: the task's data cannot be had.
+        ValueError: the task's data cannot be loaded.
     """
     from lm_eval import simple_evaluate
 
@@ -115,7 +115,7 @@ def measure_task(
 
 
 def harness_table(cells: Mapping[str, Cell]) -> ResultTable:
-    """A row a metric of each task; of a group its aggregate only. With all of the paper's tasks, their mean comes last."""
+    """A row for each metric of a task. A group has only its aggregate. With all of the paper's tasks, their mean comes last."""
     rows = []
     for task, cell in cells.items():
         names = [task] if task in cell["results"] else list(cell["results"])
@@ -131,13 +131,13 @@ def harness_table(cells: Mapping[str, Cell]) -> ResultTable:
 
 
 def accuracy(task: str, cell: Cell) -> float:
-    """Accuracy, or exact match where there is none; of a tag the mean of its tasks."""
+    """Accuracy, or exact match if a task has none. For a tag it is the mean of its tasks."""
     names = [task] if task in cell["results"] else list(cell["results"])
     return math.fsum(_accuracy(cell["results"][name]) for name in names) / len(names)
 
 
 def paper_mean(cells: Mapping[str, Cell]) -> float:
-    """Mean accuracy of the paper's seven tasks, each with the same weight."""
+    """Mean accuracy of the paper's seven tasks, with equal weights."""
     tasks = GROUPS[PAPER_GROUP]
     return math.fsum(accuracy(task, cells[task]) for task in tasks) / len(tasks)
 
@@ -150,7 +150,7 @@ def _accuracy(metrics: Mapping[str, float]) -> float:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """lm-eval's "acc,none" and "acc_stderr,none" as "acc" and "acc_stderr"; only finite numbers are kept."""
+    """Renames lm-eval's "acc,none" and "acc_stderr,none" to "acc" and "acc_stderr", and keeps only finite numbers."""
     metrics = {}
     for key, value in values.items():
         name, comma, filter_name = key.partition(",")
@@ -169,7 +169,7 @@ def _task_manager(tasks: Iterable[str], include_path: Path | None) -> Any:
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(tasks) <= set(manager.all_tasks):
-            return manager  # reading the thousands that come with lm-eval takes long
+            return manager  # loading the thousands of tasks of lm-eval takes long
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
@@ -180,7 +180,7 @@ def _task_manager(tasks: Iterable[str], include_path: Path | None) -> Any:
 
 
 def plot_harness(path: Path, cells: Mapping[str, Cell]) -> None:
-    """Accuracy (exact match where a task has none) of every task."""
+    """Plots the accuracy of every task, or the exact match if it has none."""
     with picture(path) as axes:
         values = [accuracy(task, cell) for task, cell in cells.items()]
         axes.barh(list(cells), values, color=BLUE)

@@ -1,4 +1,4 @@
-"""Needle in a haystack: is a number found again, over the length of the text and the depth it stands at?"""
+"""Needle in a haystack: whether a number is found again, over the length of the text and the depth of the number."""
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
@@ -19,10 +19,10 @@ Judge = Callable[[NeedleExample], bool]
 
 
 class Decoding(StrEnum):
-    """How the answer is heard.
+    """How the answer is obtained.
 
-    GREEDY: the model writes as many tokens as the answer has. TEACHER_FORCED: one pass over prompt and answer, in which each token
-    of the answer must be the likeliest; the same judgement in exact arithmetic, without a cache.
+    GREEDY: the model generates as many tokens as the answer has. TEACHER_FORCED: one forward pass over prompt and answer, in which each
+    token of the answer must be the likeliest. In exact arithmetic both give the same result; the latter needs no cache.
     """
 
     GREEDY = "greedy"
@@ -45,19 +45,19 @@ def judge_for(decoding: Decoding, scorer: TokenScorer, haystack: Haystack) -> Ju
 
 
 def greedy_continuation(model: PreTrainedModel, prompt_ids: Sequence[int], num_tokens: int) -> list[int]:
-    """The likeliest next tokens, one after the other, at most `num_tokens`; fewer where the model ends the text.
+    """Decodes greedily at most `num_tokens` tokens, or fewer if the model ends the text.
 
     Raises:
-        ValueError: more tokens than the model has positions for.
+        ValueError: there are more tokens than the model has positions.
     """
     input_ids = torch.tensor([prompt_ids], device=model.device)
-    # Said in full, since a checkpoint's own generation settings fill what is left open. The pad id is never used.
+    # All settings are given, since a checkpoint's own generation settings would apply to the others. The pad id is never used.
     settings = GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, pad_token_id=0
     )
     try:
         written = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
-    except IndexError as error:  # learned positions end where their table does
+    except IndexError as error:  # more tokens than learned positions
         raise ValueError(f"the model cannot read {len(prompt_ids)} tokens ({error}); choose shorter lengths") from error
     return written[0, len(prompt_ids) :].tolist()
 
@@ -80,7 +80,7 @@ def needle_plans(
     num_distractors: int,
     seed: int,
 ) -> list[CellPlan]:
-    """One cell a length and depth, of `num_examples` prompts that differ in text, name, number and wording."""
+    """Plans one cell for each length and depth, with `num_examples` prompts that differ in text, name, number and wording."""
     return [
         CellPlan(
             key=f"{length}/{depth:g}",
@@ -102,7 +102,7 @@ def measure_needle(
     seed: int,
     advance: Advance,
 ) -> Cell:
-    """Share of exact answers at one length and depth."""
+    """Measures the share of exact answers at one length and depth."""
 
     def judged(number: int) -> tuple[bool, int]:
         example = haystack.example(
@@ -126,7 +126,7 @@ def measure_needle(
 
 
 def needle_table(cells: Iterable[Cell]) -> ResultTable:
-    """Accuracy, a row a depth and a column a length."""
+    """A table of the accuracy, with a row for each depth and a column for each length."""
     accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
     lengths = sorted({length for length, _ in accuracy})
     return ResultTable(
@@ -142,7 +142,7 @@ def needle_table(cells: Iterable[Cell]) -> ResultTable:
 
 
 def plot_needle(path: Path, cells: Iterable[Cell]) -> None:
-    """A map of the share of needles found, lengths to the right, depths downwards (the paper's Figure 5)."""
+    """Plots the share of needles found over lengths and, downwards, depths (the paper's Figure 5)."""
     with picture(path) as axes:
         image = draw_heat_map(axes, cells)
         axes.set_ylabel("depth of the needle")

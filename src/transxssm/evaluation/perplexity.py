@@ -1,7 +1,7 @@
-"""Perplexity over windows of several lengths: does a model use its context, and does it hold beyond the length it was trained on?
+"""Perplexity over windows of several lengths: whether a model uses its context, also beyond the length of its training.
 
-Every length scores the same tokens of the same documents, so that lengths can be compared; only how far back a window reaches
-differs. A document is `[bos] + tokens + [eos]`, no window spans two, and every token but bos is scored, as in training.
+Every length scores the same tokens of the same documents, so that lengths can be compared. Only the number of earlier tokens in a
+window differs. A document is `[bos] + tokens + [eos]`, no window spans two, and every token but bos is scored, as in training.
 """
 
 import math
@@ -20,15 +20,16 @@ from transxssm.evaluation.results import Advance, Cell, CellPlan, ResultTable
 from transxssm.evaluation.scoring import TokenScorer
 from transxssm.plotting import GREY, draw_line, label_lines, looks_of, picture, set_ticks, tick
 
-BINS_PER_OCTAVE = 2  # of the loss per position
+BINS_PER_OCTAVE = 2  # bins of positions, each with its mean loss
 
 
 class TokenizedDocument(NamedTuple):
-    """A document and how much of its text each token stands for.
+    """A document, and the number of bytes of its text that each token stands for.
 
     Args:
         input_ids: (t,) int64, bos and eos included.
-        num_bytes: (t,) int64, UTF-8 bytes; of a character in several tokens all at the first; 0 at bos. They add up to the text.
+        num_bytes: (t,) int64, UTF-8 bytes, which add up to the text. If a character has several tokens, the first has all its bytes. bos
+            has 0.
     """
 
     input_ids: np.ndarray
@@ -44,7 +45,7 @@ class Window(NamedTuple):
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedDocument:
-    """A text as a document; text that spells a special token is text, as in training.
+    """Tokenizes a text as a document. Text that spells a special token is treated as text, as in training.
 
     Raises:
         ValueError: the tokenizer does not say which characters a token stands for, or has no eos token.
@@ -57,10 +58,10 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedDocument
     )
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
-    bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # of each character
+    bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # before each character
     ends = np.array([last for _, last in encoded["offset_mapping"]], dtype=np.int64)
     reached = bytes_before[ends]
-    # What the tokenizer leaves out at the end, such as blanks, falls to eos.
+    # Text that the tokenizer drops at the end, such as blanks, counts for eos.
     num_bytes = np.diff(reached, prepend=0, append=bytes_before[-1])
     return TokenizedDocument(
         input_ids=np.array([begin, *encoded["input_ids"], end], dtype=np.int64),
@@ -71,10 +72,10 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedDocument
 def select_documents(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, *, min_tokens: int, max_tokens: int
 ) -> list[TokenizedDocument]:
-    """The documents of at least `min_tokens` tokens, in order, until there are `max_tokens`; the last one is cut there.
+    """Selects documents of at least `min_tokens` tokens, in order, until there are `max_tokens`. The last one is cut there.
 
     Raises:
-        ValueError: fewer than 2 tokens asked for; no document is as long: says how long the longest is.
+        ValueError: fewer than 2 tokens are requested, or no document is long enough. The message says how long the longest is.
     """
     if min_tokens < 2:
         raise ValueError(
@@ -101,7 +102,7 @@ def select_documents(
 
 
 def longest_document(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> int:
-    """Tokens in the longest of the texts, bos and eos included; 0 if there is none."""
+    """Number of tokens in the longest text, bos and eos included. 0 if there is no text."""
     return max((len(tokenize(text, tokenizer).input_ids) for text in texts), default=0)
 
 
@@ -112,7 +113,7 @@ def plan_windows(num_tokens: int, length: int, stride: int) -> list[Window]:
     tokens count. With stride = length − 1 windows share one token, and each has only its own context ("rolling").
 
     Raises:
-        ValueError: a length below 2, a stride that would skip tokens.
+        ValueError: the length is below 2, or the stride would skip tokens.
     """
     if length < 2:
         raise ValueError(f"a window needs at least 2 tokens, one to be predicted from the other: got {length}")
@@ -129,12 +130,12 @@ def plan_windows(num_tokens: int, length: int, stride: int) -> list[Window]:
 def perplexity_plans(
     scorer: TokenScorer, documents: Sequence[TokenizedDocument], *, strides: dict[int, int], batch_tokens: int
 ) -> list[CellPlan]:
-    """One cell a length.
+    """Plans one cell for each length.
 
     Args:
-        scorer: of the model.
-        documents: from `select_documents`.
-        strides: by length of window.
+        scorer: scorer of the model.
+        documents: documents from `select_documents`.
+        strides: stride of the windows of each length.
         batch_tokens: tokens that the model reads at once, at least one window.
     """
     return [
@@ -155,12 +156,12 @@ def measure_length(
     batch_tokens: int,
     advance: Advance,
 ) -> Cell:
-    """Loss of every token of the documents under windows of one length.
+    """Measures the loss of every token of the documents under windows of one length.
 
     Returns:
-        tokens and bytes that were scored, nats_per_token, perplexity, bits_per_byte, and positions: for bins of the number of
+        The numbers of tokens and bytes scored, nats_per_token, perplexity, bits_per_byte, and positions: for bins of the number of
         tokens before the predicted one, [from, to), the mean loss over all predictions of all windows. Each mean has a standard
-        error from the spread between documents (between windows where there is only one document); None where there is one only.
+        error from the spread between documents, or between windows if there is one document. It is None if there is only one.
     """
     jobs = [
         (index, window)
@@ -211,23 +212,23 @@ def measure_length(
                 "standard_error": error,
             }
             for low, high, sums in zip(bins[:-1], bins[1:], by_position.transpose(1, 0, 2), strict=True)
-            if sums[:, 1].any()  # no document may reach as far
+            if sums[:, 1].any()  # perhaps no document is that long
             for mean, error in [mean_and_error(sums)]
         ],
     }
 
 
 def position_bins(length: int) -> np.ndarray:
-    """Edges of the bins for 1 … length − 1 tokens of context, evenly spaced in their logarithm where whole numbers allow it."""
+    """Edges of the bins for 1 … length − 1 tokens of context, evenly spaced on a logarithmic scale as far as integers allow."""
     octaves = np.arange(0, BINS_PER_OCTAVE * math.log2(length)) / BINS_PER_OCTAVE
     return np.unique([*np.round(2**octaves).astype(int), length])
 
 
 def mean_and_error(sums: np.ndarray) -> tuple[float, float | None]:
-    """Mean over all tokens, and its standard error from the spread between clusters of tokens, which within one are not independent.
+    """Mean over all tokens, with a cluster-robust standard error, since the tokens of a cluster are not independent.
 
     Args:
-        sums: (clusters, 2) sum and number of each cluster's values; clusters without values don't count.
+        sums: (clusters, 2) sum and number of each cluster's values. Clusters without values do not count.
     """
     sums = sums[sums[:, 1] > 0]
     total, count = sums.sum(0)
@@ -239,7 +240,7 @@ def mean_and_error(sums: np.ndarray) -> tuple[float, float | None]:
 
 
 def perplexity_table(cells: Iterable[Cell]) -> ResultTable:
-    """A row a length, in ascending order."""
+    """A table with a row for each length, in ascending order."""
     return ResultTable(
         ["window", "stride", "tokens scored", "nats per token", "± s.e.", "perplexity", "bits per byte"],
         [
@@ -258,7 +259,7 @@ def perplexity_table(cells: Iterable[Cell]) -> ResultTable:
 
 
 def _batches(jobs: list[tuple[int, Window]], batch_tokens: int) -> Iterable[list[tuple[int, tuple[int, Window]]]]:
-    """Numbered windows of one size at a time, so that no row needs padding."""
+    """Batches of numbered windows of equal size, so that no row needs padding."""
     by_size: dict[int, list[Any]] = {}
     for number, (index, window) in enumerate(jobs):
         by_size.setdefault(window.end - window.begin, []).append((number, (index, window)))
@@ -268,18 +269,18 @@ def _batches(jobs: list[tuple[int, Window]], batch_tokens: int) -> Iterable[list
 
 
 def plot_perplexity(path: Path, cells: Iterable[Cell], training_length: int | None) -> None:
-    """Loss over the number of tokens before the predicted one, a line a length, with bands of one standard error.
+    """Plots loss over the number of tokens before the predicted one, a line for each length, with bands of one standard error.
 
     Args:
-        path: of the PNG.
-        cells: of `measure_length`.
-        training_length: is marked, where it is known.
+        path: path of the PNG.
+        cells: cells from `measure_length`.
+        training_length: is marked in the plot if it is known.
     """
     cells = sorted(cells, key=lambda cell: cell["length"])
     looks = looks_of(f"window {tick(cell['length'])}" for cell in cells)
     with picture(path) as axes:
         for cell, look in zip(cells, looks.values(), strict=True):
-            # A bin's middle in the logarithm of its first and last position.
+            # The geometric mean of a bin's first and last position.
             middles = [(bin_["from"] * (bin_["to"] - 1)) ** 0.5 for bin_ in cell["positions"]]
             means = np.array([bin_["nats_per_token"] for bin_ in cell["positions"]])
             errors = np.array([bin_["standard_error"] or 0.0 for bin_ in cell["positions"]])

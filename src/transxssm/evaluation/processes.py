@@ -1,7 +1,7 @@
-"""An evaluation that several processes share: jobs go round them, and each hears what came of every job, in the order of the jobs.
+"""Evaluation shared by several processes: jobs are distributed in turn, and each process gets all results in the order of the jobs.
 
-What is added up is therefore added up in the same order as in one process, to the same figures. Processes exchange plain values
-through gloo, whatever they compute on.
+Sums are therefore taken in the same order as in one process, with the same results. Processes exchange plain values through gloo,
+whatever device they compute on.
 """
 
 import os
@@ -20,15 +20,15 @@ def is_shared() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks for all."""
+    """Whether this is the process that writes files and prints."""
     return not is_shared() or dist.get_rank() == 0
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Joins the other processes that a launcher has started, if there are any, and leaves them at the end.
+    """Joins the process group of a launcher, if there is one, and leaves it at the end.
 
-    After an error the group stays: the others may be waiting in it, and with them its end would.
+    After an error the group is not destroyed, since that would wait for processes that may be waiting in it.
     """
     if is_shared() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -40,7 +40,7 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Lets the first process prepare what the others then find in a cache."""
+    """Lets the first process fill a cache, from which the others then read."""
     if is_shared() and not is_first():
         dist.barrier()
     yield
@@ -49,10 +49,10 @@ def first_process_first() -> Iterator[None]:
 
 
 def in_turn(measure: Callable[[Job], Outcome], jobs: Sequence[Job]) -> Iterator[Outcome]:
-    """What `measure` makes of each job, in order; of n processes each measures one in n jobs.
+    """Yields the results of `measure` for all jobs in order. Each of n processes measures every n-th job.
 
     Args:
-        measure: its outcomes are plain values, arrays or tensors on the CPU.
+        measure: a function whose results are plain values, arrays or tensors on the CPU.
     """
     if not is_shared():
         yield from map(measure, jobs)

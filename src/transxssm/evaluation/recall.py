@@ -26,10 +26,10 @@ def recall_plans(
     seed: int,
     batch_tokens: int,
 ) -> list[CellPlan]:
-    """One cell a task.
+    """Plans one cell for each task.
 
     Raises:
-        ValueError: a vocabulary that the model has no embeddings for.
+        ValueError: the vocabulary has more tokens than the model has embeddings.
     """
     for task in tasks:
         if task.vocab_size > scorer.vocab_size:
@@ -62,10 +62,10 @@ def measure_recall(
     batch_tokens: int,
     advance: Advance,
 ) -> Cell:
-    """Accuracy (the value is the likeliest of all tokens) and loss over the questions of `num_examples` sequences.
+    """Measures accuracy (the value is the likeliest of all tokens) and loss over the questions of `num_examples` sequences.
 
     Returns:
-        with them the accuracy's standard error, from the spread between sequences.
+        Both, and the accuracy's standard error from the spread between sequences.
     """
     rows = max(1, batch_tokens // task.num_tokens)
 
@@ -93,7 +93,7 @@ def measure_recall(
 
 
 def recall_table(cells: Iterable[Cell]) -> ResultTable:
-    """A row a task, the shortest first."""
+    """A table with a row for each task, the shortest first."""
     return ResultTable(
         ["task", "length", "examples", "accuracy", "± s.e.", "nats per answer"],
         [

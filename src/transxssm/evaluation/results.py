@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far: cells in a JSON file that grows with each of them, and tables out of it."""
+"""The results of an evaluation: cells in a JSON file, which is saved after each of them, and tables."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ class CellPlan:
     """A cell that is to be measured.
 
     Args:
-        key: names the cell among those of the evaluation.
-        num_steps: of the progress bar.
-        measure: returns the cell, plain values only; calls its argument with the number of steps just done.
+        key: name of the cell in the evaluation.
+        num_steps: steps of the progress bar.
+        measure: returns the cell, as plain values. It calls its argument with the number of steps just done.
     """
 
     key: str
@@ -30,13 +30,13 @@ class CellPlan:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows of words under headings."""
+    """Rows of text under headings."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def to_markdown(self) -> str:
-        """The table in Markdown; the first column left, the others right."""
+        """The table in Markdown. The first column is left-aligned, the others are right-aligned."""
         lines = [list(self.headings), [":--", *["--:"] * (len(self.headings) - 1)], *self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -46,11 +46,11 @@ class Results:
     """The cells of one evaluation under one set of settings.
 
     Args:
-        path: of the JSON file.
-        evaluation: its name.
-        settings: everything that a cell depends on, beside its key: plain values.
-        context: where and how it was measured, which no figure should depend on: versions, device, command.
-        cells: by key, in the order in which they were measured.
+        path: path of the JSON file.
+        evaluation: name of the evaluation.
+        settings: everything but the key on which a cell depends, as plain values.
+        context: where and how it was measured (versions, device, command), on which no result should depend.
+        cells: cells by key, in the order of measurement.
     """
 
     path: Path
@@ -61,12 +61,12 @@ class Results:
 
     @classmethod
     def open(cls, path: Path, evaluation: str, settings: dict[str, Any], context: dict[str, Any]) -> "Results":
-        """What the file holds, or nothing yet.
+        """Opens the results in the file, or empty ones if there is no file.
 
         Raises:
-            ValueError: it holds results of other settings (which are named), or something else.
+            ValueError: the file holds results of other settings, which the message names, or something else.
         """
-        settings = json.loads(json.dumps(settings))  # as they will be read back: tuples are lists
+        settings = json.loads(json.dumps(settings))  # as read back from the file: tuples become lists
         results = cls(path, evaluation, settings, context)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -90,12 +90,12 @@ class Results:
         return results
 
     def measure(self, plans: Sequence[CellPlan], advance: Advance, finished: Callable[[str], object]) -> None:
-        """Measures the cells that are not there yet and stores each as soon as it is.
+        """Measures the missing cells, and saves each of them at once.
 
         Args:
-            plans: all cells that are wanted.
-            advance: is called with steps as they are done, those of cells that were there already included.
-            finished: is called with the key of each cell that was measured.
+            plans: all requested cells.
+            advance: called with numbers of steps done, including those of existing cells.
+            finished: called with the key of each cell that was measured.
         """
         for plan in plans:
             if plan.key in self.cells:
@@ -106,7 +106,7 @@ class Results:
             finished(plan.key)
 
     def save(self) -> None:
-        """Replaces the file at once: who reads it, or goes on from it after a crash, never finds a part. The first process writes."""
+        """Replaces the file atomically, so that it is whole even after a crash. Only the first process writes."""
         if not is_first():
             return
         content = {

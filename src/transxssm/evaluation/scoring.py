@@ -19,7 +19,7 @@ PROBE_TOKENS = 8
 
 
 class TokenScores(NamedTuple):
-    """What a model thinks of the tokens that were asked for, row by row.
+    """A model's scores of the requested tokens, row by row.
 
     Args:
         losses: (n,) −log p in nats, float32 (float64 for a float64 model).
@@ -33,8 +33,8 @@ class TokenScores(NamedTuple):
 class TokenScorer:
     """Scores tokens with one model.
 
-    Most models are a decoder and a linear head: logits are computed from the hidden states in blocks, of the tokens that count
-    only. A model that does more to its logits (soft caps, scales) is found by a probe, said in the log, and computes them itself.
+    Most models are a decoder and a linear head, and logits are computed from the hidden states in blocks, for scored tokens only. A probe
+    finds a model that changes its logits further (soft caps, scales). It computes them itself, which the log says.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -50,14 +50,14 @@ class TokenScorer:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, targets: Tensor) -> TokenScores:
-        """Scores of the targets that count.
+        """Scores the targets that are not −100.
 
         Args:
             input_ids: (b, t) token ids, without padding.
-            targets: (b, t) the token to be predicted at each position, from the tokens up to and with it; −100: none.
+            targets: (b, t) the token to be predicted at each position from the tokens up to it, itself included, or −100 for none.
 
         Raises:
-            ValueError: token ids outside the vocabulary, more tokens than the model has positions for.
+            ValueError: a token id is outside the vocabulary, or there are more tokens than the model has positions.
         """
         outside = int(max(input_ids.max(), targets.max()))
         if outside >= self.vocab_size:
@@ -67,7 +67,7 @@ class TokenScorer:
             )
         input_ids, targets = input_ids.to(self.model.device), targets.to(self.model.device)
         counted = targets != IGNORED_LABEL
-        states = self._states(input_ids)[counted]  # (n, d), or (n, v) where the model makes its logits itself
+        states = self._states(input_ids)[counted]  # (n, d), or (n, v) if the model computes its logits itself
         rows = max(1, BLOCK_LOGITS // self.vocab_size)
         parts = [
             self._score(states_block, targets_block)
@@ -81,7 +81,7 @@ class TokenScorer:
             if self._has_plain_head:
                 return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             return self.model(input_ids=input_ids, use_cache=False).logits
-        except IndexError as error:  # learned positions end where their table does
+        except IndexError as error:  # more tokens than learned positions
             raise ValueError(
                 f"the model cannot read {input_ids.shape[1]} tokens at once ({error}); choose shorter lengths"
             ) from error
@@ -94,7 +94,7 @@ class TokenScorer:
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        """Whether decoder and head alone give the model's own logits."""
+        """Whether decoder and head alone reproduce the model's logits."""
         head = self.model.get_output_embeddings()
         if head is None or self.model.base_model is self.model:
             return False

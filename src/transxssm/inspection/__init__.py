@@ -1,4 +1,4 @@
-"""What a model is made of and costs, from its configuration alone: parameters, FLOPs, bytes. No weight is loaded."""
+"""The parts and costs of a model from its configuration alone: parameters, FLOPs, bytes. No weight is loaded."""
 
 from transxssm.inspection.costs import (
     TRAINING_PER_FORWARD,

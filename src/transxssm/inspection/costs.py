@@ -1,8 +1,8 @@
-"""What a model is made of and computes: the layers that mix tokens, parameters by kind, FLOPs of a token and of whole steps.
+"""The parts and the work of a model: the layers that mix tokens, parameters by kind, and FLOPs of a token and of whole steps.
 
-All of it is known of models of this package and of those it compares them with. FLOPs, two for a multiply-add, are those of linear layers,
-causal attention and the scan; elementwise work, norms, the convolution and the softmax are left out: the time that these FLOPs take at the
-measured peak of a matrix product is a floor for everything that multiplies in the same dtype.
+All of this covers models of this package and its baselines. FLOPs, two for a multiply-add, are those of linear layers, causal attention
+and the scan. Elementwise work, norms, the convolution and the softmax are left out. So the time that these FLOPs take at the measured
+peak of a matrix product is a lower bound for everything that multiplies in the same dtype.
 
 Letters: q chunk size, h SSD heads, g groups, p head_dim of an SSD head, n state size.
 """
@@ -17,7 +17,7 @@ from transxssm.models.baselines import language_model_on_meta
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 from transxssm.ops.ssd.interface import DEFAULT_CHUNK_SIZE
 
-# Which kind the parameters under a name belong to: the first of these names on a path, which every module of the models has.
+# The kind of parameters, by the first of these names in their path. Every module of the models has one.
 KIND_OF_NAME = {
     "embed_tokens": "embeddings",
     "embeddings": "embeddings",
@@ -42,7 +42,7 @@ TRAINING_PER_FORWARD = 3
 
 
 class AttentionLayer(NamedTuple):
-    """Sizes of an attention layer; window: the keys that a query sees at most, itself included."""
+    """Sizes of an attention layer. `window` is the largest number of keys that a query sees, itself included."""
 
     num_heads: int
     num_key_value_heads: int
@@ -54,8 +54,8 @@ class ScanLayer(NamedTuple):
     """Sizes of a state-space layer.
 
     Args:
-        chunk_size: of its scan, or None for what is best for the device.
-        conv_state_size: inputs of the convolution that are kept between two tokens.
+        chunk_size: chunk size of its scan, or None for the device's default.
+        conv_state_size: number of the convolution's inputs that are kept between two tokens.
     """
 
     num_heads: int
@@ -67,10 +67,10 @@ class ScanLayer(NamedTuple):
 
 
 def layers_of(config: PreTrainedConfig) -> list[AttentionLayer | ScanLayer]:
-    """Each layer's mixer, first to last.
+    """The mixer of each layer, in order.
 
     Raises:
-        ValueError: another kind of model than TransXSSM, Llama, Mamba-2 and Bamba.
+        ValueError: the model is none of TransXSSM, Llama, Mamba-2 and Bamba.
     """
     match config:
         case TransXSSMConfig():
@@ -115,7 +115,7 @@ def layers_of(config: PreTrainedConfig) -> list[AttentionLayer | ScanLayer]:
 
 
 def attention_of(config: TransXSSMConfig | LlamaConfig | BambaConfig) -> AttentionLayer:
-    """An attention layer of a model, whether it has one or not."""
+    """The attention layer that a model has or would have."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return AttentionLayer(config.num_attention_heads, config.num_key_value_heads, head_dim)
 
@@ -123,7 +123,7 @@ def attention_of(config: TransXSSMConfig | LlamaConfig | BambaConfig) -> Attenti
 def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     """Numbers of parameters: "embeddings", "ssd", "attention", "ffn", "norms" and "head", counted on the meta device.
 
-    A head tied to the embeddings counts there, and as 0 under "head".
+    A head that is tied to the embeddings counts as part of them, and "head" is 0.
 
     Args:
         config: of a model of this package, or a baseline.
@@ -131,7 +131,7 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     Raises:
         ValueError: another kind of model.
     """
-    layers_of(config)  # knows which models have the names above
+    layers_of(config)  # raises for models without the names above
     counts = dict.fromkeys(KIND_OF_NAME.values(), 0)
     for name, parameter in language_model_on_meta(config).named_parameters():
         kind = next(KIND_OF_NAME[part] for part in name.split(".") if part in KIND_OF_NAME)
@@ -151,15 +151,15 @@ class Flops(NamedTuple):
         return sum(self)
 
     def times(self, factor: float) -> "Flops":
-        """Each kind, multiplied."""
+        """The FLOPs of each kind, multiplied by a factor."""
         return Flops(*(factor * kind for kind in self))
 
 
 def flops_per_token(config: PreTrainedConfig, context: int) -> Flops:
-    """FLOPs of a forward pass over a sequence of `context` tokens, divided by them; training takes `TRAINING_PER_FORWARD` times as many.
+    """FLOPs of a forward pass over a sequence of `context` tokens, divided by `context`. Training takes `TRAINING_PER_FORWARD` times these.
 
-    Attention counts what causality leaves, (context + 1) / 2 keys for the mean token, as fused kernels skip the rest. The scan
-    counts whole chunks, as it computes them, in chunks of the configuration's size, or the CPU's default where that is None.
+    Attention counts (context + 1) / 2 keys for the mean token, since fused kernels skip masked blocks. The scan counts whole chunks, as
+    it computes them, of the configuration's chunk size or, if that is None, the CPU's default.
 
     Args:
         config: of a model of this package, or a baseline.
@@ -187,7 +187,7 @@ def flops_per_token(config: PreTrainedConfig, context: int) -> Flops:
 
 
 def _num_weights(module: nn.Module) -> int:
-    """Of the matrices that a module itself multiplies with."""
+    """Number of weights in the matrices by which a module itself multiplies."""
     if isinstance(module, TransXSSMSelectiveRotation):
         gate = 0 if module.gate_weight is None else module.gate_weight.numel()
         return module.down_weight.numel() + module.up_weight.numel() + gate
@@ -195,18 +195,18 @@ def _num_weights(module: nn.Module) -> int:
 
 
 def mean_keys(context: int, window: int | None = None) -> float:
-    """Keys that the mean token of a sequence sees, itself included; window: at most so many."""
+    """Mean number of keys that a token of a sequence sees, itself included and at most `window`."""
     growing = context if window is None else min(context, window)
     return (growing * (growing + 1) / 2 + (context - growing) * growing) / context
 
 
 def attention_flops(num_heads: int, head_dim: int, num_keys: float) -> float:
-    """Of one attention layer for a token that sees `num_keys` keys: scores, then weighted values."""
+    """FLOPs of one attention layer for a token that sees `num_keys` keys: scores and weighted values."""
     return 4 * num_heads * head_dim * num_keys
 
 
 def scan_flops(*, chunk_size: int, num_heads: int, num_groups: int, head_dim: int, state_size: int) -> int:
-    """Of one layer's chunked scan, per token (Mamba-2, Section 6)."""
+    """FLOPs of one layer's chunked scan per token (Mamba-2, Section 6)."""
     q, h, g, p, n = chunk_size, num_heads, num_groups, head_dim, state_size
     scores, within_chunk = 2 * q * g * n, 2 * q * h * p
     into_state = from_state = 2 * h * p * n
@@ -217,10 +217,10 @@ def step_flops(config: PreTrainedConfig, mode: str, length: int, batch: int) -> 
     """FLOPs of a training step or a prefill over (batch, length) tokens, or of decoding one token in each row after `length`.
 
     A prefill needs the head for its last token only. Gradient checkpointing repeats the layers' forward pass, not the head's. A
-    decoded token reads every key, and a state once in and once out.
+    decoded token reads every key, and reads and writes each state once.
 
     Raises:
-        ValueError: a kind of model that is no contender.
+        ValueError: the model is not of a known kind.
     """
     forward = flops_per_token(config, length)
     if mode == "decode":

@@ -1,4 +1,4 @@
-"""What a run on many GPUs takes before it is begun: memory of a GPU by kind, seconds of a step, days. From rates that were measured.
+"""Estimates a run on many GPUs from measured rates: memory of a GPU by kind, seconds of a step, and days.
 
 A step is computed at the rate at which the model of 1.3B parameters trains on one GPU, and communicates over links at rates that are
 assumed (`Links`); or at rates that are measured where the run will be. Communication counts in full: it goes on beside computing, but by
@@ -14,10 +14,10 @@ from transxssm.models import TransXSSMConfig
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 # results/gpu/throughput.json, kernels-train-4k-batch-4: 63,371 tokens a second of 1.3b, compiled, rows of 4096 tokens, on an H100.
 MEASURED_RATE = 520e12  # FLOPs of `flops_per_token` a second, forward and backward
-# Of the data sheet, and what AdamW's reads and writes reach of it.
+# Memory bandwidth of the data sheet, and the share of it that AdamW reaches.
 HBM_BYTES_PER_SECOND = 3.35e12 * 0.8
-ADAMW_BYTES = 7 * FLOAT32  # a parameter: weight and two moments are read and written, the gradient is read
-# Numbers that a layer keeps of a token for the backward pass, fitted to that measurement: 35.6 bytes for each of 24 × 2048.
+ADAMW_BYTES = 7 * FLOAT32  # per parameter: weight and two moments are read and written, and the gradient is read
+# Numbers that a layer saves for each token for the backward pass, fitted to that measurement: 35.6 bytes for each of 24 × 2048.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 10, 3  # times hidden_size and intermediate_size
 # CUDA's context, NCCL's buffers, what the allocator cannot use.
 RESERVED_BYTES = 3e9
@@ -33,7 +33,7 @@ class Links:
     between: float = 40e9
 
     def of(self, gpus: int) -> float:
-        """Of a collective over so many GPUs, which is as fast as its slowest link."""
+        """The rate of a collective over so many GPUs, which is that of its slowest link."""
         return self.inside if gpus <= GPUS_OF_A_MACHINE else self.between
 
 
@@ -42,8 +42,8 @@ class MemoryPlan(NamedTuple):
 
     weights: float  # float32
     optimizer: float  # AdamW's moments
-    gathered: float  # weights of the shards of others, for the time of their layer or step
-    activations: float  # or the gradients, which take their place, and those of a layer
+    gathered: float  # weights gathered from other GPUs, for the time of a layer or a step
+    activations: float  # or the gradients, which replace them, and those of a layer
     reserved: float = RESERVED_BYTES
 
     @property
@@ -53,13 +53,13 @@ class MemoryPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A run in one of the ways that `training.parallelism` has.
+    """A run with one of the parallelisms of `training.parallelism`.
 
     Args:
         data: "ddp", "fsdp" or "hsdp".
-        is_checkpointing: whether layers are computed again in the backward pass.
-        fits: whether a GPU has the memory.
-        step_seconds: of which `communication_seconds` go to other GPUs.
+        is_checkpointing: whether layers are recomputed in the backward pass.
+        fits: whether a GPU has enough memory.
+        step_seconds: time of a step, of which `communication_seconds` are communication.
     """
 
     data: str
@@ -85,20 +85,20 @@ def plan_training(
     links: Links | None = None,
     rate: float = MEASURED_RATE,
 ) -> list[TrainingPlan]:
-    """Every way to train, the quickest that fits first.
+    """Plans of all ways to train, beginning with the fastest that fits.
 
     Args:
-        gpus: in all, `GPUS_OF_A_MACHINE` a machine.
-        num_tokens: of the run.
-        length: tokens of a row.
-        rows: of each GPU, or of the `cp` GPUs that share a row, in a step.
+        gpus: number of all GPUs, `GPUS_OF_A_MACHINE` in each machine.
+        num_tokens: tokens of the run.
+        length: tokens in a row.
+        rows: rows in a step of each GPU, or of the `cp` GPUs that share a row.
         cp: GPUs that share each row.
         gpu: "h100" or "h200".
-        links: between GPUs. Defaults to rates that are assumed.
-        rate: FLOPs of `flops_per_token` a second, forward and backward. Defaults to what was measured on an H100.
+        links: rates of the links between GPUs. Defaults to assumed rates.
+        rate: FLOPs of `flops_per_token` per second, forward and backward. Defaults to the rate measured on an H100.
 
     Raises:
-        ValueError: numbers below 1, a number of GPUs or tokens of a row that cp does not divide, another GPU.
+        ValueError: a number is below 1, cp does not divide the number of GPUs or of tokens in a row, or the GPU is unknown.
     """
     for name, number in {"gpus": gpus, "tokens": num_tokens, "length": length, "rows": rows, "cp": cp}.items():
         if number < 1:
@@ -163,14 +163,14 @@ def memory_plan(
     """A GPU's memory at the peak of a step of AdamW.
 
     Args:
-        tokens: that it computes.
-        shards: GPUs that share weights, gradients and the optimizer's state.
-        weight_bytes: of a parameter and its gradient.
+        tokens: tokens that the GPU computes.
+        shards: number of GPUs that share weights, gradients and the optimizer's state.
+        weight_bytes: bytes of a parameter, and of its gradient.
     """
     counts = count_parameters(config)
     parameters = sum(counts.values())
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    kept = BFLOAT16 * (KEPT_HIDDEN * hidden + KEPT_INTERMEDIATE * config.intermediate_size)  # of a token in a layer
+    kept = BFLOAT16 * (KEPT_HIDDEN * hidden + KEPT_INTERMEDIATE * config.intermediate_size)  # for each token in a layer
     # What a layer gets has the type of the weights, since the embeddings do.
     activations = tokens * (layers * weight_bytes * hidden + kept if is_checkpointing else layers * kept)
     gathered = 0.0
@@ -186,7 +186,7 @@ def memory_plan(
 
 
 def _communication_seconds(weight_bytes: float, data: str, gpus: int, shards: int, links: Links) -> float:
-    """Of a step: FSDP gathers all weights twice and scatters the sum of gradients once, DDP sums them once, HSDP does both."""
+    """Seconds of communication in a step. FSDP gathers all weights twice and reduce-scatters gradients, DDP all-reduces them, HSDP both."""
     seconds = 0.0
     if shards > 1:
         seconds += 3 * weight_bytes * (shards - 1) / shards / links.of(shards)

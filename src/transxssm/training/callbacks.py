@@ -1,4 +1,4 @@
-"""What a run shows and writes as it goes: the progress on the terminal and metrics.jsonl."""
+"""The output of a run while it trains: the progress on the terminal, and metrics.jsonl."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transxssm.training.estimate import LONG_RUN, StepClock, estimate_line
 from transxssm.whole_files import write_text_whole
 
-# What a row of metrics.jsonl takes over from Trainer's log.
+# Keys of Trainer's log that a row of metrics.jsonl takes over.
 ROW_KEYS = (
     "epoch",
     "loss",
@@ -29,7 +29,7 @@ ROW_KEYS = (
 
 
 def rows_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step that was logged or evaluated, in order: `step`, `tokens`, and those of `ROW_KEYS` it has."""
+    """One row for each step that was logged or evaluated, in order: `step`, `tokens`, and the `ROW_KEYS` that it has."""
     rows: dict[int, dict[str, Any]] = {}
     for entry in log_history:
         if "loss" in entry or "eval_loss" in entry:
@@ -41,7 +41,7 @@ def rows_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class MetricsFile(TrainerCallback):
     """Appends a row per logged step to metrics.jsonl.
 
-    A resumed run starts the file anew from its checkpoint's own log, so that rows of steps that are about to be repeated go.
+    A resumed run rewrites the file from its checkpoint's log, which removes rows of steps that will be repeated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class MetricsFile(TrainerCallback):
             self.written = len(rows)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # A checkpoint ends a stretch of the log, so that an interrupted run and an uninterrupted one average over the same steps.
+        # A checkpoint ends an interval of the log, so that an interrupted run and an uninterrupted one average over the same steps.
         control.should_log = control.should_log or control.should_save
 
     def on_step_begin(
@@ -71,7 +71,7 @@ class MetricsFile(TrainerCallback):
         self._append(state)
 
     def _append(self, state: TrainerState) -> None:
-        # Between two steps, when loss and evaluation of the last one are both known and share a row.
+        # Written between two steps, when the loss and the evaluation of the last one are known and share a row.
         if not state.is_world_process_zero:
             return
         rows = rows_of(state.log_history)
@@ -82,12 +82,12 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """A bar with loss, tokens per second and time left on a terminal; elsewhere a line per logged step.
+    """Shows a bar with loss, tokens per second and time left on a terminal, and elsewhere a line for each logged step.
 
-    The time left is shown from when it is known: after the first steps, which take longer than the others.
+    The time left is shown after the first steps, which take longer than the others.
 
     Args:
-        console: where to; standard error by default.
+        console: the console to which it writes. Defaults to standard error.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -100,13 +100,13 @@ class ProgressDisplay(TrainerCallback):
     def introduce(
         self, lines: Sequence[str], *, evaluation_in_steps: float, quicker: Callable[[float], str], is_estimated: bool
     ) -> None:
-        """What is known before the first step.
+        """Receives what is known before the first step.
 
         Args:
-            lines: shown before it.
+            lines: lines to show before the first step.
             evaluation_in_steps: see `StepClock`.
-            quicker: says what would take less time, of a run whose steps take so many seconds.
-            is_estimated: the lines say how long the run will take. Else a run that turns out to be long says so itself.
+            quicker: returns advice on how to take less time, given the seconds of a step.
+            is_estimated: whether the lines say how long the run will take. Otherwise the display says so if the run turns out to be long.
         """
         self._introduction = list(lines)
         self.clock.evaluation_in_steps = evaluation_in_steps
@@ -182,14 +182,14 @@ class ProgressDisplay(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Gives the terminal back; also after an exception, when Trainer calls no `on_train_end`."""
+        """Restores the terminal, also after an exception, when Trainer does not call `on_train_end`."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 class LastStep(TrainerCallback):
-    """Logs and evaluates after the last step, whatever the strategies: the summary needs both."""
+    """Logs and evaluates after the last step, whatever the strategies are, since the summary needs both."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:

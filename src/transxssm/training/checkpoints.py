@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, listed, synced, and only then given their name."""
+"""Checkpoints that are whole or absent: they are written to a staging folder, listed, synced, and then renamed."""
 
 import errno
 import json
@@ -17,25 +17,25 @@ STAGING = ".unfinished"
 
 
 class SaveError(OSError):
-    """A checkpoint or the final model could not be written; what was there before is whole."""
+    """A checkpoint or the final model could not be written. Earlier checkpoints are whole."""
 
 
 def publish_folder(staged: Path, target: Path) -> None:
-    """Makes a finished folder appear under its name at once, after its bytes are on the disk.
+    """Renames a finished folder atomically, after its bytes are on the disk.
 
-    A list of its files and their sizes goes with it, by which `why_incomplete` later finds what was cut short.
+    The folder gets a list of its files and their sizes, by which `why_incomplete` finds truncated files.
     """
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in _files(staged)}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=1, sort_keys=True), encoding="utf-8")
     _sync_tree(staged)
-    if target.exists():  # left incomplete by an earlier process: complete ones are resumed from, not repeated
+    if target.exists():  # left incomplete by an earlier process, since a complete one would have been resumed from
         shutil.rmtree(target)
     staged.rename(target)
     sync(target.parent)
 
 
 def publish_files(staged: Path, target: Path) -> None:
-    """Moves the files of a finished folder into another, each at once, after their bytes are on the disk."""
+    """Moves the files of a finished folder into another, each atomically, after their bytes are on the disk."""
     _sync_tree(staged)
     for path in _files(staged):
         destination = target / path.relative_to(staged)
@@ -46,7 +46,7 @@ def publish_files(staged: Path, target: Path) -> None:
 
 
 def why_incomplete(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint, in words; None if it is whole."""
+    """What is missing from a checkpoint, in words, or None if it is whole."""
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
 
 
 def last_complete_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of the latest step that is whole; each later one that isn't is skipped with a warning."""
+    """The latest whole checkpoint. Later ones that are incomplete are skipped with a warning."""
     for path in reversed(_checkpoints(run_dir)):
         reason = why_incomplete(path)
         if reason is None:
@@ -73,7 +73,7 @@ def last_complete_checkpoint(run_dir: Path) -> Path | None:
 
 
 def keep_latest(run_dir: Path, limit: int | None, also: str | None = None) -> None:
-    """Deletes whole checkpoints but the latest `limit` (None or 0: all of them) and the one whose path ends like `also`."""
+    """Deletes whole checkpoints except the latest `limit` and the one whose path ends like `also`. With None or 0 it keeps all."""
     if not limit or limit < 0:
         return
     whole = [path for path in _checkpoints(run_dir) if why_incomplete(path) is None]
@@ -84,17 +84,17 @@ def keep_latest(run_dir: Path, limit: int | None, also: str | None = None) -> No
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step after which a checkpoint was taken."""
+    """The optimizer step after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def save_error(what: str, run_dir: Path, error: Exception) -> SaveError:
-    """One line that says what could not be saved, why, and what is left to continue from."""
+    """An error of one line that says what could not be saved, why, and from what the run can continue."""
     free_mb = shutil.disk_usage(run_dir).free / 1e6
     cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError) and e.errno), None)
     if cause is not None and cause.errno:
         reason = os.strerror(cause.errno)
-    elif free_mb < 1:  # torch and safetensors report a full disk in words of their own
+    elif free_mb < 1:  # torch and safetensors have their own messages for a full disk
         reason = os.strerror(errno.ENOSPC)
     else:
         reason = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""How long a run takes: measured on one batch before it begins, and on its own steps while it runs. All times in seconds."""
+"""Estimates how long a run takes, from one batch before it begins and from its own steps while it runs. All times are in seconds."""
 
 import statistics
 import time
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
-# The first steps load, compile and warm up; so many after them make an estimate.
+# The first steps load, compile and warm up. This many steps after them give an estimate.
 WARM_UP_STEPS = 2
 STEADY_STEPS = 3
-# Steps that the estimate looks back on: a machine may become busy, or idle.
+# Number of last steps in the estimate, since the load of a machine changes.
 RECENT_STEPS = 50
-# A batch that would take longer than this is measured on one of its rows.
+# If a batch would take longer than this, only one of its rows is measured.
 LONGEST_MEASURED_BATCH = 2.0
-# A batch is measured so often, or until this time is over, and the shortest time counts: what else the machine does only adds to it.
+# A batch is measured this often, or until this time is over. The shortest time counts, since other load only adds to it.
 MEASUREMENTS, MEASURING_SECONDS = 5, 3.0
-# Of a step's work, the forward pass: what evaluation does.
+# Share of the forward pass, and so of evaluation, in a step's work.
 FORWARD_SHARE = 1 / 3
 LONG_RUN = 3600.0
 
 
 class StepClock:
-    """What a step, an evaluation and a checkpoint take, each measured apart, without the first steps.
+    """Measures the times of a step, an evaluation and a checkpoint separately, without the first steps.
 
     Args:
-        evaluation_in_steps: what an evaluation takes as long as, until the first has been measured.
+        evaluation_in_steps: expected time of an evaluation, in steps, until one has been measured.
     """
 
     def __init__(self, evaluation_in_steps: float = 0.0) -> None:
@@ -40,34 +40,34 @@ class StepClock:
         self._last = time.perf_counter()
 
     def start(self) -> None:
-        """Training begins."""
+        """Starts the clock when training begins."""
         self._elapsed()
 
     def step_ended(self) -> None:
-        """What has passed since the last call of any of these is a step's, loading its batch included."""
+        """Counts the time since the last call as that of a step, including the loading of its batch."""
         seconds = self._elapsed()
         self._num_steps += 1
         if self._num_steps > WARM_UP_STEPS:
             self._steps.append(seconds)
 
     def evaluated(self) -> None:
-        """… is an evaluation's."""
+        """Counts the time since the last call as that of an evaluation."""
         self._evaluation = self._elapsed()
 
     def saved(self) -> None:
-        """… is a checkpoint's."""
+        """Counts the time since the last call as that of a checkpoint."""
         self._checkpoint = self._elapsed()
 
     def step_seconds(self) -> float | None:
-        """Of a step; None as long as too few are known."""
+        """Seconds of a step, or None until enough steps are known."""
         return statistics.median(self._steps) if len(self._steps) >= STEADY_STEPS else None
 
     def left(self, arguments: TrainingArguments, state: TrainerState, *, evaluates_now: bool = False) -> float | None:
-        """Up to the end of the run; None as long as that is not known.
+        """Seconds to the end of the run, or None until they can be estimated.
 
         Args:
-            arguments, state: of the run.
-            evaluates_now: an evaluation is about to begin.
+            arguments, state: arguments and state of the run.
+            evaluates_now: whether an evaluation is about to begin.
         """
         step = self.step_seconds()
         if step is None:
@@ -83,7 +83,7 @@ class StepClock:
 
 
 def evaluations_left(arguments: TrainingArguments, state: TrainerState) -> int:
-    """How often the run will still evaluate: after the last step it always does."""
+    """Number of evaluations that remain in the run. There is always one after the last step."""
     step, last = state.global_step, state.max_steps
     if step >= last:
         return 0
@@ -103,15 +103,15 @@ def measured_step_seconds(
     batch_of: Callable[[int], dict[str, Tensor]],
     loss_of: Callable[[dict[str, Tensor]], Tensor],
 ) -> float:
-    """What a step of a model takes on this process, the optimiser's own part left out.
+    """Measures the time of a model's step in this process, without the optimizer's part.
 
-    The model keeps its weights and the random numbers their order.
+    The weights and the state of the random number generators are unchanged.
 
     Args:
-        model: what is trained.
-        arguments: of the run: rows in a batch, batches in a step, precision, device.
-        batch_of: makes a batch of so many rows.
-        loss_of: the model's loss of a batch.
+        model: the model that is trained.
+        arguments: arguments of the run, with rows in a batch, batches in a step, precision and device.
+        batch_of: makes a batch of a number of rows.
+        loss_of: returns the model's loss of a batch.
     """
     rows = arguments.per_device_train_batch_size
     device = arguments.device
@@ -124,7 +124,7 @@ def measured_step_seconds(
             row = _least_seconds(loss_of, arguments, batch_of(1))
             batch = row * rows
             if rows > 1 and batch <= LONGEST_MEASURED_BATCH:
-                # Rows of one batch never take longer than one after the other.
+                # A batch never takes longer than its rows one after the other.
                 batch = min(batch, _least_seconds(loss_of, arguments, batch_of(rows)))
         finally:
             model.train(was_training)
@@ -159,7 +159,7 @@ def _batch_seconds(
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:
-    """Rows of all processes in one step of the optimiser."""
+    """Rows of all processes in one optimizer step."""
     return (
         arguments.per_device_train_batch_size
         * arguments.gradient_accumulation_steps
@@ -168,12 +168,12 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 
 def processes_with_own_rows(arguments: TrainingArguments) -> int:
-    """Processes, of which those that share rows count as one."""
+    """Number of processes, where those that share rows count as one."""
     return arguments.world_size // getattr(arguments, "processes_of_a_row", 1)
 
 
 def number_of_steps(arguments: TrainingArguments, train: Any) -> int | None:
-    """Steps of the whole run; None where only the data will tell."""
+    """Number of steps in the whole run, or None if it depends on the length of a stream."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     if not hasattr(train, "__len__"):
@@ -183,7 +183,7 @@ def number_of_steps(arguments: TrainingArguments, train: Any) -> int | None:
 
 
 def in_words(seconds: float) -> str:
-    """A time as one says it: "40 seconds", "9 minutes", "29 hours"."""
+    """Formats a time, such as "40 seconds", "9 minutes" or "29 hours"."""
     for unit, size in (("day", 48 * 3600), ("hour", 100 * 60), ("minute", 90)):
         if seconds >= size:
             whole = {"day": 86400, "hour": 3600, "minute": 60}[unit]
@@ -192,6 +192,6 @@ def in_words(seconds: float) -> str:
 
 
 def estimate_line(seconds: float, num_steps: int, step_seconds: float, quicker: str) -> str:
-    """What a run will take, and for a long one what would be quicker."""
+    """A line with the time that a run will take and, for a long run, advice on how to take less."""
     line = f"about {in_words(seconds)} on this machine: {num_steps:,} steps of {step_seconds:.3g} s"
     return f"{line}. Quicker: {quicker}" if seconds >= LONG_RUN and quicker else line

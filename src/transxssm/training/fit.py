@@ -1,7 +1,7 @@
-"""A recipe that says how many minutes it may take: what it leaves open is chosen for the text and this machine.
+"""Fits a recipe into a number of minutes: settings that it leaves open are chosen for the text and this machine.
 
-`fit: {minutes: 10}` stands beside the other sections. What the recipe or the command line gives stays. The run folder's recipe.yaml has
-what was chosen, and a resumed run keeps it.
+The section is `fit: {minutes: 10}`. Settings of the recipe or the command line are kept. The run folder's recipe.yaml records what was
+chosen, and a resumed run keeps it.
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ from transxssm.training.recipe import Recipe
 
 # The smallest first; a larger one is taken if it reads at least as many tokens as it has parameters.
 PRESETS = ("tiny-conv", "small-conv")
-# Text for each entry of the vocabulary, in bytes: entries that are rarer are seen too seldom to be learnt.
+# Bytes of text for each entry of the vocabulary. Rarer entries occur too seldom to be learnt.
 BYTES_PER_ENTRY = 1000
-# Vocabularies, and the bytes of a token in each of them on English prose; on source code and other scripts a third less or more.
+# Vocabulary sizes, and bytes per token of English prose in each. Source code and other scripts differ by about a third.
 BYTES_PER_TOKEN = {512: 2.1, 1024: 2.6, 2048: 3.0, 4096: 3.4}
-# From so many tokens on there are enough for the longer rows.
+# Number of tokens from which longer rows are used.
 MANY_TOKENS = 1_000_000
 ROW_TOKENS, SHORT_ROW_TOKENS, SHORTEST_ROW_TOKENS = 512, 256, 16
 # In runs of ten to twenty passes the held-out loss was lowest after six on 100 kB of prose and after four on 465 kB, and rose from then on.
 MOST_PASSES = 5
 FEWEST_STEPS = 50
-# Of the minutes, what is left for training beside evaluation and checkpoints.
+# Share of the minutes for training, without evaluation and checkpoints.
 TRAINING_SHARE = 0.85
-# A sample of a long text has more than the time allows to read: a part is held out, and tokens may be longer than thought.
+# A sample of a long text has this many times what can be read in time, since a part is held out and tokens may be longer than estimated.
 SAMPLE_SHARE = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """A recipe that fits, and what it is made of."""
+    """A recipe that fits, and the choices in it."""
 
     recipe: Recipe
     step_seconds: float
@@ -56,12 +56,12 @@ class _Choice:
 
 
 def fitted(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with everything chosen that it leaves open, and a line about it.
+    """The recipe with values for all settings that it leaves open, and a line about them.
 
-    A number of steps that is open although the recipe has one is lowered to what fits into the time, and nothing else is chosen.
+    If the recipe has a number of steps that is marked as open, that number is lowered to fit into the time, and nothing else is chosen.
 
     Raises:
-        ValueError: several processes, each of which would choose for itself; a corpus that cannot be read.
+        ValueError: there are several processes, which would choose differently, or the corpus cannot be read.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -92,7 +92,7 @@ def fitted(recipe: Recipe) -> tuple[Recipe, str]:
     choice = _choice(recipe, PRESETS[0], vocab_size, num_tokens)
     for preset in PRESETS[1:] if "model.preset" in recipe.open_settings else ():
         larger = recipe.with_choices({"model.preset": preset})
-        # It reads no more than the smaller one does: often this needs no measurement.
+        # It reads at most as many tokens as the smaller one does, which often saves a measurement.
         if choice.tokens < language_model_on_meta(_config(larger, vocab_size)).num_parameters():
             break
         candidate = _choice(recipe, preset, vocab_size, num_tokens)
@@ -117,7 +117,7 @@ def fitted(recipe: Recipe) -> tuple[Recipe, str]:
 
 
 def _shortened(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with as many of its steps as fit into the time."""
+    """The recipe with its number of steps lowered to fit into the time."""
     _, step_seconds = _measured(recipe, recipe.data.vocab_size)
     steps, most = recipe.training["max_steps"], max(1, int(recipe.fit["minutes"] * 60 * TRAINING_SHARE / step_seconds))
     if steps <= most:
@@ -125,7 +125,7 @@ def _shortened(recipe: Recipe) -> tuple[Recipe, str]:
     shorter = {"training.max_steps": most}
     for name in ("eval_steps", "save_steps"):
         every = recipe.training[name]
-        if every >= 1:  # else it is a share of all steps
+        if every >= 1:  # otherwise it is a share of all steps
             shorter[f"training.{name}"] = max(1, round(every * most / steps))
     line = (
         f"a step takes {step_seconds:,.2f} s on this machine: {most:,} of the recipe's {steps:,} steps fit into "
@@ -148,7 +148,7 @@ def _choice(recipe: Recipe, preset: str, vocab_size: int, num_tokens: float) -> 
 
 
 def _measured(recipe: Recipe, vocab_size: int) -> tuple[int, float]:
-    """Parameters of the recipe's model, and what a step takes, in seconds."""
+    """Number of parameters of the recipe's model, and seconds of a step."""
     arguments = recipe.training_arguments()
     with torch.random.fork_rng():
         model = new_language_model(_config(recipe, vocab_size)).to(arguments.device)

@@ -1,4 +1,4 @@
-"""A run that is stopped from outside, by Ctrl-C or because its time is up, with a checkpoint to go on from."""
+"""Stops a run on Ctrl-C or at a deadline, with a checkpoint from which it can be resumed."""
 
 import logging
 import os
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 class BudgetSpentError(Exception):
-    """A run's time was up before its last step; a checkpoint was saved."""
+    """A run reached its deadline before its last step. A checkpoint was saved."""
 
 
 @contextmanager
 def stopped_at(deadline: float | None) -> Iterator[None]:
-    """Ends the block when a time is up, wherever it is: for work that leaves nothing half-done behind.
+    """Interrupts the block at a deadline, wherever it is. The work must be safe to interrupt.
 
-    Outside the main thread, and where the system has no such timer, the block is only not begun too late.
+    Outside the main thread, and on systems without a timer, the deadline is checked only before the block.
 
     Args:
-        deadline: in seconds of `time.monotonic`. With None there is no deadline.
+        deadline: in seconds of `time.monotonic`. None for no deadline.
 
     Raises:
-        BudgetSpentError: the time was up, before the block or inside it.
+        BudgetSpentError: the deadline passed before the block or inside it.
     """
     if deadline is None:
         yield
@@ -53,7 +53,7 @@ def stopped_at(deadline: float | None) -> Iterator[None]:
     before = signal.setitimer(signal.ITIMER_REAL, left)
     try:
         yield
-    except Exception as error:  # libraries wrap what passes through them
+    except Exception as error:  # libraries may wrap the exception
         if is_over and not isinstance(error, BudgetSpentError):
             raise BudgetSpentError("the time was up in the middle") from error
         raise
@@ -63,11 +63,11 @@ def stopped_at(deadline: float | None) -> Iterator[None]:
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C ends the run after the step it falls into, with a checkpoint; a second one ends it at once.
+    """Ends the run after the current step with a checkpoint on Ctrl-C. A second Ctrl-C ends it at once.
 
     Args:
-        deadline: in `time.monotonic`'s seconds. The run ends in the same way before a step that would end later, if it took as long as
-            the longest one so far, with what was evaluated and saved after it; one step is always made. Defaults to no deadline.
+        deadline: in `time.monotonic`'s seconds. The run ends in the same way before a step that would end after it. A step is expected to
+            take as long as the longest so far, including evaluation and saving. One step is always made. Defaults to no deadline.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -91,14 +91,14 @@ class Interrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _agree(self, device: torch.device) -> None:
-        """What one process is asked all do, after the same step: they save and stop together."""
+        """Makes all processes stop if one was asked to, so that they save and stop after the same step."""
         asked = torch.tensor([self.requested, self.is_out_of_time], dtype=torch.int32, device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         self.requested, self.is_out_of_time = map(bool, asked.tolist())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens for Ctrl-C inside the block. Threads other than the main one get no signals, and none is awaited there."""
+        """Handles Ctrl-C inside the block. Only the main thread gets signals; in another, nothing is handled."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
