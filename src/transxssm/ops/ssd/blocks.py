@@ -40,7 +40,8 @@ class ScanInputs(NamedTuple):
     @property
     def num_states(self) -> int:
         """Sequences, each with an initial and a final state."""
-        return len(self.x) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        # Not len(), which makes a number of a symbolic size: each batch size would be compiled anew.
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def sequences_of_chunks(self, chunk_size: int) -> Tensor | None:
         """(chunks,) int64 on the CPU: the number of the sequence that each chunk is of. None if a row is one sequence."""
