@@ -153,6 +153,8 @@ def _facts(report: dict[str, Any]) -> Iterator[str]:
 def _text(settings: dict[str, Any]) -> str:
     if settings["recall"] is not None:
         return "associative recall in place of text"
+    if settings.get("algorithmic") is not None:
+        return f"{settings['algorithmic']['task']} in place of text"
     corpus = CORPORA.get(settings["data"]["corpus"], settings["data"]["corpus"])
     if settings["needle"] is not None:
         return f"needles in {corpus}"
