@@ -111,7 +111,7 @@ def recall_table(cells: Iterable[Cell]) -> ResultTable:
 
 
 def plot_recall(path: Path, cells: Iterable[Cell]) -> None:
-    """Accuracy of every task, with bars of one standard error."""
+    """Plots the accuracy of every task, with bars of one standard error."""
     cells = sorted(cells, key=_place)
     with picture(path) as axes:
         axes.bar(

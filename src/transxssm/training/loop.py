@@ -1,4 +1,4 @@
-"""A run from a recipe to a folder: rows, model, Trainer, summary."""
+"""Runs a recipe: prepares rows and model, trains, and writes the run folder with its summary."""
 
 import errno
 import hashlib
@@ -65,28 +65,28 @@ from transxssm.whole_files import write_text_whole
 logger = logging.getLogger(__name__)
 
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
-_HASHED_ROWS = 4096  # at once; in whole batches of so many the hash is defined, and reads little memory
+_HASHED_ROWS = 4096  # rows that are hashed at once, which bounds the memory. The hash depends on this number
 
-# Widths that products of every kind of hardware like; the paper's 50304 is GPT-NeoX's vocabulary rounded up so.
+# A multiple that is fast on all hardware. The paper's 50304 is GPT-NeoX's vocabulary rounded up to it.
 VOCABULARY_MULTIPLE = 64
-# Seconds; of a shorter run the time is known before it has been said.
+# Seconds. The time of a shorter run is not estimated.
 SHORTEST_ESTIMATED = 60.0
 SMALLEST_RECIPE = "laptop"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows and what belongs to them.
+    """The data of a run.
 
     Args:
-        train, held_out: what `Trainer` takes for a data set.
-        collate: rows to a batch: `input_ids` and `labels`, (b, t) int64, and what else a model may take. What the model's
-            `forward` does not name is left out.
+        train, held_out: data sets for `Trainer`.
+        collate: makes a batch of rows: `input_ids` and `labels`, (b, t) int64, and other inputs of a model. Those that the model's
+            `forward` does not name are left out.
         held_out_bytes: UTF-8 bytes that the labelled tokens of `held_out` stand for, or None if the data is not text.
-        tokenizer: goes into the run folder, and gives the model its vocabulary. Defaults to what the recipe says.
-        description: what is trained on and what is held out, in a line.
-        contents: by the name of a split, its number of rows and a hash of its tokens, by which a run that is resumed knows its
-            data again. Streams and data that a recipe alone determines have no entry.
+        tokenizer: is saved into the run folder, and determines the model's vocabulary. Defaults to the recipe's tokenizer.
+        description: a line about the training and the held-out data.
+        contents: for each split by name, its number of rows and a hash of its tokens, by which a resumed run checks its data. Streams
+            and data that are determined by the recipe alone have no entry.
     """
 
     train: Dataset
@@ -102,7 +102,7 @@ def text_data(recipe: Recipe) -> TrainingData:
     """The packed text that a recipe's data section names.
 
     Raises:
-        ValueError: text or tokenizer that cannot be read.
+        ValueError: the text or the tokenizer cannot be read.
     """
     corpus = load_corpus(recipe.data)
     tokenizer = build_tokenizer(recipe.data, corpus)
@@ -124,11 +124,11 @@ def text_data(recipe: Recipe) -> TrainingData:
 
 
 def content_of(rows: datasets.Dataset) -> str:
-    """The number of packed rows and a hash of their tokens: the same wherever files lie and whenever they were written."""
+    """The number of packed rows and a hash of their tokens, which do not depend on the files' places and times."""
     digest = hashlib.sha256()
     for batch in rows.with_format("arrow").iter(_HASHED_ROWS):
         tokens = batch.column("input_ids").combine_chunks()
-        # A row's length tells where it ends, so that the same tokens in other rows are other rows.
+        # The lengths are hashed, too, so that the same tokens divided into other rows give another hash.
         digest.update(tokens.value_lengths().to_numpy(zero_copy_only=False).tobytes())
         digest.update(tokens.flatten().to_numpy(zero_copy_only=False).tobytes())
     return f"{len(rows):,} rows, sha256 {digest.hexdigest()[:16]}"
@@ -142,27 +142,27 @@ def train(
     display: TrainerCallback | None = None,
     budget_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a model as a recipe says and leaves everything about it in the run folder.
+    """Trains a model as a recipe says, and writes the model and all records into the run folder.
 
     Args:
-        recipe: from `load_recipe`.
-        resume: continue the run in the recipe's folder from its last whole checkpoint; from scratch if it ended before its first one;
-            nothing happens if it has finished.
-        source: makes the data; not called if the run has finished.
+        recipe: a recipe from `load_recipe`.
+        resume: whether to continue the run in the recipe's folder from its last whole checkpoint, or from scratch if it has none. A
+            finished run is left as it is.
+        source: makes the data. It is not called if the run has finished.
         display: shows the run's progress. Defaults to `ProgressDisplay`.
-        budget_seconds: of wall time, the preparation of data included, within which the run stops with a checkpoint. Defaults to no limit.
+        budget_seconds: wall time, including the preparation of data, within which the run stops with a checkpoint. Defaults to no limit.
 
     Returns:
-        The summary, as in summary.json: parameters, steps, train_tokens, train_seconds (data preparation and evaluation left out),
-        tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte (of text only), and where it ran.
+        The summary, as in summary.json: parameters, steps, train_tokens, train_seconds (without data preparation and evaluation),
+        tokens_per_second, eval_loss (nats per token), perplexity, bits_per_byte (for text only), and the machine.
 
     Raises:
-        ValueError: bad settings, data that cannot be read, a folder that holds another run or began with other text, or no run to
+        ValueError: settings are invalid, data cannot be read, the folder holds another run or one of other text, or there is no run to
             resume.
-        NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is kept.
-        SaveError: a checkpoint could not be written; the one before is kept.
-        BudgetSpentError: the time was up, when the checkpoint has been saved, or while the data was prepared.
-        KeyboardInterrupt: after Ctrl-C, when the checkpoint, or in the last step the finished run, has been saved.
+        NonFiniteError: a loss or gradient became NaN or infinite. The last checkpoint is kept.
+        SaveError: a checkpoint could not be written. The one before is kept.
+        BudgetSpentError: the time was up. It is raised after the checkpoint has been saved, or during the preparation of data.
+        KeyboardInterrupt: after Ctrl-C, when the checkpoint or, in the last step, the finished run has been saved.
     """
     with _process_group():
         return _train(recipe, resume, source, display, budget_seconds)
@@ -170,15 +170,15 @@ def train(
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """Ends the process group that the run begins, as NCCL asks for; a group of the caller's stays.
+    """Destroys the process group that the run has initialised, as NCCL requires. A group of the caller is left alone.
 
-    After an error it stays too: the other processes may be waiting in it, and with them its end would.
+    After an error the group is not destroyed, since that would wait for processes that may be waiting in it.
     """
     had_group = dist.is_available() and dist.is_initialized()
     try:
         yield
     except (BudgetSpentError, KeyboardInterrupt) as stop:
-        if stop.args:  # in all processes after the same step; a second Ctrl-C has no words
+        if stop.args:  # raised in all processes after the same step; a second Ctrl-C has no message
             _end_process_group(had_group)
         raise
     _end_process_group(had_group)
@@ -190,7 +190,7 @@ def _end_process_group(had_group: bool) -> None:
     dist.destroy_process_group()
     AcceleratorState._reset_state(
         reset_partial_state=True
-    )  # or the next run in this process would believe in the group
+    )  # otherwise the next run in this process would use the group
 
 
 def _train(
@@ -205,7 +205,7 @@ def _train(
         recipe = run_folder.as_started(recipe)
     if recipe.open_settings:
         if not resume or run_folder.stored_recipe(recipe.output_dir) is None:
-            _check_folder(recipe.output_dir, recipe, resume)  # before the machine is measured for nothing
+            _check_folder(recipe.output_dir, recipe, resume)  # before time is spent on measuring the machine
         recipe, chosen = fitted(recipe)
         if chosen:
             logger.warning("%s", chosen)
@@ -245,13 +245,13 @@ def _train(
         say("accelerate shards over accelerators only: on the CPU every process holds the whole model")
     with _full_disk_in_one_line(run_dir):
         if is_main:
-            run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # of a finished run that is now prolonged
+            run_dir.joinpath(SUMMARY).unlink(missing_ok=True)  # left by a finished run that is now extended
             write_text_whole(run_dir / run_folder.RECIPE, recipe.to_yaml())
             if checkpoint is None and data.contents:
                 run_folder.write_data(run_dir, data.contents)
         try:
             was_asked_to_stop = _run(trainer, checkpoint, deadline)
-        except (NonFiniteError, BudgetSpentError):  # results of a kind
+        except (NonFiniteError, BudgetSpentError):  # these are outcomes of a run
             raise
         except Exception:
             if is_main and not resume and trainer.state.global_step == 0:
@@ -265,7 +265,7 @@ def _train(
             else:
                 plot_loss(run_dir / run_folder.LOSS_PLOT, rows_of(trainer.state.log_history))
             write_summary(run_dir, summary)
-    if was_asked_to_stop:  # whatever comes after this run is not wanted
+    if was_asked_to_stop:  # the caller must not continue after this run
         raise KeyboardInterrupt("the run had finished; its results are kept")
     return summary
 
@@ -275,17 +275,17 @@ def _state_of(checkpoint: Path) -> TrainerState:
 
 
 def keep_rows_per_step(arguments: TrainingArguments, rows: list[dict[str, Any]]) -> str | None:
-    """Lets a run that goes on with another number of processes take as many rows a step as before: the same ones, each once.
+    """Keeps the rows of a step when a run is resumed with another number of processes: the same rows, each once.
 
     Args:
-        arguments: of the run; its gradient accumulation is changed, or where that is not enough its batch, in place.
-        rows: of the log so far.
+        arguments: arguments of the run. Gradient accumulation or, if that is not enough, the batch size is changed in place.
+        rows: rows of the log so far.
 
     Returns:
-        What was changed, in words. None if nothing had to be, or the log does not say how many rows there were.
+        What was changed, in words, or None if nothing was, or if the log does not say how many rows a step had.
 
     Raises:
-        ValueError: no whole number of rows for each process makes as many.
+        ValueError: the rows of a step cannot be divided evenly among the processes.
     """
     before, now = (rows[-1].get("rows_per_step") if rows else None), rows_per_step(arguments)
     if before is None or before == now:
@@ -317,13 +317,13 @@ def _introduce(
     data: TrainingData,
     checkpoint: Path | None,
 ) -> None:
-    """Tells the display what is trained on and, where one batch can say it beforehand, how long the run will take."""
+    """Passes to the display what is trained on and, if one batch can be measured, how long the run will take."""
     arguments = trainer.args
     rows = rows_per_step(arguments)
     evaluation = len(data.held_out) / rows * FORWARD_SHARE if isinstance(data.held_out, Sized) else 0.0
     lines, step = [data.description] if data.description else [], None
     steps = number_of_steps(arguments, data.train)
-    # Compiled or spread over processes, a model is another one when it trains.
+    # The time of a compiled or distributed model cannot be measured before training.
     if (
         steps is not None
         and arguments.world_size == 1
@@ -351,7 +351,7 @@ def _introduce(
 
 
 def _whole(steps: float, of: int) -> int:
-    """A number of steps that may be given as a share of all."""
+    """The number of steps, which may be given as a share of all steps."""
     return max(1, math.ceil(of * steps) if steps < 1 else int(steps))
 
 
@@ -389,14 +389,14 @@ def _build_trainer(
     else:
         model = load_causal_lm(recipe.checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     use_our_scan(model)
-    arguments.remove_unused_columns = False  # the collator reads columns that not every model's forward names
+    arguments.remove_unused_columns = False  # the collator reads columns that some models' forward does not name
     callbacks: list[TrainerCallback] = [
         LastStep(),
         MetricsFile(recipe.output_dir / run_folder.METRICS),
         display,
     ]
     if "tensorboard" in arguments.report_to:
-        # Trainer's own would start a folder named by time and host, and keep the lines of steps that are repeated.
+        # Trainer's own callback would write into a folder named by time and host, and keep rows of repeated steps.
         arguments.report_to = [name for name in arguments.report_to if name != "tensorboard"]
         if arguments.process_index == 0:
             purge_step = None if checkpoint is None else step_of(checkpoint) + 1
@@ -416,7 +416,7 @@ def _build_trainer(
 
 
 def _collate_named(collate: Collate, names: frozenset[str], rows: Sequence[Any]) -> dict[str, Tensor]:
-    """A batch of what a model's `forward` names: transformers' models know no `seq_idx`, its Mamba-2 no positions."""
+    """A batch of the inputs that a model's `forward` names. transformers' models take no `seq_idx`, and its Mamba-2 no positions."""
     return {name: tensor for name, tensor in collate(rows).items() if name in names}
 
 
@@ -434,7 +434,7 @@ def _config_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Pr
 
 
 def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, deadline: float | None) -> bool:
-    """Trains to the last step. Returns whether Ctrl-C came in that one, too late to stop anything."""
+    """Trains to the last step. Returns whether Ctrl-C came during that one, when the run could no longer be stopped."""
     interrupt = Interrupt(deadline)
     trainer.add_callback(interrupt)
     if checkpoint is not None:
@@ -458,7 +458,7 @@ def _run(trainer: TransXSSMTrainer, checkpoint: Path | None, deadline: float | N
 
 @contextmanager
 def _full_disk_in_one_line(run_dir: Path) -> Iterator[None]:
-    """Metrics, events and plots meet a full disk as well as checkpoints do."""
+    """Raises `SaveError` if the disk is full when metrics, events or plots are written, as for checkpoints."""
     try:
         yield
     except SaveError:
@@ -472,7 +472,7 @@ def _full_disk_in_one_line(run_dir: Path) -> Iterator[None]:
 def _summary(recipe: Recipe, trainer: TransXSSMTrainer) -> dict[str, Any]:
     arguments, state = trainer.args, trainer.state
     evaluated = [row for row in rows_of(state.log_history) if "eval_loss" in row][-1]
-    if arguments.load_best_model_at_end:  # whose weights are those of an earlier step
+    if arguments.load_best_model_at_end:  # the weights are those of an earlier step
         evaluated = evaluated | trainer.held_out_metrics()
     seconds, tokens = trainer.train_seconds, state.num_input_tokens_seen
     return {

@@ -1,4 +1,4 @@
-"""Where a training step first stopped being finite: the batch again, watched module by module in the order of execution."""
+"""Finds where a training step first became non-finite, by running the batch again with hooks on every module."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ LOSS = "the loss"
 
 
 class NonFiniteError(ValueError):
-    """The loss or a gradient became NaN or infinite; no weight was changed by that step."""
+    """The loss or a gradient became NaN or infinite. That step changed no weight."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Origin:
     """The first quantity that was not finite.
 
     Args:
-        quantity: what it was.
-        where: path of the module it arose in, of the parameter for a parameter's gradient, or "the loss".
-        note: a parameter of that module that was not finite before the step, if any.
+        quantity: the quantity in words.
+        where: path of the module in which it arose, path of the parameter for a parameter's gradient, or "the loss".
+        note: a parameter of that module that was not finite before the step, if there is one.
     """
 
     quantity: Literal["activation", "SSD state", "gradient"]
@@ -38,7 +38,7 @@ class Origin:
 
 
 def find_origin(model: nn.Module, loss_of_batch: Callable[[], Tensor]) -> Origin | None:
-    """Runs a batch forward and backward again and returns what went non-finite first; None if all stays finite.
+    """Runs a batch forward and backward again and returns what first became non-finite, or None if all stays finite.
 
     Args:
         model: the module that `loss_of_batch` runs. Its gradients are overwritten.
@@ -59,7 +59,7 @@ def find_origin(model: nn.Module, loss_of_batch: Callable[[], Tensor]) -> Origin
 
 @dataclass
 class _Passage:
-    """A tensor between modules: the modules that read it, and the one whose own code made it or read it otherwise."""
+    """A tensor between modules: the modules that read it, and the module whose own code made it or reads it."""
 
     readers: list[nn.Module] = field(default_factory=list)
     enclosing: nn.Module | None = None
@@ -68,7 +68,7 @@ class _Passage:
 class _Watch:
     """Hooks on every module but the head: outputs on the way forward, gradients of outputs and of parameters on the way back.
 
-    A head with a hook is called for all logits of the batch at once, for which there may be no memory.
+    With a hook, the head would compute all logits of the batch at once, for which there may be no memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +77,7 @@ class _Watch:
         self.origin: Origin | None = None
         self.forward_done = False
         self.running: list[nn.Module] = []
-        # Weak keys: activation checkpointing frees these tensors on the way, and another may take over the id of one.
+        # Weak keys, since activation checkpointing frees these tensors, and another tensor may get the id of one.
         self.passages = WeakTensorKeyDictionary()
 
     def hooks(self) -> ExitStack:
@@ -96,7 +96,7 @@ class _Watch:
         return stack
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.forward_done:  # activation checkpointing runs layers again on the way back
+        if self.forward_done:  # activation checkpointing recomputes layers in the backward pass
             return
         for tensor in _tensors((args, kwargs)):
             self._passage_of(tensor).readers.append(module)
@@ -123,7 +123,7 @@ class _Watch:
     def _found_in(self, module: nn.Module) -> None:
         if self.origin is not None:
             return
-        # Inside a mixer every projection is a module of its own; what lies between them is the recurrence of the state.
+        # Inside a mixer every projection is a module of its own, so that the mixer's own code is the recurrence of the state.
         quantity: Literal["activation", "SSD state"] = "SSD state" if hasattr(module, "A_log") else "activation"
         bad = [name for name, parameter in module.named_parameters(recurse=False) if not _finite(parameter)]
         note = f" (its {', '.join(bad)} was not finite before the step)" if bad else ""
@@ -132,7 +132,7 @@ class _Watch:
     def _on_gradient(self, passage: _Passage, gradient: Tensor) -> None:
         if self.origin is not None or _finite(gradient):
             return
-        # The gradient of a tensor comes from what read it: the innermost reading module, or else the code around its maker.
+        # The gradient of a tensor comes from its readers: the innermost module that reads it, or else the code around its maker.
         readers = passage.readers
         innermost = [m for m in readers if not any(other is not m and other in set(m.modules()) for other in readers)]
         named = innermost or ([passage.enclosing] if passage.enclosing is not None else [])
@@ -153,7 +153,7 @@ def _common_module(names: list[str]) -> str:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors on the way from parameters to loss; masks, which may hold −inf, don't require a gradient."""
+    """Tensors between parameters and loss. Masks, which may hold −inf, are left out, since they require no gradient."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield value
@@ -169,5 +169,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # Detached: inside activation checkpointing, what the check saved for a gradient would be missed on the second run.
+    # Detached, since activation checkpointing raises if tensors saved in the first run are not saved again in the second.
     return bool(torch.isfinite(tensor.detach()).all())

@@ -1,4 +1,4 @@
-"""A recipe: the YAML that describes a run in the sections `model`, `data` and `training`, and `fit` for one that sizes itself."""
+"""A recipe: a YAML file that describes a run in the sections `model`, `data` and `training`, and `fit` to fit it into a time."""
 
 import dataclasses
 import functools
@@ -30,13 +30,13 @@ from transxssm.training.sharding import Parallelism
 from transxssm.wording import one_line
 
 SECTIONS = ("model", "data", "training", "fit")
-# What a silent recipe means: the optimiser and the schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
+# Defaults of a recipe: optimizer and schedule of the paper's Appendix B.1, and ten evaluations and checkpoints.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "weight_decay": 0.01,
-    "warmup_steps": 0.1,  # of all steps
+    "warmup_steps": 0.1,  # share of all steps
     "lr_scheduler_type": "cosine_with_min_lr",
     "max_grad_norm": 1.0,
     "seed": 0,
@@ -48,12 +48,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,
     "save_total_limit": 2,
     "report_to": "tensorboard",
-    "ddp_find_unused_parameters": False,  # every parameter has a part in every step
+    "ddp_find_unused_parameters": False,  # every step uses every parameter
 }
-HELD_OUT_METRICS = ("loss", "perplexity", "bits_per_byte")  # less is better
-# Kwargs of the default schedule; another lr_scheduler_type would choke on them.
+HELD_OUT_METRICS = ("loss", "perplexity", "bits_per_byte")  # lower is better
+# Keyword arguments of the default schedule. Other values of lr_scheduler_type do not take them.
 COSINE_TO_A_TENTH = {"min_lr_rate": 0.1}
-# Settings that the run's own parts stand on, and why they may not be changed.
+# Settings on which the training loop relies, and why they may not be changed.
 FIXED_TRAINING = {
     "logging_nan_inf_filter": (False, "a loss that is not finite must stop the run, not be averaged away"),
     "include_num_input_tokens_seen": ("all", "metrics and summary count tokens with it"),
@@ -61,7 +61,7 @@ FIXED_TRAINING = {
     "save_only_model": (False, "a run resumes from the optimiser's state too"),
     "label_smoothing_factor": (0.0, "the loss is computed without the logits it needs"),
 }
-# What a recipe with a `fit` section has chosen for it where it is silent.
+# Settings that are chosen for a recipe with a `fit` section if it leaves them open.
 FITTED = (
     "model.preset",
     "data.vocab_size",
@@ -71,7 +71,7 @@ FITTED = (
     "training.max_steps",
 )
 
-# The values of model.architecture: this package's model, or one that it is compared with.
+# The values of model.architecture: this package's model, or a baseline.
 ARCHITECTURES = ("transxssm", *BASELINES)
 _FROM_1 = (lambda n: 1 <= n < math.inf, "at least 1")
 _FROM_0 = (lambda n: 0 <= n < math.inf, "0 or more")
@@ -87,7 +87,7 @@ _WARMUP = (
     "a whole number of steps from 0 on, or a share of all steps between 0 and 1",
 )
 _MAX_STEPS = (lambda n: n >= 1 or n == -1, "at least 1, or -1 to train for training.num_train_epochs")
-# Of TrainingArguments' numbers, which takes nearly any and fails in the middle of a run, or does something else than it was told.
+# Ranges of numbers in TrainingArguments, which accepts nearly any and then fails during a run or does something else.
 TRAINING_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_steps": _MAX_STEPS,
     "num_train_epochs": _ABOVE_0,
@@ -120,7 +120,7 @@ TRAINING_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 @functools.cache
 def recipe_schema() -> Any:
-    """What a recipe may hold: fields of `TransXSSMConfig`, `DataArguments` and `TrainingArguments`, and of its own a few."""
+    """The type of a recipe: fields of `TransXSSMConfig`, `DataArguments` and `TrainingArguments`, and a few of its own."""
     training = fields_of(TrainingArguments, parallelism=str | dict | None)
     # Annotated as transformers' own command line takes it; its documentation and YAML say `fsdp: true`.
     training["fsdp"] = bool | str | None
@@ -142,14 +142,14 @@ class Recipe:
     """A checked recipe with the defaults of data and training filled in, precision and device included.
 
     Args:
-        name: of the file it came from, without suffix.
+        name: name of its file, without suffix.
         model: an optional `preset`, fields of `TransXSSMConfig`, and an optional `architecture`: "transxssm", or a baseline
             ("llama", "mamba2", "jamba"), which then gets the parameters of the TransXSSM that the other keys describe. Or `checkpoint`
-            alone, the folder of a TransXSSM whose weights and tokenizer training goes on from.
-        data: where text comes from and how it is cut into rows.
+            alone, the folder of a TransXSSM with whose weights and tokenizer training begins.
+        data: the source of the text, and how it is packed into rows.
         training: fields of `transformers.TrainingArguments`, verbatim.
-        fit: `minutes` that the run may take on this machine; empty: nothing is fitted.
-        open_settings: names (`section.key`) of what is chosen for the text and the machine when the run begins.
+        fit: `minutes` that the run may take on this machine, or empty to fit nothing.
+        open_settings: names (`section.key`) of settings that are chosen for the text and the machine when the run begins.
     """
 
     name: str
@@ -166,15 +166,15 @@ class Recipe:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where training begins; None begins with new weights."""
+        """The checkpoint from which training begins, or None for new weights."""
         folder = self.model.get("checkpoint")
         return None if folder is None else Path(folder).expanduser()
 
     def model_config(self, **defaults: Any) -> TransXSSMConfig:
-        """The TransXSSM that the model section describes; `defaults` hold where the recipe is silent.
+        """The TransXSSM that the model section describes. `defaults` apply to fields that it does not set.
 
         Raises:
-            ValueError: sizes that do not fit each other, an unknown preset, a checkpoint that cannot be read.
+            ValueError: sizes do not fit each other, the preset is unknown, or the checkpoint cannot be read.
         """
         if self.checkpoint is not None:
             return read_config(self.checkpoint)
@@ -186,10 +186,10 @@ class Recipe:
             raise ValueError(f"model: {one_line(error.__cause__ or error)}") from error
 
     def language_model_config(self, **defaults: Any) -> PreTrainedConfig:
-        """The configuration of what is trained: `model_config`, or the baseline `architecture` with as many parameters.
+        """The configuration of the model that is trained: `model_config`, or the baseline `architecture` with as many parameters.
 
         Raises:
-            ValueError: see `model_config`; no baseline comes close enough to its parameters.
+            ValueError: see `model_config`; or no baseline comes close enough to its number of parameters.
         """
         config, architecture = self.model_config(**defaults), self.model.get("architecture", ARCHITECTURES[0])
         if architecture not in BASELINES:
@@ -203,7 +203,7 @@ class Recipe:
         """The arguments of the Trainer. Building them chooses the device and joins the other processes, if there are any.
 
         Raises:
-            ValueError: settings that contradict each other or this machine.
+            ValueError: settings contradict each other, or this machine does not support them.
         """
         settings = {name: value for name, (value, _) in FIXED_TRAINING.items()}
         settings |= {"disable_tqdm": True}  # the run shows its own progress
@@ -213,7 +213,7 @@ class Recipe:
                 raise ValueError(
                     f"training.metric_for_best_model: got {metric!r}, expected one of {', '.join(HELD_OUT_METRICS)}"
                 )
-            settings |= {"greater_is_better": False}  # transformers would think so of all but a loss
+            settings |= {"greater_is_better": False}  # transformers assumes the opposite for all metrics but a loss
         try:
             given = {name: value for name, value in self.training.items() if name != "parallelism"}
             arguments = TrainingArguments(**(settings | deepcopy(given)))
@@ -226,7 +226,7 @@ class Recipe:
         """Checks that so many processes can share the run as `training.parallelism` says.
 
         Args:
-            uses_accelerate_fsdp: accelerate shards. Defaults to whether `training.fsdp` says so.
+            uses_accelerate_fsdp: whether accelerate shards the model. Defaults to the setting `training.fsdp`.
 
         Raises:
             ValueError: see `Parallelism.check`.
@@ -248,7 +248,7 @@ class Recipe:
         return Parallelism.of(self.training.get("parallelism"))
 
     def with_choices(self, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe with those of the values, by their names, that it leaves open."""
+        """The recipe with those values, given by name, for settings that it leaves open."""
         sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
         for name in self.open_settings & values.keys():
             section, key = name.split(".")
@@ -261,7 +261,7 @@ class Recipe:
         )
 
     def closed(self) -> "Recipe":
-        """The recipe with nothing left to choose."""
+        """The recipe with no open settings."""
         return dataclasses.replace(self, open_settings=frozenset())
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class Recipe:
 
 
 def bundled_recipes() -> list[str]:
-    """Names of the recipes inside the package."""
+    """Names of the recipes that the package contains."""
     return bundled("transxssm")
 
 
@@ -288,8 +288,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             one entry of a mapping.
 
     Raises:
-        ValueError: no such recipe (with the bundled ones), no valid YAML, an unknown section or key (with the nearest known
-            one), a value of a wrong type or out of its range, a model that cannot be built. Always one line.
+        ValueError: there is no such recipe (the message lists the bundled ones), the YAML is invalid, a section or key is unknown (the
+            message names the nearest known one), a value has a wrong type or is out of its range, or the model cannot be built. The
+            message is one line.
     """
     name, sections = read_document("recipe", "transxssm", str(name_or_path), SECTIONS)
     sections = {section: {} if values is None else values for section, values in sections.items()}
@@ -300,14 +301,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_of(name: str, sections: Mapping[str, Any]) -> Recipe:
-    """The recipe of sections that are there already, checked and with the defaults filled in.
+    """Makes a recipe from sections, with all checks and defaults.
 
     Args:
-        name: of the recipe; its run folder is runs/<name> where the sections name none.
+        name: name of the recipe. Its run folder defaults to runs/<name>.
         sections: `model`, `data`, `training` and `fit`, each optional.
 
     Raises:
-        ValueError: as `load_recipe`.
+        ValueError: as for `load_recipe`.
     """
     validated(recipe_schema(), sections, "recipe")
     model, data = sections.get("model", {}), dict(sections.get("data", {}))
@@ -337,7 +338,7 @@ def _checked_fit(fit: dict[str, Any]) -> dict[str, Any]:
 
 def _open_settings(sections: Mapping[str, Any]) -> frozenset[str]:
     given = {f"{section}.{key}" for section, values in sections.items() for key in values}
-    # What decides the same in another way.
+    # Other settings that decide the same.
     instead = {
         "model.preset": "model.hidden_size",
         "data.max_bytes": "data.max_documents",

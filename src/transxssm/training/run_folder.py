@@ -1,4 +1,4 @@
-"""One run, one folder: what it may hold before a run starts, whether a resumed run is still the same one, and what is left at its end."""
+"""The folder of a run: checks before a run starts or is resumed, and the files that are left at its end."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ TRAINING, HELD_OUT = Look("training", BLUE, "-"), Look("held out", VERMILLION, "
 
 
 def as_started(recipe: Recipe) -> Recipe:
-    """The recipe with what was chosen for it when its run, which is to be resumed, began; as it is where nothing was."""
+    """The recipe with the settings that were chosen when the run to be resumed began. Unchanged if there were none."""
     stored = stored_recipe(recipe.output_dir)
     if stored is None or stored.fit != recipe.fit or not recipe.open_settings:
         return recipe
@@ -39,7 +39,7 @@ def check_empty(run_dir: Path) -> None:
     """Checks that a new run overwrites nothing.
 
     Raises:
-        ValueError: the folder holds something, or is none.
+        ValueError: the folder is not empty, or is not a folder.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"training.output_dir {run_dir} is a file: choose another one")
@@ -52,30 +52,30 @@ def check_empty(run_dir: Path) -> None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether a folder holds a run that has begun, which is what can be resumed."""
+    """Whether a folder holds a run that has begun and can be resumed."""
     return (run_dir / RECIPE).is_file()
 
 
 def remove_start(run_dir: Path, *, was_there: bool) -> None:
-    """Removes what a new run wrote before its first step, so that the corrected command finds its folder as this one did.
+    """Removes what a new run wrote before its first step, so that a corrected command finds the folder as it was.
 
     Args:
         run_dir: the folder.
-        was_there: whether it was, empty, before the run; else it goes too.
+        was_there: whether the folder existed, empty, before the run. Otherwise it is removed, too.
     """
     for name in (RECIPE, DATA):
         run_dir.joinpath(name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
     if not was_there:
-        with suppress(OSError):  # not empty: somebody else wrote into it
+        with suppress(OSError):  # not empty, since another program wrote into it
             run_dir.rmdir()
 
 
 def check_same_run(run_dir: Path, recipe: Recipe) -> None:
-    """Checks that a run to be resumed has the model and data it was started with.
+    """Checks that a run to be resumed has the model and data with which it was started.
 
     Raises:
-        ValueError: it has other ones, named by their keys; there is no run to be resumed, when the nearest that is there is named.
+        ValueError: settings differ (the message names their keys), or there is no run (the message names the nearest one).
     """
     stored = stored_recipe(run_dir)
     if stored is None:
@@ -97,22 +97,22 @@ def check_same_run(run_dir: Path, recipe: Recipe) -> None:
 
 
 def write_data(run_dir: Path, contents: Mapping[str, str]) -> None:
-    """Records what a run that begins trains on and holds out (`TrainingData.contents`)."""
+    """Records the training and held-out data of a run when it begins (`TrainingData.contents`)."""
     write_text_whole(run_dir / DATA, json.dumps(dict(contents), indent=2) + "\n")
 
 
 def check_same_data(run_dir: Path, contents: Mapping[str, str], say: Callable[..., None] = logger.warning) -> None:
-    """Checks that a run that goes on reads the text that it began with: its recipe names files, which may have changed.
+    """Checks that a resumed run reads the text with which it began, since the files that its recipe names may have changed.
 
-    A folder without a record, of a run that an earlier version began, is warned of.
+    A folder without a record, as an earlier version wrote it, gives a warning.
 
     Args:
         run_dir: the run's folder.
-        contents: of the data as it is now (`TrainingData.contents`).
-        say: takes the warning, as a logger's method does.
+        contents: contents of the present data (`TrainingData.contents`).
+        say: logs the warning, with the signature of a logger's method.
 
     Raises:
-        ValueError: one split or both are not the same, each named with what it was and is.
+        ValueError: a split differs. The message says what each was and is.
     """
     path = run_dir / DATA
     if not path.is_file():
@@ -138,13 +138,13 @@ def check_same_data(run_dir: Path, contents: Mapping[str, str], say: Callable[..
 
 
 def has_same_training(run_dir: Path, recipe: Recipe) -> bool:
-    """Whether the folder's run was started with the same training settings, so that if finished it has nothing left to do."""
+    """Whether the folder's run was started with the same training settings, so that a finished run has nothing left to do."""
     stored = stored_recipe(run_dir)
     return stored is not None and stored.training == recipe.training
 
 
 def stored_recipe(run_dir: Path) -> Recipe | None:
-    """The recipe in a run folder, with everything that was chosen for it; None where there is none."""
+    """The recipe in a run folder with all settings that were chosen for it, or None if there is none."""
     return load_recipe(run_dir / RECIPE) if holds_run(run_dir) else None
 
 
@@ -168,12 +168,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any], section: str) -> l
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json; its presence says that the run has finished."""
+    """Writes summary.json, whose presence marks a run as finished."""
     write_text_whole(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where there is none."""
+    """The summary of a finished run, or None if there is none."""
     try:
         return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -184,8 +184,8 @@ def plot_loss(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws training and held-out loss over tokens.
 
     Args:
-        path: of the PNG.
-        rows: of metrics.jsonl; losses in nats per token.
+        path: path of the PNG.
+        rows: rows of metrics.jsonl, with losses in nats per token.
     """
     with picture(path) as axes:
         for key, look, marker in (("loss", TRAINING, ""), ("eval_loss", HELD_OUT, "o")):

@@ -1,7 +1,7 @@
-"""Recipes and studies as YAML says them: read, overridden and checked. Whatever is wrong with one is said in one line.
+"""Reads, overrides and checks the YAML of recipes and studies. Every error is one line.
 
-What a document may hold is a type, of `sections_of` or a dataclass, which pydantic checks. Of YAML's scalars those of version 1.2 count,
-so that `3e-4` is a number and `no` is a word, and no key is given twice.
+The contents of a document are described by a type, from `sections_of` or a dataclass, which pydantic checks. Scalars follow YAML 1.2, so
+that `3e-4` is a number and `no` is a word, and duplicate keys are refused.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ _SCALARS = (
         list("-+.0123456789"),
     ),
 )
-# A key that has this share of its letters in common with one of its section is a typing error; another may belong to another section.
+# A key that shares this fraction of its letters with one of its section is a typing error. Others may belong to another section.
 _TYPING_ERROR = 0.85
-# A list of names up to this long is shown whole; of a longer one the nearest.
+# A list of names up to this length is shown as a whole. From a longer one only the nearest names are shown.
 _MANY = 20
 # Nothing is coerced: the string "1" is not a number, 1.5 is not a whole number and 1 is not a truth value, but a whole number is a float.
 _CLOSED = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -56,11 +56,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quotes a string exactly where the loader needs it
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quotes strings exactly if the loader needs it
 
 
 for _tag, _pattern, _first in _SCALARS:
-    # PyYAML looks a scalar's rules up by its first character, those of the empty one under "".
+    # PyYAML looks up the rules for a scalar by its first character, which is "" for the empty scalar.
     _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
 
 
@@ -68,7 +68,7 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: no valid YAML, with the line and what is wrong there.
+        ValueError: the YAML is invalid. The message gives the line and the reason.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -79,28 +79,28 @@ def load_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """A YAML text that `load_yaml` reads as the same value; keys keep their order."""
+    """A YAML text that `load_yaml` reads as the same value. Keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def bundled(package: str) -> list[str]:
-    """Names of the documents that a package brings in its folder `recipes`."""
+    """Names of the documents in a package's folder `recipes`."""
     return sorted(
         entry.name.removesuffix(".yaml") for entry in _folder(package).iterdir() if entry.name.endswith(".yaml")
     )
 
 
 def read_document(kind: str, package: str, name_or_path: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
-    """The name and the sections of a bundled document, or of a YAML file; no section is checked yet.
+    """The name and the unchecked sections of a bundled document or a YAML file.
 
     Args:
-        kind: what it is called in messages.
-        package: that brings the bundled ones.
-        name_or_path: a bundled one's name, or a file's path.
-        known: names of the sections, for a message.
+        kind: the kind of document, for messages.
+        package: the package with the bundled documents.
+        name_or_path: the name of a bundled document, or the path of a file.
+        known: names of the sections, for messages.
 
     Raises:
-        ValueError: there is none of this name (with the nearest one), it cannot be read, or is no mapping in YAML.
+        ValueError: there is no document of this name (the message names the nearest one), it cannot be read, or is not a YAML mapping.
     """
     names = bundled(package)
     path = Path(name_or_path).expanduser()
@@ -131,10 +131,10 @@ def read_document(kind: str, package: str, name_or_path: str, known: Iterable[st
 
 
 def apply_override(override: str, sections: dict[str, Any]) -> None:
-    """Sets what an override `section.key=value` says, in place.
+    """Applies an override `section.key=value` in place.
 
     Raises:
-        ValueError: it has another form, or a key below something that has none.
+        ValueError: the override has another form, or names a key below a value that is not a mapping.
     """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
@@ -161,7 +161,7 @@ def sections_of(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def fields_of(cls: type, **others: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, with the words that each may have; `others` go before them, or add to them."""
+    """The types of a dataclass's fields by name, with the choices of each. `others` replace them or are added."""
     hints = typing.get_type_hints(cls)
     fields = {
         field.name: words(hints[field.name], field.metadata.get("choices", ()))
@@ -172,7 +172,7 @@ def fields_of(cls: type, **others: Any) -> dict[str, Any]:
 
 
 def words(kind: Any, choices: Iterable[str] = ()) -> Any:
-    """The type `kind`, a string only where it is one of the words: those of an enum in it (`SomeEnum | str`), else the choices."""
+    """The type `kind`, in which a string must be one of the choices, or a value of an enum in the type (`SomeEnum | str`)."""
     parts = typing.get_args(kind) if _is_union(kind) else (kind,)
     enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
     chosen = tuple(str(member.value) for part in enums for member in part) or tuple(choices)
@@ -199,17 +199,17 @@ def within(kind: Any, holds: Callable[[float], bool], expected: str) -> Any:
 
 
 def validated(schema: Any, sections: Mapping[str, Any], kind: str, *, also_known: Sequence[str] = ()) -> Any:
-    """What pydantic makes of sections: the mapping itself for a type of `sections_of`, an instance for a dataclass.
+    """Validates sections with pydantic. Returns the mapping for a type from `sections_of`, or an instance of a dataclass.
 
     Args:
         schema: the type.
-        sections: as YAML gave them.
-        kind: what the document is called in messages.
+        sections: sections read from YAML.
+        kind: the kind of document, for messages.
         also_known: further sections, for messages.
 
     Raises:
-        ValueError: an unknown section or key (with the nearest known one), a value of a wrong type or out of its range (with the
-            expected one), a missing one.
+        ValueError: a section or key is unknown (the message names the nearest known one), a value has a wrong type or is out of its range
+            (the message says what is expected), or a value is missing.
     """
     try:
         return _adapter(schema).validate_python(sections)
@@ -224,7 +224,7 @@ def validated(schema: Any, sections: Mapping[str, Any], kind: str, *, also_known
     at, value, where = schema, sections, []
     for part in first["loc"]:
         inner = _inside(at, part)
-        if inner is None:  # the rest says which member of a union failed
+        if inner is None:  # the rest names the member of a union that failed
             break
         at, value = inner, value[part]  # type: ignore[index]
         where.append(str(part))
@@ -261,7 +261,7 @@ def _unknown(path: list[str], schema: Any, also_known: Sequence[str]) -> str:
 
 
 def _keys(kind: Any) -> dict[str, Any]:
-    """The keys of a mapping's type and their types; none of another type."""
+    """The keys of a mapping type, with their types. Empty for other types."""
     kind = _bare(kind)
     if is_typeddict(kind):
         return typing.get_type_hints(kind, include_extras=True)
@@ -272,7 +272,7 @@ def _keys(kind: Any) -> dict[str, Any]:
 
 
 def _inside(kind: Any, part: str | int) -> Any:
-    """The type of what is under a key or an index; None where that is not known."""
+    """The type of the value under a key or an index, or None if it is not known."""
     kind = _bare(kind)
     if typing.get_origin(kind) is dict:
         return typing.get_args(kind)[1]
@@ -282,7 +282,7 @@ def _inside(kind: Any, part: str | int) -> Any:
 
 
 def _bare(kind: Any) -> Any:
-    """The type without annotations, and without null where there is one other."""
+    """The type without annotations, and without null if there is one other type."""
     if typing.get_origin(kind) is typing.Annotated:
         return _bare(typing.get_args(kind)[0])
     if _is_union(kind):
@@ -296,7 +296,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _expected(kind: Any) -> str:
-    """A type in words: the choices where there are any."""
+    """Describes a type in words, by its choices if it has any."""
     if typing.get_origin(kind) is typing.Annotated:
         return _expected(typing.get_args(kind)[0])
     parts = typing.get_args(kind) if _is_union(kind) else (kind,)

@@ -32,8 +32,8 @@ from transxssm.models.ssd_mixer import name_in_checkpoints
 from transxssm.models.tensor_parallel import divide_heads, refusal_of_heads
 
 DATA_PARALLEL = ("ddp", "fsdp", "hsdp")
-# Weights are gathered as they are, and rounded by autocast where it multiplies them, as in one process. FSDP would round the vectors of
-# norms and the decays of SSD layers too. Gradients are summed in float32.
+# Weights are gathered unrounded, and autocast rounds operands of products, as in one process. FSDP's mixed precision would also round
+# the vectors of norms and the decays of SSD layers. Gradients are summed in float32.
 POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
@@ -42,7 +42,7 @@ class Parallelism:
     """The setting `training.parallelism`.
 
     Args:
-        data: "ddp", each process has the whole model; "fsdp", all of them share it; "hsdp", those of a machine share it.
+        data: "ddp" replicates the model in each process, "fsdp" shards it over all, "hsdp" shards it over those of a machine.
         cp: processes that share the tokens of each row (context parallelism).
         tp: processes that share the heads of each layer (tensor parallelism).
     """
@@ -53,15 +53,15 @@ class Parallelism:
 
     @property
     def sharing(self) -> int:
-        """Processes that compute the same rows together."""
+        """Number of processes that compute the same rows together."""
         return self.cp * self.tp
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | None) -> "Parallelism":
-        """Of a recipe's value, which is one word for `data`, or a mapping.
+        """Reads a recipe's value, which is a word for `data`, or a mapping.
 
         Raises:
-            ValueError: an unknown key or value.
+            ValueError: a key or value is unknown.
         """
         fields = {"data": given} if isinstance(given, str) else dict(given or {})
         unknown = fields.keys() - {"data", "cp", "tp"}
@@ -96,9 +96,9 @@ class Parallelism:
         """Checks that so many processes can share a run.
 
         Args:
-            sequence_length: tokens of a row.
-            config: of the model. None if it is no TransXSSM.
-            uses_accelerate_fsdp: sharding is asked for through `training.fsdp` or accelerate's environment.
+            sequence_length: tokens in a row.
+            config: configuration of the model, or None if it is not a TransXSSM.
+            uses_accelerate_fsdp: whether `training.fsdp` or accelerate's environment requests sharding.
 
         Raises:
             ValueError: they cannot.
@@ -145,12 +145,13 @@ class Parallelism:
 
 
 def shard(model: TransXSSMForCausalLM, mesh: DeviceMesh) -> None:
-    """Shards a model in place: every layer is gathered for its own turn; embeddings, last norm and head, for the whole step.
+    """Shards a model in place. A layer is gathered while it runs; embeddings, last norm and head for the whole step.
 
-    The head has no unit of its own, which would call for its logits: the loss is formed without them.
+    The head has no unit of its own, since that would require calling it, and the loss is computed without calling the head.
 
     Args:
-        mesh: over whose processes gradients are averaged. Of two dimensions the second shards, and the first replicates (HSDP).
+        mesh: the processes over which gradients are averaged. If there are two dimensions, the first replicates and the second shards
+            (HSDP).
     """
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=POLICY)
@@ -158,9 +159,9 @@ def shard(model: TransXSSMForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def mesh_of(parallelism: Parallelism, device_type: str) -> DeviceMesh:
-    """The processes over which gradients are averaged, and under tensor parallelism in another dimension those that share heads.
+    """The processes over which gradients are averaged and, in another dimension, those that share heads by tensor parallelism.
 
-    Those that share a row average too, since its loss is that of the whole.
+    Processes that share a row also average gradients, since each has the loss of the whole row.
     """
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -175,10 +176,10 @@ def mesh_of(parallelism: Parallelism, device_type: str) -> DeviceMesh:
 
 
 def share_weights(model: TransXSSMForCausalLM, parallelism: Parallelism, mesh: DeviceMesh) -> None:
-    """Divides heads, then shards what each process has.
+    """Divides heads, then shards the weights of each process.
 
     Args:
-        mesh: of `mesh_of`.
+        mesh: the mesh from `mesh_of`.
     """
     names = [name for name in mesh.mesh_dim_names or () if name != "tp"]
     if parallelism.tp > 1:
@@ -192,7 +193,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def keep_two_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """What decays and what does not, whichever process has what of it: a checkpoint's groups are those of every parallelism.
+    """Makes two parameter groups, with and without weight decay, so that checkpoints have the same groups under every parallelism.
 
     Trainer makes a group for each mesh, whose weights one kernel can update.
     """
@@ -207,22 +208,22 @@ def keep_two_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def update_one_by_one(optimizer: torch.optim.Optimizer) -> None:
-    """Takes no kernel for several weights, which would have to be on one mesh."""
+    """Switches off the kernel for several weights, which must be on one mesh."""
     for group in optimizer.param_groups:
         group |= {name: False for name in ("foreach", "fused") if name in group}
 
 
 def compile_layers(model: TransXSSMForCausalLM) -> None:
-    """Compiles layer by layer, which takes a graph for each kind of layer in place of one for each layer.
+    """Compiles layer by layer, so that there is one graph for each kind of layer and not for each layer.
 
-    To be called after `shard`, whose hooks stay outside of the graphs.
+    Call it after `shard`, so that its hooks stay outside of the graphs.
     """
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a sharded model on the CPU of the first process, tied ones once; empty in the others. All processes call it."""
+    """The weights of a sharded model on the CPU of the first process, tied ones once. Empty in the others. All processes must call it."""
     tied = getattr(model, "all_tied_weights_keys", {})
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
@@ -231,7 +232,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Puts the safetensors of a checkpoint into a sharded model, each process its shards."""
+    """Loads the safetensors of a checkpoint into a sharded model. Each process loads its shards."""
     saved: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         saved |= load_file(file)
@@ -240,27 +241,27 @@ def load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Each process writes its shards of the optimizer's state, by the names of the weights.
+    """Writes this process's shards of the optimizer's state, by the names of the weights.
 
     Raises:
-        RuntimeError: a process could not write them; why is its cause.
+        RuntimeError: a process could not write its shards. The cause says why.
     """
     try:
         save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
-    except CheckpointException as error:  # no Exception, and it tells every process's trace
+    except CheckpointException as error:  # not an Exception, and its message has the traceback of every process
         cause, _ = next(iter(error.failures.values()))
         raise RuntimeError(str(cause)) from cause
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Reads what any number of processes has written by `save_optimizer`, into a model that is sharded in any way, or not at all."""
+    """Reads the state that `save_optimizer` has written in any number of processes, for a model with any sharding or none."""
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Reads an optimizer's state that one process has written for whole weights into one for shards."""
+    """Reads an optimizer's state that one process has written for whole weights into an optimizer of shards."""
     saved = torch.load(file, map_location="cpu", weights_only=True)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, state in saved["state"].items():

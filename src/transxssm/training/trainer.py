@@ -64,16 +64,16 @@ from transxssm.training.sharding import (
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_SHARDS = "optimizer"  # a folder of a checkpoint
+OPTIMIZER_SHARDS = "optimizer"  # a folder inside a checkpoint
 
 
 class TransXSSMTrainer(Trainer):
-    """Trains a TransXSSM model, or a baseline, on packed rows. A process trains on one GPU, and several GPUs take as many processes.
+    """Trains a TransXSSM model, or a baseline, on packed rows. Each process trains on one GPU.
 
     Args:
-        held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for; None where they are no text.
+        held_out_bytes: UTF-8 bytes that the labelled tokens of the held-out rows stand for, or None if they are not text.
         parallelism: how processes share the run.
-        Others: as in `Trainer`.
+        Others: see `Trainer`.
     """
 
     def __init__(self, *, held_out_bytes: int | None, parallelism: Parallelism | None = None, **kwargs: Any) -> None:
@@ -89,33 +89,33 @@ class TransXSSMTrainer(Trainer):
         super().__init__(**kwargs)
         if is_shared and not self.is_fsdp_enabled:
             self._share()
-        self._saved_use_cache = use_cache  # Trainer switches it off; whoever loads the model wants it as it was
+        self._saved_use_cache = use_cache  # Trainer switches it off, and the saved model must have the original value
         self.held_out_bytes = held_out_bytes
-        # Where the model knows how, logits, tokens × vocabulary, are never formed.
+        # If the model supports it, the (tokens × vocabulary) logits are never formed.
         self._loss_options = {"skip_logits": True} if is_own else {}
         self._keep_outputs_whole()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.train_seconds = 0.0  # evaluation left out
+        self.train_seconds = 0.0  # without evaluation
         self._clock_started: float | None = None
         self._last_log = (0.0, 0)  # seconds and tokens at the last line of the log
         self._staging: Path | None = None
         self._step_losses: list[Tensor] = []
         self._step_batches: list[tuple[dict[str, Any], Any]] = []
-        self._most_rows = 0  # of a batch so far
+        self._most_rows = 0  # largest number of rows in a batch so far
         self._held_out_sums = torch.zeros(2)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        # Resumed after its last step, Trainer would take one more.
+        # Without this, Trainer would make one more step when it is resumed after the last one.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
 
     def _keep_outputs_whole(self) -> None:
-        """Under FSDP2 with mixed precision parameters are gathered in half precision; only that.
+        """Makes FSDP2's mixed precision gather parameters in half precision, and round nothing else.
 
-        accelerate's policy also rounds what modules take and return, among it the loss, and the rotations of each position.
+        accelerate's policy also rounds the inputs and outputs of modules, among them the loss and the rotations of positions.
         """
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
@@ -123,7 +123,7 @@ class TransXSSMTrainer(Trainer):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
     def _share(self) -> None:
-        """Prepares model and data as `parallelism` says, before accelerate would wrap them in its own way."""
+        """Prepares model and data as `parallelism` says, before accelerate can wrap them."""
         model: Any = self.model
         parallelism, device_type = self._parallelism, self.args.device.type
         mesh = mesh_of(parallelism, device_type) if parallelism.data != "ddp" or parallelism.tp > 1 else None
@@ -134,19 +134,19 @@ class TransXSSMTrainer(Trainer):
             model.enable_context_parallel(rows["cp"].get_group())
         if parallelism.sharing > 1:
             self.accelerator.state.device_mesh = (
-                rows  # by which data loaders give the same rows to those who share them
+                rows  # data loaders read it to give the same rows to processes that share them
             )
             self.add_callback(CountTokensOnce(parallelism.sharing))
             self._read_streams_in_every_process()
         if mesh is not None:
             share_weights(model, parallelism, mesh)
-            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast alone
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # for autocast only
             model._is_accelerate_prepared = True
         if self._compiles:  # layer by layer, which takes seconds and not minutes
             compile_layers(model)
 
     def _read_streams_in_every_process(self) -> None:
-        """Each takes its rows out of a stream: accelerate would read it in the first process, and send rows of their own to all."""
+        """Makes each process read streams itself. accelerate would read them in the first process and send different rows to all."""
         self.accelerator.dataloader_config.dispatch_batches = False
         for name in ("train_dataset", "eval_dataset"):
             rows = getattr(self, name)
@@ -160,7 +160,7 @@ class TransXSSMTrainer(Trainer):
     # Parameter groups
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weights of products decay; norms, biases, A_log, dt_bias and D, which are vectors, don't."""
+        """The names of matrices, which decay. Vectors (norms, biases, A_log, dt_bias and D) do not."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -169,7 +169,7 @@ class TransXSSMTrainer(Trainer):
             keep_two_groups(optimizer, self.model)
         return optimizer
 
-    # A step, and the check before it changes a weight
+    # A step, and the check before it changes weights
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._step_batches.append((inputs, num_items_in_batch))
@@ -181,15 +181,15 @@ class TransXSSMTrainer(Trainer):
         return super().compute_loss(model, {**inputs, **self._loss_options}, *args, **kwargs)
 
     def _filled_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Under `torch.compile` an epoch's last batch repeats its first row, without labels, to the size of the others.
+        """Pads an epoch's last batch under `torch.compile` to the size of the others, with copies of its first row without labels.
 
-        A smaller one would be compiled anew in the middle of the run, for minutes.
+        A smaller batch would be recompiled during the run, which takes minutes.
         """
         if not self._compiles:
             return inputs
         num_rows = len(inputs["labels"])
         self._most_rows = max(self._most_rows, num_rows)
-        # A collator that makes many rows of one may make them of any number.
+        # A collator that makes several rows of one may make any number of them.
         missing = min(self._most_rows, self._train_batch_size) - num_rows
         if missing <= 0:
             return inputs
@@ -198,14 +198,14 @@ class TransXSSMTrainer(Trainer):
         return filled
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # Trainer calls this once a step, with the gradients complete and the weights untouched.
+        # Trainer calls this once in each step, after the backward pass and before the update.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(grad_norm, DTensor):  # FSDP2: each process holds its part of the sum
+        if isinstance(grad_norm, DTensor):  # under FSDP2 each process holds its part of the sum
             grad_norm = grad_norm.full_tensor()
         losses, batches = torch.stack(self._step_losses), self._step_batches
         self._step_losses, self._step_batches = [], []
         finite = torch.isfinite(losses).all()
-        # fp16's scaler meets infinite gradients by design, and skips the step itself.
+        # fp16's gradient scaler expects infinite gradients and skips such a step itself.
         if self.accelerator.scaler is None:
             finite = finite & torch.isfinite(torch.as_tensor(grad_norm, device=losses.device)).all()
         if not self.accelerator.gather(finite.reshape(1)).all():
@@ -238,12 +238,14 @@ class TransXSSMTrainer(Trainer):
         return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop; its mean over batches gives way to the exact loss, perplexity and bits per byte."""
+        """Runs Trainer's loop, and replaces its mean over batches by the exact loss, perplexity and bits per byte."""
         widest = torch.float64 if has_float64(self.args.device) else torch.float32
         self._held_out_sums = torch.zeros(2, dtype=widest, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(self._held_out_sums, reduction="sum")
-        nats, tokens = (sums / self._parallelism.sharing).tolist()  # each of a row's processes has summed the whole row
+        nats, tokens = (
+            sums / self._parallelism.sharing
+        ).tolist()  # each process that shares a row has summed the whole row
         if tokens == 0:
             raise ValueError("the held-out rows have no labelled token: raise data.held_out_fraction")
         loss = nats / tokens
@@ -254,7 +256,7 @@ class TransXSSMTrainer(Trainer):
         return output
 
     def held_out_metrics(self) -> dict[str, float]:
-        """Evaluates the model as it is now, without an entry in the log."""
+        """Evaluates the model without an entry in the log."""
         loop = self.evaluation_loop(self.get_eval_dataloader(), description="Evaluation", prediction_loss_only=True)
         return loop.metrics
 
@@ -265,20 +267,20 @@ class TransXSSMTrainer(Trainer):
         labels = inputs["labels"].clone()
         labels[self._rows_of_their_own(len(labels)) :] = IGNORED_LABEL
         with torch.no_grad(), self.compute_loss_context_manager():
-            # A loss divided by one item is the sum.
+            # With num_items_in_batch = 1 the loss is the sum.
             nats = model(**{**inputs, "labels": labels}, num_items_in_batch=1, **self._loss_options).loss
         tokens = (labels[:, 1:] != IGNORED_LABEL).sum()
         self._held_out_sums += torch.stack((nats, tokens)).to(self._held_out_sums)
         return nats / tokens.clamp(min=1), None, None
 
     def _rows_of_their_own(self, num_rows: int) -> int:
-        """How many of this process's rows are not repetitions that fill up the last round of all processes."""
+        """The number of this process's rows without those that are repeated to fill the last batch of all processes."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return num_rows
         return min(num_rows, max(0, state.remainder - self.args.process_index // self._parallelism.sharing * num_rows))
 
-    # Log: tokens and seconds beside what Trainer logs
+    # Log: tokens and seconds, besides Trainer's own entries
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._start_clock()
@@ -297,10 +299,10 @@ class TransXSSMTrainer(Trainer):
             logs["train_seconds"] = now[0]
             logs["rows_per_step"] = rows_per_step(self.args)
             self._last_log = now
-        super().log(logs)  # without start_time: its throughput would count evaluation as training
+        super().log(logs)  # without start_time, since Trainer's throughput would count evaluation as training
 
     def continue_clock(self, seconds: float, tokens: int) -> None:
-        """Counts on from where an earlier process was."""
+        """Continues the counts of an earlier process."""
         self.train_seconds, self._last_log = seconds, (seconds, tokens)
 
     def _start_clock(self) -> None:
@@ -322,7 +324,7 @@ class TransXSSMTrainer(Trainer):
         try:
             self._clear_staging()
             with self._saving():
-                super()._save_checkpoint(model, trial)  # its rotation sees the staging folder alone
+                super()._save_checkpoint(model, trial)  # its rotation of checkpoints sees only the staging folder
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.state.best_global_step == self.state.global_step:
@@ -366,7 +368,7 @@ class TransXSSMTrainer(Trainer):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Shards that any number of processes has written, or the whole state of one, into shards or a whole state."""
+        """Loads the optimizer's state, saved as shards or as a whole, into shards or a whole state."""
         shards = None if checkpoint is None else Path(checkpoint, OPTIMIZER_SHARDS)
         has_shards = shards is not None and shards.is_dir()
         if checkpoint is None or not (has_shards or self._is_sharded):
@@ -381,13 +383,13 @@ class TransXSSMTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def save_final(self) -> None:
-        """Writes the model as `save_pretrained` leaves it, and the tokenizer, into the run folder itself."""
+        """Writes the model by `save_pretrained`, and the tokenizer, into the run folder itself."""
         run_dir = Path(self.args.output_dir)
         staging = run_dir / STAGING
         try:
             self._clear_staging()
             state_dict = whole_weights(self.model) if self._is_sharded and not self.is_fsdp_enabled else None
-            if self.is_fsdp_enabled:  # gathers the shards, in which a tied head is a tensor of its own
+            if self.is_fsdp_enabled:  # gathers the shards, where a tied head is a separate tensor
                 gathered = self.accelerator.get_state_dict(self.model)
                 state_dict = {
                     name: gathered[name] for name in gathered.keys() - self.model.all_tied_weights_keys.keys()
@@ -397,7 +399,7 @@ class TransXSSMTrainer(Trainer):
                     self.model.save_pretrained(staging, state_dict=state_dict)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staging)
-                if (run_dir / MODEL_CARD).exists():  # perhaps with what its owner wrote
+                if (run_dir / MODEL_CARD).exists():  # its owner may have edited it
                     (staging / MODEL_CARD).unlink(missing_ok=True)
                 publish_files(staging, run_dir)
             self.accelerator.wait_for_everyone()
@@ -413,7 +415,7 @@ class TransXSSMTrainer(Trainer):
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """The config as it was built, and no bar for a single file across the run's own display."""
+        """Restores the original config while the model is saved, and hides the progress bar for files."""
         in_training, showed_bars = self.model.config.use_cache, transformers_logging.is_progress_bar_enabled()
         self.model.config.use_cache = self._saved_use_cache
         transformers_logging.disable_progress_bar()
@@ -425,14 +427,14 @@ class TransXSSMTrainer(Trainer):
                 transformers_logging.enable_progress_bar()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A tied head is not saved beside the embeddings it is; Trainer would call it missing at every resume.
+        # A tied head is not saved in addition to the embeddings. Trainer would report it as missing at every resume.
         tied = self.model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
 
 class UndividedStream(IterableDataset[Any]):
-    """A stream that is read in its order: of one of several files accelerate would give each process files of its own."""
+    """A stream that is read in order. accelerate would otherwise give each process some of a stream's files."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -446,7 +448,7 @@ class UndividedStream(IterableDataset[Any]):
 
 
 class CountTokensOnce(TrainerCallback):
-    """Tokens that Trainer has added up over all processes, of which `shared` read each row, count once."""
+    """Corrects the number of tokens, which Trainer sums over all processes, when `shared` processes read each row."""
 
     def __init__(self, shared: int) -> None:
         self.shared = shared
@@ -463,7 +465,7 @@ class CountTokensOnce(TrainerCallback):
 
 
 def asks_accelerate_to_shard(arguments: TrainingArguments) -> bool:
-    """Whether `training.fsdp` or accelerate's environment asks for FSDP."""
+    """Whether `training.fsdp` or accelerate's environment requests FSDP."""
     return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
