@@ -1,5 +1,5 @@
 """The command `transxssm`.
 
-It stands outside the package `transxssm` because importing that imports torch and transformers, to register the model with the
-Auto classes: seconds that `--help` and a press of the tab key must not cost. Every command imports what it needs inside itself.
+It is outside the package `transxssm`, whose import loads torch and transformers to register the model with the Auto classes. That takes
+seconds, which `--help` and tab completion must not cost. Every command imports what it needs inside its function.
 """

@@ -1,4 +1,4 @@
-"""The installed command `transxssm`: without the libraries that it is made of, one line says what to install."""
+"""The installed command `transxssm`. If the libraries that it needs are missing, one line says what to install."""
 
 import sys
 
@@ -6,7 +6,7 @@ from transxssm_cli.places import require_extra
 
 
 def main() -> None:
-    """Runs the command line where it can run, and ends the process."""
+    """Runs the command line if its libraries are installed, and ends the process."""
     try:
         require_extra("train")
     except ValueError as error:

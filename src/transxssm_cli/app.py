@@ -1,4 +1,4 @@
-"""The commands and their options. What they do is in `transxssm` and in this package's other modules."""
+"""The commands and their options. `transxssm` and the other modules of this package implement them."""
 
 import json
 import logging
@@ -27,12 +27,12 @@ from transxssm_lab.commands import benchmark, study
 # transformers and datasets read these when they are imported.
 LIBRARY_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
 PACKAGES = ("transxssm", "transxssm_lab")  # whose messages are shown as they are
-# Loggers that speak while transformers is imported where the package is installed, before anything has gone wrong.
+# Loggers of installed packages that log while transformers is imported although nothing is wrong.
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 # OpenMP's threads wait for one another at the end of every operator, and libgomp, which torch's wheels for Linux bring, lets them spin
-# 300,000 times there. A thread that another program has put aside is then waited for at full load: with one busy loop beside them two
-# threads trained at a quarter of their speed. 1000 is libgomp's own count where there are more threads than processors. On an idle machine
-# it costs two threads that decode a small model a third of their speed, so that benchmarks, which want an idle one, do without.
+# 300,000 times there. If another program preempts one thread, the others then spin at full load: beside one busy loop, two threads trained
+# at a quarter of their speed. 1000 is libgomp's own count if there are more threads than processors. On an idle machine it slows down
+# decoding of a small model on two threads by a third, so that benchmarks, which need an idle machine, do not set it.
 SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def configure(
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    # OMP_WAIT_POLICY is a choice of the user's, as the variable itself is.
+    # If the user has set OMP_WAIT_POLICY, it is respected, like the variable itself.
     if context.invoked_subcommand != "benchmark" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
     handler = logging.StreamHandler()

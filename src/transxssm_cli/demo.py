@@ -1,4 +1,4 @@
-"""`transxssm demo`: train, measure, let it write, and say where everything lies."""
+"""`transxssm demo`: trains and measures a model, generates text, and prints where the files are."""
 
 import json
 import lzma
@@ -23,10 +23,10 @@ from transxssm.training.run_folder import read_summary
 from transxssm_cli.training import opening_words, quiet_progress_bars
 
 XZ_PRESET = 9
-# Promised: on a slower machine the run is shortened to it.
+# The promised time. On a slower machine the run is shortened to it.
 TRAINING_MINUTES = 5
 SHORTENED = ("training.max_steps", "training.eval_steps", "training.save_steps")
-# Prompts and seeds, fixed so that a demonstration can be repeated. For a text of one's own, its first words.
+# Prompts and seeds, which are fixed so that a demonstration can be repeated. The prompt for a user's own text is its first words.
 COMPLETIONS = (("def fibonacci(", 0), ("import os\n\n\nclass ", 1))
 NEW_TOKENS = 120
 
@@ -34,7 +34,7 @@ Point = tuple[float, float]
 
 
 def run_demo(recipe_name: str, overrides: list[str]) -> None:
-    """Trains a recipe, or goes on with it, or finds it finished; then shows what came of it."""
+    """Trains a recipe, or resumes it, unless it has finished. Then it shows the result."""
     recipe = _within_the_time(load_recipe(recipe_name, overrides), overrides)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     run_dir = recipe.output_dir
@@ -47,7 +47,7 @@ def run_demo(recipe_name: str, overrides: list[str]) -> None:
         summary = train(recipe, resume=run_folder.holds_run(run_dir))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
-    recipe = run_folder.stored_recipe(run_dir) or recipe  # with what was chosen for this machine
+    recipe = run_folder.stored_recipe(run_dir) or recipe  # with the settings that were chosen for this machine
     _show_loss(console, run_dir)
     _show_bits_per_byte(console, recipe.data, summary)
     _show_completions(console, run_dir, _prompts(recipe))
@@ -57,26 +57,26 @@ def run_demo(recipe_name: str, overrides: list[str]) -> None:
 
 
 def _within_the_time(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """The recipe, to be shortened to `TRAINING_MINUTES` where the machine is slow, unless its length was asked for."""
+    """The recipe, marked to be shortened to `TRAINING_MINUTES` on a slow machine, unless the user has set its length."""
     asked_for = any(override.partition("=")[0].strip() in SHORTENED for override in overrides)
     if asked_for or recipe.fit or recipe.training.get("max_steps", -1) < 1:
         return recipe
     fit = {"minutes": TRAINING_MINUTES}
     begun = run_folder.stored_recipe(recipe.output_dir)
-    if begun is not None and begun.fit != fit:  # whose length was asked for
+    if begun is not None and begun.fit != fit:  # the user has set its length
         return recipe
     return replace(recipe, fit=fit, open_settings=frozenset(SHORTENED))
 
 
 def _prompts(recipe: Recipe) -> list[tuple[str, int]]:
-    """Beginnings of documents like the corpus's, and seeds."""
+    """Prompts, which are beginnings of documents like those of the corpus, and seeds."""
     if recipe.data.corpus in EMBEDDED_CORPORA:
         return list(COMPLETIONS)
     return [(opening_words(recipe.data), seed) for _, seed in COMPLETIONS]
 
 
 def xz_bits_per_byte(texts: Iterator[str]) -> tuple[float, int]:
-    """Bits that `xz -9` needs for a byte of the concatenated texts, and their number of bytes."""
+    """Bits per byte of the concatenated texts under `xz -9`, and their number of bytes."""
     content = "".join(texts).encode("utf-8")
     return 8 * len(lzma.compress(content, preset=XZ_PRESET)) / len(content), len(content)
 
@@ -92,7 +92,7 @@ def _show_loss(console: Console, run_dir: Path) -> None:
     console.print("\nLoss in nats per token over steps: · training, o held out")
     for line in chart({"·": loss_points(metrics, "loss"), "o": loss_points(metrics, "eval_loss")}):
         console.print(line)
-    if (run_dir / run_folder.LOSS_PLOT).exists():  # drawn where matplotlib is installed
+    if (run_dir / run_folder.LOSS_PLOT).exists():  # drawn if matplotlib is installed
         console.print(f"The same as a picture: {run_dir / run_folder.LOSS_PLOT}")
 
 
@@ -109,7 +109,7 @@ def _show_bits_per_byte(console: Console, data: DataArguments, summary: dict[str
 
 
 def _show_completions(console: Console, run_dir: Path, prompts: list[tuple[str, int]]) -> None:
-    logging.disable_progress_bar()  # a bar over the loading of weights
+    logging.disable_progress_bar()  # hides the bar for the loading of weights
     model = load_model(run_dir, dtype=None, device=torch.device("cpu"))
     tokenizer = load_tokenizer(run_dir, model.config)
     for prompt, seed in prompts:
@@ -144,11 +144,11 @@ Next:
 
 
 def chart(series: Mapping[str, Sequence[Point]], *, width: int = 64, height: int = 12) -> list[str]:
-    """Lines of text that show points over common axes.
+    """Draws points over common axes as lines of text.
 
     Args:
-        series: points (x, y) by the one character they are drawn with; later ones cover earlier ones.
-        width, height: of the area for points, in characters.
+        series: points (x, y), by the character with which they are drawn. Later ones cover earlier ones.
+        width, height: size of the area for points, in characters.
 
     Raises:
         ValueError: there is no point.
@@ -172,5 +172,5 @@ def chart(series: Mapping[str, Sequence[Point]], *, width: int = 64, height: int
 
 
 def _place(value: float, first: float, last: float, size: int) -> int:
-    """Index of the cell, among `size` from `first` to `last`, that a value falls into."""
+    """Index of the cell that contains a value, among `size` cells from `first` to `last`."""
     return round((value - first) / (last - first) * (size - 1)) if last != first else 0

@@ -1,4 +1,4 @@
-"""`transxssm evaluate CHECKPOINT …` and its options. What the commands do is in `transxssm_cli.evaluation`."""
+"""`transxssm evaluate CHECKPOINT …` and its options. `transxssm_cli.evaluation` implements the commands."""
 
 import os
 import sys
@@ -272,7 +272,7 @@ def harness(
 
 
 def _place(checkpoint: str, dtype: str, device: str, output_dir: Path | None) -> "Place":
-    """What is evaluated, when it is there; of a model on the hub results go into a folder of its name there."""
+    """The model to evaluate, after a check that it exists. Results of a model on the hub go into a folder with its name."""
     folder = checkpoint_folder(checkpoint)
     if output_dir is None and folder != Path(checkpoint).expanduser():
         output_dir = Path("runs", "evaluation", checkpoint.replace("/", "--"))
@@ -282,7 +282,7 @@ def _place(checkpoint: str, dtype: str, device: str, output_dir: Path | None) ->
 
 
 def _is_launched_on(gpus: str | None, device: str) -> bool:
-    """Whether `--gpus` was given, and processes have done what the command was asked for."""
+    """Whether `--gpus` was given. If so, processes have then run the command."""
     if gpus is None:
         return False
     if ":" in device:
@@ -295,7 +295,7 @@ def _is_launched_on(gpus: str | None, device: str) -> bool:
 
 
 def _without_option(name: str, arguments: list[str]) -> list[str]:
-    """A command line without an option and its value, written with a blank or with an equals sign."""
+    """A command line without an option and its value, which may be separated by a blank or an equals sign."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

@@ -1,4 +1,4 @@
-"""`transxssm evaluate`: what its options mean, which model and text they name, and how cells become a table and a picture."""
+"""Implements `transxssm evaluate`: reads options, opens model and text, and turns cells into a table and a plot."""
 
 import hashlib
 import itertools
@@ -58,12 +58,12 @@ from transxssm_cli.tables import show, table_of
 from transxssm_cli.training import quiet_progress_bars
 
 EVALUATION_FOLDER = "evaluation"
-# What the figures depend on in a checkpoint folder.
+# Files of a checkpoint folder on which results depend.
 CHECKPOINT_FILES = ("config.json", "*.safetensors", "*.bin", "tokenizer.json")
 
 
-SHORTEST = 512  # of the default lengths, or the training's length where that is shorter
-EXTRAPOLATION = 4  # the longest default length, in training lengths
+SHORTEST = 512  # shortest default length, or the length in training if that is shorter
+EXTRAPOLATION = 4  # longest default length, relative to the length in training
 LONGEST_DEFAULT = 65_536
 
 
@@ -80,8 +80,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DEFAULT_HAYSTACK = "python-stdlib"
-HAYSTACK_PROMPTS = 8  # so many of the longest prompts the haystack is long, so that prompts differ
-SCANNED_DOCUMENTS = 10_000  # of a large corpus, to see how long its documents are
+HAYSTACK_PROMPTS = 8  # length of the haystack in longest prompts, so that prompts differ
+SCANNED_DOCUMENTS = 10_000  # documents of a large corpus that are read to find their lengths
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Place:
     output_dir: Path | None
 
     def load_model(self) -> PreTrainedModel:
-        """The model.
+        """Loads the model.
 
         Raises:
             ValueError: see `load_causal_lm`, `read_device`, `read_dtype`.
@@ -103,12 +103,12 @@ class Place:
         device = read_device(self.device)
         if device.type == "cuda" and is_shared():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)  # by which kernels are launched
-        transformers_logging.disable_progress_bar()  # a bar over the loading of weights
+            torch.cuda.set_device(device)  # the device on which kernels are launched
+        transformers_logging.disable_progress_bar()  # hides the bar for the loading of weights
         return load_causal_lm(self.checkpoint, dtype=dtype, device=device)
 
     def settings(self, model: PreTrainedModel) -> dict[str, str]:
-        """What identifies the model: a digest of its files, the numbers' type, the kind of device."""
+        """The settings that identify the model: a digest of its files, the dtype and the kind of device."""
         digest = hashlib.sha256()
         for path in sorted(path for pattern in CHECKPOINT_FILES for path in self.checkpoint.glob(pattern)):
             with path.open("rb") as file:
@@ -121,13 +121,13 @@ class Place:
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe of the run that the checkpoint belongs to, if it is one."""
+        """The recipe of the run to which the checkpoint belongs, if there is one."""
         run = self._run
         return None if run is None else load_recipe(run / run_folder.RECIPE)
 
     @property
     def results_folder(self) -> Path:
-        """Where results go."""
+        """The folder for results."""
         if self.output_dir is not None:
             return self.output_dir
         checkpoint, run = self.checkpoint.resolve(), self._run
@@ -148,7 +148,7 @@ class Place:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """At most one source of text."""
+    """Options that name a source of text. At most one may be given."""
 
     corpus: str | None
     recipe: str | None
@@ -157,7 +157,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents, what they are called, and what identifies them."""
+    """Documents, with a name and an identity."""
 
     texts: Iterable[str]
     name: str
@@ -169,10 +169,10 @@ class TextSource:
 
 
 def open_text(options: TextOptions, recipe: Recipe | None, default: str | None) -> TextSource:
-    """The text that the options name; the run's own held-out text if they name none; else that of the corpus `default`.
+    """Opens the text that the options name. It defaults to the run's held-out text, or else to that of the corpus `default`.
 
     Raises:
-        ValueError: several texts; none; one that cannot be read.
+        ValueError: several texts are named, there is no text, or it cannot be read.
     """
     named = [value for value in (options.corpus, options.recipe, options.text_file) if value is not None]
     if len(named) > 1:
@@ -195,7 +195,7 @@ def open_text(options: TextOptions, recipe: Recipe | None, default: str | None) 
 def training_length_of(given: int | None, recipe: Recipe | None, config: PreTrainedConfig) -> int | None:
     """The number of tokens in a row of the model's training: given, from the recipe, or from another model's configuration.
 
-    Returns None if none of them says it.
+    None if none of them has it.
     """
     if given is not None:
         return given
@@ -203,13 +203,13 @@ def training_length_of(given: int | None, recipe: Recipe | None, config: PreTrai
         return recipe.data.sequence_length
     if isinstance(
         config, TransXSSMConfig
-    ):  # whose max_position_embeddings is a default that training need not have met
+    ):  # its max_position_embeddings may be a default that was not used in training
         return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def context_of_run(model: PreTrainedModel) -> dict[str, Any]:
-    """Where a measurement ran."""
+    """The environment of a measurement."""
     return {"device": device_name(torch.device(model.device)), "versions": versions()}
 
 
@@ -231,7 +231,7 @@ def _held_out_text(data: DataArguments) -> TextSource:
 
 
 class _Texts:
-    """The texts of a data set, read as they are asked for, as often as one likes."""
+    """The texts of a data set, which are read lazily and can be read repeatedly."""
 
     def __init__(self, documents: Any) -> None:
         self.documents = documents
@@ -241,10 +241,10 @@ class _Texts:
 
 
 def default_lengths(training_length: int | None, longest: int) -> list[int]:
-    """Powers of two from 512 up to four times the training's length (64K where that is unknown), at most `longest`.
+    """Powers of two from 512 up to four times the training's length (64K if that is unknown), at most `longest`.
 
     Raises:
-        ValueError: none fits.
+        ValueError: no length fits.
     """
     first = SHORTEST if training_length is None else min(SHORTEST, training_length)
     limit = LONGEST_DEFAULT if training_length is None else min(EXTRAPOLATION * training_length, LONGEST_DEFAULT)
@@ -257,19 +257,19 @@ def default_lengths(training_length: int | None, longest: int) -> list[int]:
 
 
 def read_numbers(option: str, text: str) -> list[int]:
-    """Whole numbers between commas, in ascending order; K means 1024.
+    """Reads comma-separated whole numbers, in ascending order. K means 1024.
 
     Raises:
-        ValueError: something else, or a number below 1.
+        ValueError: the text is something else, or a number is below 1.
     """
     return sorted({_number(option, part) for part in text.split(",")})
 
 
 def read_shares(option: str, text: str) -> list[float]:
-    """Numbers from 0 to 1 between commas, in ascending order.
+    """Reads comma-separated numbers from 0 to 1, in ascending order.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text is something else.
     """
     try:
         shares = sorted({float(part) for part in text.split(",")})
@@ -281,10 +281,10 @@ def read_shares(option: str, text: str) -> list[float]:
 
 
 def read_sizes(text: str) -> list[tuple[int, int]]:
-    """Lengths and numbers of pairs, such as 64/4,128/8.
+    """Reads lengths and numbers of pairs, such as 64/4,128/8.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text is something else.
     """
     sizes = []
     for part in text.split(","):
@@ -296,10 +296,10 @@ def read_sizes(text: str) -> list[tuple[int, int]]:
 
 
 def read_stride(text: str, length: int) -> int:
-    """Tokens from one window of a length to the next.
+    """Reads the stride of windows of a length, in tokens.
 
     Raises:
-        ValueError: neither half, nor rolling, nor a number.
+        ValueError: the text is neither half, nor rolling, nor a number.
     """
     match text:
         case "half":
@@ -314,7 +314,7 @@ def read_stride(text: str, length: int) -> int:
 
 
 def require_positive(**options: int | None) -> None:
-    """Checks numbers of options, named as in Python; None is an option that nobody gave.
+    """Checks the numbers of options, by their names in Python. None stands for an option that was not given.
 
     Raises:
         ValueError: one is below 1.
@@ -350,7 +350,9 @@ def evaluate_perplexity(
     require_positive(max_tokens=max_tokens, batch_tokens=batch_tokens, training_length=training_length)
     quiet_progress_bars()
     recipe = place.recipe
-    model = place.load_model()  # first: of a mistyped folder one would hear that it names no text
+    model = (
+        place.load_model()
+    )  # loaded first, so that the error for a mistyped folder is about the model and not about text
     source = open_text(text, recipe, default=None)
     tokenizer = load_tokenizer(place.checkpoint, model.config)
     trained = training_length_of(training_length, recipe, model.config)
@@ -396,7 +398,7 @@ def evaluate_needle(
     tokenizer = load_tokenizer(place.checkpoint, model.config)
     if chosen is None:
         chosen = default_lengths(training_length_of(training_length, recipe, model.config), LONGEST_DEFAULT)
-    # Whatever the lengths of this call, so that a later one with longer prompts lays the same text.
+    # Independent of the lengths of this call, so that a later one with longer prompts uses the same text.
     haystack = Haystack(source.texts, tokenizer, max_tokens=HAYSTACK_PROMPTS * max(LONGEST_DEFAULT, *chosen))
     settings = source.settings | {
         "examples": examples,
@@ -466,7 +468,7 @@ def evaluate_harness(
     if not names:
         raise ValueError("--tasks is empty: expected names such as piqa,winogrande or transxssm-paper")
     if not logging.getLogger("transxssm").isEnabledFor(logging.INFO):
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would warn of every default
     model = place.load_model()
     tokenizer = load_tokenizer(place.checkpoint, model.config)
     plans = harness_plans(
@@ -485,7 +487,7 @@ def evaluate_harness(
 def _measure(
     place: Place, model: PreTrainedModel, evaluation: str, settings: dict[str, Any], plans: Sequence[CellPlan]
 ) -> Results:
-    """Measures what is not measured yet, with a bar on a terminal and else a line a cell."""
+    """Measures the missing cells, with a bar on a terminal and elsewhere a line for each cell."""
     path = place.results_folder / f"{evaluation}.json"
     context = {"command": shlex.join(["transxssm", *sys.argv[1:]])} | context_of_run(model)
     _say_how_many_gpus(model, evaluation)
@@ -527,7 +529,7 @@ def _progress(evaluation: str, num_steps: int) -> Iterator[tuple[Console, Callab
 
 
 def _publish(results: Results, table: ResultTable, plot: Callable[[Path], None]) -> None:
-    """Shows the table and leaves it beside the JSON, with a picture. Of several processes the first does."""
+    """Shows the table and writes it next to the JSON file, with a plot. Only the first process does so."""
     if not is_first():
         return
     picture, page = results.path.with_suffix(".png"), results.path.with_suffix(".md")
@@ -535,7 +537,7 @@ def _publish(results: Results, table: ResultTable, plot: Callable[[Path], None])
     if reason is None:
         plot(picture)
     else:
-        picture.unlink(missing_ok=True)  # of other cells
+        picture.unlink(missing_ok=True)  # it shows earlier cells
         typer.echo(f"{picture.name} is not drawn: {reason}", err=True)
     shown = f"![{results.evaluation}]({picture.name})\n\n" if reason is None else ""
     settings = "".join(f"- {key}: {value}\n" for key, value in results.settings.items())

@@ -36,7 +36,7 @@ def generate_to_stdout(
 def generate_each_to_stdout(
     checkpoint: Path, prompts: Sequence[str], settings: GenerationSettings, *, dtype_name: str, device_name: str
 ) -> None:
-    """Writes a line of JSON for each prompt, in their order, as each is done; every one is continued as if it were alone."""
+    """Writes a line of JSON for each prompt, in order and as soon as it is done. Each is continued as if it were alone."""
     model, tokenizer, encoded = _ready(checkpoint, prompts, settings, dtype_name, device_name)
     for prompt, input_ids in zip(prompts, encoded, strict=True):
         pieces: list[str] = []
@@ -48,10 +48,10 @@ def generate_each_to_stdout(
 def _ready(
     checkpoint: Path, prompts: Sequence[str], settings: GenerationSettings, dtype_name: str, device_name: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Tensor]]:
-    """Model, tokenizer and the prompts' ids, when it is sure that the longest of them fits."""
+    """Loads model and tokenizer, and encodes the prompts, after a check that the longest of them fits."""
     dtype = None if dtype_name == "auto" else read_dtype(dtype_name, "auto")
     device = read_device(device_name)
-    logging.disable_progress_bar()  # a bar over the loading of weights
+    logging.disable_progress_bar()  # hides the bar for the loading of weights
     model = load_causal_lm(checkpoint, dtype=dtype, device=device)
     tokenizer = load_tokenizer(checkpoint, model.config)
     is_ours = isinstance(model, TransXSSMForCausalLM)
@@ -61,16 +61,16 @@ def _ready(
     longest = max(input_ids.shape[1] for input_ids in encoded)
     if is_ours:
         check_memory(model, longest, settings.max_new_tokens)
-    else:  # whose memory is not known here
+    else:  # the memory of other models is not known
         check_positions(model.config, longest, settings.max_new_tokens)
     return model, tokenizer, encoded
 
 
 def check_memory(model: TransXSSMForCausalLM, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuses what would not fit, instead of being killed half-way.
+    """Checks that generation fits into memory.
 
     Raises:
-        ValueError: the prompt's activations and the cache at the end need more than the device has left.
+        ValueError: the prompt's activations and the final cache need more memory than the device has left.
     """
     config, dtype = model.config, model.dtype
     cache = cache_bytes(config, num_prompt_tokens + max_new_tokens, dtype).total
@@ -85,7 +85,7 @@ def check_memory(model: TransXSSMForCausalLM, num_prompt_tokens: int, max_new_to
 
 
 def check_positions(config: PreTrainedConfig, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuses to leave a table of learned positions half-way.
+    """Checks that the text fits into a table of learned positions.
 
     Raises:
         ValueError: the text would be longer than the table.
@@ -102,18 +102,18 @@ def check_positions(config: PreTrainedConfig, num_prompt_tokens: int, max_new_to
 
 
 def megabytes(num_bytes: int) -> str:
-    """Such as "1,234.5 MB"."""
+    """Formats bytes, such as "1,234.5 MB"."""
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def write_now(text: str) -> None:
-    """To standard output, without waiting for a full line."""
+    """Writes to standard output, without waiting for a full line."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def timing_line(generation: Generation, settings: GenerationSettings, device: torch.device) -> str:
-    """Tokens, speed, and what is needed to get the same text again."""
+    """A line with tokens, speed, and the settings that reproduce the text."""
     prompt_speed = generation.num_prompt_tokens / generation.prompt_seconds
     line = f"{generation.num_prompt_tokens} prompt tokens in {generation.prompt_seconds:.2f} s ({prompt_speed:,.0f}/s)"
     line += f", {generation.num_new_tokens} new tokens"

@@ -43,16 +43,16 @@ OPTIONS = (
 
 
 def describe(model: str, folder: Path | None, *, context: int, dtype: str) -> dict[str, Any]:
-    """Everything that the command shows, as plain values: FLOPs for one token, bytes for one sequence.
+    """Describes a model with plain values: FLOPs for one token, bytes for one sequence.
 
     Args:
-        model: what it is called, for one of no folder a preset's name.
-        folder: of the checkpoint: of this package's model, or of a baseline (Llama, Mamba-2, Bamba); None for a preset.
-        context: tokens of the sequence that FLOPs are counted for.
-        dtype: of keys and values.
+        model: name of the model, which is a preset's if there is no folder.
+        folder: checkpoint of this package's model or of a baseline (Llama, Mamba-2, Bamba), or None for a preset.
+        context: tokens in the sequence for which FLOPs are counted.
+        dtype: dtype of keys and values.
 
     Raises:
-        ValueError: no checkpoint, or one of another kind; an unknown dtype; a context of less than one token.
+        ValueError: there is no checkpoint, or it is of another kind of model; the dtype is unknown; or the context is below one token.
     """
     kv_dtype = read_dtype(dtype)
     config = TransXSSMConfig.from_preset(model) if folder is None else read_causal_lm_config(folder)
@@ -86,7 +86,7 @@ def describe(model: str, folder: Path | None, *, context: int, dtype: str) -> di
 
 
 def tables(description: dict[str, Any]) -> Iterator[str | Table]:
-    """What `describe` returns, for the terminal: a heading and a table in turn."""
+    """Formats the result of `describe` for the terminal: headings and tables in turn."""
     layers = ", ".join(f"{count} {LAYER_LABELS[kind]}" for kind, count in description["layers"].items())
     counts = dict(description["parameters"])
     total = counts.pop("total")
@@ -131,7 +131,7 @@ def _kind_of(layer: AttentionLayer | ScanLayer) -> str:
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, int | None]:
-    """Widths and numbers under the names that our own configuration has for them; None for what a model has not."""
+    """Sizes under the names of `TransXSSMConfig`. None for sizes that a model does not have."""
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
     sizes["intermediate_size"] = getattr(config, "intermediate_size", None)
     attention = next((layer for layer in layers_of(config) if isinstance(layer, AttentionLayer)), None)

@@ -21,13 +21,13 @@ SITUATIONS = ("training", "prefill", "decoding")
 
 
 def choices(config: TransXSSMConfig, dtype: torch.dtype, device: torch.device, length: int) -> dict[str, list[Choice]]:
-    """What computes each op of a model in every situation. Nothing is computed.
+    """The backend of each op of a model in every situation. Nothing is computed.
 
     Args:
-        config: of the model.
-        dtype: of weights and activations.
-        device: of this machine.
-        length: tokens of the row in training and prefill, and tokens in the cache in decoding.
+        config: configuration of the model.
+        dtype: dtype of weights and activations.
+        device: a device of this machine.
+        length: tokens in the row in training and prefill, and tokens in the cache in decoding.
     """
     result = {}
     for situation in SITUATIONS:
@@ -42,11 +42,11 @@ def show_kernels(model: str, folder: Path | None, *, dtype_name: str, device_nam
     """Prints the tables.
 
     Args:
-        model: a preset's name, or what the folder was called.
-        folder: of a checkpoint of this package's model; None for a preset.
+        model: name of a preset or of the folder.
+        folder: folder of a checkpoint of this package's model, or None for a preset.
 
     Raises:
-        ValueError: an unknown dtype, a device that is not here, or a checkpoint of another model.
+        ValueError: the dtype is unknown, the machine has no such device, or the checkpoint is of another model.
     """
     dtype, device = read_dtype(dtype_name), read_device(device_name)
     config = TransXSSMConfig.from_preset(model) if folder is None else read_causal_lm_config(folder)
@@ -60,7 +60,7 @@ def show_kernels(model: str, folder: Path | None, *, dtype_name: str, device_nam
 def tables(
     config: TransXSSMConfig, title: str, dtype: torch.dtype, device: torch.device, length: int
 ) -> Iterator[str | Table]:
-    """What the command shows: the machine, the implementations that there are, and what a model takes."""
+    """The tables of the command: the machine, its implementations, and those that a model uses."""
     yield f"{title} on {device_name(device)}, rows of {length:,} tokens"
     if device.type == "cpu":
         yield f"C++ kernels: {cpp_shortfall() or 'compiled'}"
@@ -87,7 +87,7 @@ def tables(
 
 
 def _refusals_before(choice: Choice) -> list[str]:
-    """A line for each reason that a preferred backend has."""
+    """A line for each preferred backend that refuses, with its reason."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in choice.refusals.items():
         if name == choice.backend:
@@ -106,7 +106,7 @@ def _calls(
     needs_grad: bool,
     is_decoding: bool,
 ) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """The calls that a layer of each kind makes, with tensors of the right shapes whose numbers nobody reads."""
+    """The calls that a layer of each kind makes, with tensors of the right shapes and arbitrary values."""
     time = (1, 1) if is_decoding else (1, length)
 
     def made(*shape: int, of: torch.dtype = dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The same command in several processes, a GPU for each, through torch's elastic launcher; the first one speaks for all."""
+"""Runs a command in several processes, one for each GPU, by torch's elastic launcher. Only the first one prints."""
 
 import logging
 import os
@@ -27,9 +27,9 @@ from transxssm_cli.one_line_errors import (
 )
 
 EVERY_GPU = "all"
-# Ctrl-C is not among them: it is handed on to the processes, which save what they have.
+# Ctrl-C is not among them, since it is passed on to the processes, which save their progress.
 _SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
-_OWN_EXIT_CODES = (1, EXIT_USER_ERROR, EXIT_INTERRUPTED)  # of a process that has said why it ends
+_OWN_EXIT_CODES = (1, EXIT_USER_ERROR, EXIT_INTERRUPTED)  # exit codes of a process that has printed why it ends
 
 
 def is_launched() -> bool:
@@ -38,15 +38,15 @@ def is_launched() -> bool:
 
 
 def number_of_processes(gpus: str, *, on_cpu: bool, cpu_setting: str = "training.use_cpu=true") -> int:
-    """How many processes `--gpus` asks for.
+    """The number of processes that `--gpus` requests.
 
     Args:
         gpus: a number, or "all".
-        on_cpu: whether processes run on the CPU, where they speak through gloo.
-        cpu_setting: what says so.
+        on_cpu: whether processes run on the CPU, where they communicate through gloo.
+        cpu_setting: the setting that makes them do so, for messages.
 
     Raises:
-        ValueError: no number; more GPUs than there are.
+        ValueError: `gpus` is not a number, or there are fewer GPUs.
     """
     if gpus != EVERY_GPU and not (gpus.isdecimal() and int(gpus) > 0):
         raise ValueError(f"--gpus: got {gpus!r}, expected a number of GPUs from 1 on, or {EVERY_GPU}")
@@ -67,21 +67,21 @@ def number_of_processes(gpus: str, *, on_cpu: bool, cpu_setting: str = "training
 
 
 def launch(arguments: Sequence[str], processes: int, *, go_on: str = "the same command and --resume") -> None:
-    """Runs `transxssm` with these arguments in so many processes, and returns when all have ended well.
+    """Runs `transxssm` with these arguments in so many processes, and returns when all have succeeded.
 
-    The first process has the terminal; what the others write is kept until the end. Ctrl-C reaches all of them.
+    The first process has the terminal. The output of the others is kept until the end. Ctrl-C reaches all of them.
 
     Args:
-        go_on: with what the user goes on where the processes have stopped.
+        go_on: how the user can resume after the processes have stopped, in words.
 
     Raises:
-        typer.Exit: a process failed, and the others were ended; why has been said in one line.
+        typer.Exit: a process failed, and the others were ended. The reason has been printed in one line.
     """
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
     os.environ[LAUNCHER_VARIABLE] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):  # what they tell of an end is told in one line here
+        if name.startswith("torch.distributed.elastic"):  # their messages about a failure are replaced by one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
     newer: dict[str, Any] = (
         {"signals_to_handle": _SIGNALS} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
@@ -110,7 +110,7 @@ def launch(arguments: Sequence[str], processes: int, *, go_on: str = "the same c
 
 @contextmanager
 def _interrupts_handed_on() -> Iterator[list[int]]:
-    """Hands Ctrl-C on to the processes, which have sessions of their own. Gives the list of the interrupts so far."""
+    """Passes Ctrl-C on to the processes, which have sessions of their own. Yields the list of interrupts so far."""
     interrupts: list[int] = []
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
@@ -132,7 +132,7 @@ def _interrupts_handed_on() -> Iterator[list[int]]:
 def _why(
     failures: dict[int, ProcessFailure], processes: int, logs: Path, go_on: str, *, is_interrupted: bool
 ) -> tuple[int, str]:
-    """The exit code of a launch that failed, and a line that says why; empty where the first process has said it."""
+    """The exit code of a failed launch, and a line with the reason, which is empty if the first process has printed it."""
     speaker = failures.get(0)
     if speaker is not None and speaker.exitcode in _OWN_EXIT_CODES:
         return speaker.exitcode, ""

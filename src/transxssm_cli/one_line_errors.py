@@ -1,4 +1,4 @@
-"""What a user did wrong is one line and exit code 2; what we did wrong keeps its traceback."""
+"""Errors of the user become one line and exit code 2. Errors in the code keep their traceback."""
 
 import os
 import sys
@@ -8,17 +8,17 @@ import typer
 from typer.core import TyperGroup
 
 DEBUG_VARIABLE = "TRANSXSSM_DEBUG"
-LAUNCHER_VARIABLE = "TRANSXSSM_LAUNCHED"  # set in the processes of `--gpus`
+LAUNCHER_VARIABLE = "TRANSXSSM_LAUNCHED"  # set in processes started by `--gpus`
 EXIT_USER_ERROR = 2
 EXIT_PROCESS_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-NETWORK_ERROR = "HTTPError"  # of the client under huggingface_hub: no route, no name, no answer
-# Typer carries click inside itself in newer versions and not in older ones; through its own subclass both are found.
+NETWORK_ERROR = "HTTPError"  # raised by huggingface_hub's client if the network or the server does not respond
+# Newer versions of Typer contain click, older ones import it. Typer's own subclass leads to either.
 _UsageError: Any = typer.BadParameter.__base__
 
 
 class OneLineErrors(TyperGroup):
-    """The group of commands: no arguments show the help, and errors are told as this module says."""
+    """The group of commands. It shows the help if there are no arguments, and reports errors as this module says."""
 
     def main(self, args: Any = None, *rest: Any, **options: Any) -> NoReturn:
         arguments = list(sys.argv[1:] if args is None else args)
@@ -27,12 +27,12 @@ class OneLineErrors(TyperGroup):
         except Exception as error:
             if (
                 type(error).__name__ == "NoArgsIsHelpError"
-            ):  # a group alone: its help has been shown as the error was made
+            ):  # a group without a command: creating the error has shown its help
                 sys.exit(0)
             if os.environ.get(DEBUG_VARIABLE):
                 raise
             if has_lost_a_process(error):
-                if LAUNCHER_VARIABLE not in os.environ:  # which says which one it was
+                if LAUNCHER_VARIABLE not in os.environ:  # the launcher says which one it was
                     typer.echo("error: another process of this run ended, and this one with it", err=True)
                 sys.exit(EXIT_PROCESS_LOST)
             if not is_users(error):
@@ -44,17 +44,17 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as stop:  # Typer would drop its words
+        except KeyboardInterrupt as stop:  # Typer would drop its message
             typer.echo(f"interrupted: {stop}" if str(stop) else "interrupted", err=True)
-            # The launcher ends all processes when one fails, and the first must come to its own end to be heard.
+            # The launcher ends all processes when one fails, and the first must be able to print its message.
             is_first = LAUNCHER_VARIABLE not in os.environ or os.environ.get("RANK", "0") == "0"
             raise typer.Exit(EXIT_INTERRUPTED if is_first else 0) from stop
 
 
 def is_users(error: Exception) -> bool:
-    """Whether an error comes from what the user gave or from the machine, rather than from a mistake in the code.
+    """Whether an error comes from the user's input or from the machine, and not from a mistake in the code.
 
-    By name where the class would have to be imported to be known.
+    Classes that would have to be imported are recognised by name.
     """
     if isinstance(error, (ValueError, OSError, MemoryError, _UsageError)):
         return True
@@ -63,7 +63,7 @@ def is_users(error: Exception) -> bool:
 
 
 def has_lost_a_process(error: Exception) -> bool:
-    """Whether an error says that another process of a launch has gone."""
+    """Whether an error says that another process of a launch has ended."""
     names = {base.__name__ for base in type(error).__mro__}
     is_of_a_backend = isinstance(error, RuntimeError) and any(word in str(error) for word in ("/gloo/", "NCCL"))
     return "LOCAL_RANK" in os.environ and (bool(names & {"DistBackendError", "DistNetworkError"}) or is_of_a_backend)
@@ -85,7 +85,7 @@ def line_of(error: BaseException) -> str:
 
 
 def _commands_of(error: Any) -> str:
-    """The commands that a group has, where none was given, or one that none of them is near to."""
+    """The commands of a group, if none was given, or one that is unlike all of them."""
     group = getattr(error.ctx, "command", None)
     if not isinstance(group, TyperGroup) or "ommand" not in error.message or "?" in error.message:
         return ""

@@ -1,6 +1,6 @@
-"""Paths, names, prompts and extras that a command line needs, checked before torch is imported: a mistyped one is answered at once.
+"""Checks the paths, names, prompts and extras of a command line before torch is imported, so that errors appear at once.
 
-The library checks them again for its own callers. Importing it takes seconds, so that names which it knows are repeated here.
+The library checks them again for its own callers. Importing it takes seconds, so that this module repeats some of its names.
 """
 
 import difflib
@@ -21,7 +21,7 @@ DEFAULT_RECIPE = "tiny"
 PRESETS = ("tiny", "small", "320m", "1.3b", "tiny-conv", "small-conv", "320m-conv", "1.3b-conv")
 BUNDLED_IN = {"recipe": "transxssm", "study": "transxssm_lab"}
 CORPORA = ("python-stdlib", "python-environment")
-# What a checkpoint needs of a repository on the hub: never pickled weights, of which loading may run code.
+# Files of a repository on the hub that a checkpoint needs. Pickled weights are left out, since loading them may run code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -32,10 +32,10 @@ JSON_LINES = (".jsonl", ".ndjson")
 def require_extra(extra: str) -> None:
     """Checks that the libraries of an extra are installed.
 
-    Which they are is what the package's own metadata says, so that an extra is written down in pyproject.toml alone.
+    The package's metadata lists them, so that extras are defined in pyproject.toml only.
 
     Raises:
-        ValueError: one or more are missing; says what to install.
+        ValueError: libraries are missing. The message says what to install.
     """
     if missing := missing_of(extra):
         raise ValueError(
@@ -44,7 +44,7 @@ def require_extra(extra: str) -> None:
 
 
 def missing_of(extra: str) -> list[str]:
-    """Names of an extra's distributions that are not installed; none where the package itself has no metadata, as in a bare checkout."""
+    """Names of an extra's distributions that are not installed. Empty if the package has no metadata, as in a bare checkout."""
     try:
         lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -63,21 +63,21 @@ def _is_installed(distribution: str) -> bool:
 
 
 def checkpoint_folder(name: str, *, weights: bool = True) -> Path:
-    """The folder of a checkpoint: the one of this path, or what the hub has under `owner/name`, downloaded into its cache.
+    """The folder of a checkpoint: a local path, or the model `owner/name` on the hub, downloaded into its cache.
 
     Args:
-        name: as the user gave it.
-        weights: whether they are wanted beside the configuration and the tokenizer.
+        name: path or name that the user gave.
+        weights: whether weights are needed in addition to the configuration and the tokenizer.
 
     Raises:
-        ValueError: there is no such folder, and no such model on the hub, or no network to ask for it.
+        ValueError: there is neither such a folder nor such a model on the hub, or the hub cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise ValueError(f"no checkpoint folder {name}: found a file there, expected a run folder or a saved model")
-    # runs/tinny could be a model's name on the hub too, but is a mistyped path where there is a runs/tiny.
+    # runs/tinny could also be a model on the hub, but is a mistyped path if runs/tiny exists.
     if not _HUB_NAME.fullmatch(name) or nearest(path):
         raise ValueError(
             f"no checkpoint folder {name}: found nothing there{nearest(path)}; expected a run folder, a saved model, "
@@ -107,10 +107,10 @@ def checkpoint_folder(name: str, *, weights: bool = True) -> Path:
 
 
 def require_model(name: str) -> Path | None:
-    """The folder of a model that is named by its preset or as for `checkpoint_folder`, without weights; None for a preset.
+    """The folder of a model that is named as for `checkpoint_folder`, without weights, or None for the name of a preset.
 
     Raises:
-        ValueError: see `checkpoint_folder`; neither a preset nor a folder.
+        ValueError: see `checkpoint_folder`; or the name is neither a preset nor a folder.
     """
     if name in PRESETS:
         return None
@@ -122,25 +122,25 @@ def require_model(name: str) -> Path | None:
 
 
 def require_path(option: str, path: Path | None) -> None:
-    """Checks that a file or folder of an option is there.
+    """Checks that the file or folder of an option exists.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not exist.
     """
     if path is not None and not path.expanduser().exists():
         raise ValueError(f"{option}: {path}: No such file or directory{nearest(path)}")
 
 
 def require_recipe(kind: str, name: str, overrides: Sequence[str]) -> None:
-    """Checks that a recipe is there, and the local text that it or an override names.
+    """Checks that a recipe exists, and the local text that it or an override names.
 
     Args:
         kind: "recipe" or "study", for the message.
-        name: a bundled one's, or the path of a YAML file.
-        overrides: `section.key=value` each.
+        name: name of a bundled one, or path of a YAML file.
+        overrides: each is `section.key=value`.
 
     Raises:
-        ValueError: neither is there; names the nearest.
+        ValueError: the recipe or the text does not exist. The message names the nearest one.
     """
     bundled = _bundled(kind)
     path = Path(name).expanduser()
@@ -157,7 +157,7 @@ def require_recipe(kind: str, name: str, overrides: Sequence[str]) -> None:
 
 
 def setting(name: str, overrides: Sequence[str], key: str) -> Any:
-    """What a user's own recipe or the last override says about `section.key`; None where both are silent or cannot be read."""
+    """What a user's own recipe or the last override says about `section.key`, or None if neither sets it or can be read."""
     for override in reversed(overrides):
         given, equals, text = override.partition("=")
         if equals and given.strip() == key:
@@ -170,10 +170,10 @@ def setting(name: str, overrides: Sequence[str], key: str) -> Any:
 
 
 def require_run(name: str, overrides: Sequence[str]) -> None:
-    """Checks that the folder of a run that is to be resumed is there.
+    """Checks that the folder of a run to be resumed exists.
 
     Raises:
-        ValueError: it is not; names the nearest.
+        ValueError: it does not exist. The message names the nearest one.
     """
     given = setting(name, overrides, "training.output_dir")
     folder = Path(given if isinstance(given, str) and given else f"runs/{Path(name).stem}").expanduser()
@@ -184,7 +184,7 @@ def require_run(name: str, overrides: Sequence[str]) -> None:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe's name and the overrides; a first argument with "=" is an override of the default recipe, unless a file."""
+    """The recipe's name and the overrides. If the first argument has "=" and is not a file, it overrides the default recipe."""
     if not arguments:
         return DEFAULT_RECIPE, []
     first, *rest = arguments
@@ -194,7 +194,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def nearest(path: Path) -> str:
-    """In brackets the path that a missing one may have meant: in the last folder that is there, the nearest name; empty if none is near."""
+    """A hint in brackets at the path that a missing one may mean: the nearest name in the last existing folder. Empty if none is near."""
     path = path.expanduser()
     missing = path
     while not missing.parent.exists():
@@ -223,7 +223,7 @@ def _require_corpus(corpus: str) -> None:
 
 
 def _yaml(text: str) -> Any:
-    """What a text in YAML says; None where it is none, which is told when it is read in earnest."""
+    """The value of a YAML text, or None if it is invalid. The error is reported when the library reads it."""
     import yaml
 
     try:
@@ -233,7 +233,7 @@ def _yaml(text: str) -> Any:
 
 
 def _bundled(kind: str) -> list[str]:
-    """Names of the recipes or studies of our packages, which are found without being imported."""
+    """Names of the recipes or studies of the project's packages, which are found without importing them."""
     spec = importlib.util.find_spec(BUNDLED_IN[kind])
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -247,10 +247,10 @@ def _first_line(error: BaseException) -> str:
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The text of a single prompt: from the option, a file, or standard input.
 
-    What is piped in is the prompt where none is named; without a pipe it is then empty, and a new document begins.
+    Piped input is the prompt if no other is given. Without a pipe the prompt is then empty, and a new document begins.
 
     Raises:
-        ValueError: it is no UTF-8 text. OSError: the file can't be read.
+        ValueError: the prompt is not UTF-8 text. OSError: the file cannot be read.
     """
     if prompt_file is not None:
         return _text_of(prompt_file)
@@ -260,10 +260,10 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file: of .jsonl and .ndjson a string, or an object with a `prompt`, in each line; else each line as it is.
+    """The prompts in a file. Each line is a prompt or, in .jsonl and .ndjson, a JSON string or an object with a `prompt`.
 
     Raises:
-        ValueError: no prompt in a line, no line at all, or no UTF-8 text. OSError: the file can't be read.
+        ValueError: a line has no prompt, there is no line, or the file is not UTF-8 text. OSError: the file cannot be read.
     """
     lines = _text_of(path).split("\n")
     lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
@@ -275,7 +275,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def new_seed() -> int:
-    """A seed that nobody chose."""
+    """A random seed."""
     return secrets.randbelow(2**32)
 
 
@@ -291,12 +291,12 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _is_piped() -> bool:
-    """Whether standard input is a pipe or a file: a terminal would wait for a reader, and the null device has nothing to say."""
+    """Whether standard input is a pipe or a file: a terminal would wait for input, and the null device is empty."""
     if sys.stdin is None:
         return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError):  # a stream without a file
+    except (OSError, ValueError):  # the stream has no file descriptor
         return not sys.stdin.isatty()
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 

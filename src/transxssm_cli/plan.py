@@ -18,7 +18,7 @@ _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_tokens(text: str) -> float:
-    """The number that "100B", "2.5T" or "1000000" says.
+    """Reads a number such as "100B", "2.5T" or "1000000".
 
     Raises:
         ValueError: the text is not such a number.
@@ -38,15 +38,15 @@ def describe(
     is_measured: bool = False,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """The plans as plain values, the quickest that fits first.
+    """The plans as plain values, beginning with the fastest that fits.
 
     Args:
-        link_gigabytes: a second, inside a machine (None: as measured, or else assumed) and between machines.
-        is_measured: whether rates are those of this machine's GPUs.
+        link_gigabytes: rates in GB/s, inside a machine and between machines. The former defaults to the measured or else the assumed rate.
+        is_measured: whether rates are measured on this machine's GPUs.
         sizes: as for `plan_training`.
 
     Raises:
-        ValueError: no TransXSSM, sizes that do not fit, or no GPU to measure on.
+        ValueError: the model is not a TransXSSM, sizes do not fit, or there is no GPU to measure.
     """
     config = TransXSSMConfig.from_preset(model) if folder is None else read_config(folder)
     if not isinstance(config, TransXSSMConfig):
@@ -62,7 +62,7 @@ def describe(
         if not torch.cuda.is_available():
             raise ValueError("--measure: torch sees no GPU here; leave it out for rates that were measured on an H100")
         gpus = torch.cuda.device_count()
-        # One GPU's part of a row, as the plan has it.
+        # One GPU's part of a row, as in the plan.
         length = sizes["length"] // sizes["cp"]
         rate = measured_flops_per_second(config, length=length, rows=sizes["rows"], device=torch.device("cuda"))
         torch.cuda.empty_cache()
@@ -83,7 +83,7 @@ def describe(
 
 
 def tables(description: dict[str, Any]) -> Iterator[str | Table]:
-    """What `describe` returns, for the terminal."""
+    """Formats the result of `describe` for the terminal."""
     gpus, rows, length = description["gpus"], description["rows"], description["length"]
     yield (
         f"[bold]{description['model']}[/] on {gpus} {description['gpu'].upper()}, {description['tokens']:.3g} tokens in rows of "

@@ -1,4 +1,4 @@
-"""Tables of results in a terminal; whole where the output goes to a file or a pipe."""
+"""Tables of results in a terminal. In a file or a pipe they have their full width."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def table_of(headings: Sequence[str], rows: Iterable[Sequence[str]], *, num_names: int = 1) -> Table:
-    """A table whose first `num_names` columns are words, on the left and in one line, and the others numbers."""
+    """A table whose first `num_names` columns are left-aligned text without line breaks, and the others numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
         is_name = index < num_names
@@ -26,7 +26,7 @@ def table_of(headings: Sequence[str], rows: Iterable[Sequence[str]], *, num_name
 
 
 def show(*parts: RenderableType, stderr: bool = False) -> None:
-    """Prints tables and lines; a table that is wider than a terminal is broken there, and nowhere else."""
+    """Prints tables and lines. Only in a terminal is a table wrapped to its width."""
     console = Console(highlight=False, stderr=stderr)
     if not console.is_terminal:
         tables = [

@@ -18,26 +18,26 @@ LONGEST_PROMPT = 40  # characters
 
 
 def train_recipe(name: str, overrides: Sequence[str], *, resume: bool) -> None:
-    """Trains the recipe that a command line names and says what came of it."""
+    """Trains the recipe that a command line names, and prints the result."""
     recipe = load_recipe(name, overrides)
     quiet_progress_bars()
     try:
         summary = train(recipe, resume=resume)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or "continue with the same command and --resume") from None
-    except (ImportError, RuntimeError) as error:  # transformers misses a package of an optimizer, a kernel or a tracker
+    except (ImportError, RuntimeError) as error:  # a package of an optimizer, a kernel or a tracker is missing
         if not isinstance(error, ImportError) and "install" not in str(error):
             raise
         raise ValueError(f"the training section asks for what is not installed here: {error}") from error
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, one speaks
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, as torchrun starts them, only the first prints
         typer.echo(result_line(run_folder.stored_recipe(recipe.output_dir) or recipe, summary))
 
 
 def train_recipe_on(gpus: str, name: str, overrides: Sequence[str], *, resume: bool) -> None:
-    """The same in a process for each GPU, after a check of the recipe, so that what is wrong with it is said once.
+    """Trains a recipe in one process for each GPU, after a check of the recipe, so that errors in it are reported once.
 
     Raises:
-        ValueError: a wrong recipe, or more GPUs than there are.
+        ValueError: the recipe is invalid, or there are fewer GPUs.
     """
     recipe = load_recipe(name, overrides)
     processes = number_of_processes(gpus, on_cpu=setting(name, overrides, "training.use_cpu") is True)
@@ -48,13 +48,13 @@ def train_recipe_on(gpus: str, name: str, overrides: Sequence[str], *, resume: b
 
 
 def quiet_progress_bars() -> None:
-    """No bars over the preparation of data where nobody watches: in a log each of their steps would be a line."""
+    """Hides the bars of data preparation outside a terminal, since in a log each of their steps would be a line."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
 
 def result_line(recipe: Recipe, summary: dict[str, float]) -> str:
-    """A finished run in two lines: how good the model is, and how to hear it."""
+    """Two lines on a finished run: the quality of the model, and the command that generates text."""
     words = opening_words(recipe.data)
     prompt = f" --prompt {shlex.quote(words)}" if words else ""
     return (
@@ -65,8 +65,8 @@ def result_line(recipe: Recipe, summary: dict[str, float]) -> str:
 
 
 def opening_words(data: DataArguments) -> str:
-    """The first words of a held-out document, as a prompt of the kind that the model knows; none where they are not at hand."""
-    if data.streaming:  # whose documents would be fetched again
+    """The first words of a held-out document, as a prompt like the model's training text. Empty if they are not available."""
+    if data.streaming:  # its documents would be downloaded again
         return ""
     try:
         text = load_corpus(data).held_out[0]["text"]
