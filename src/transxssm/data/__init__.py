@@ -1,4 +1,4 @@
-"""Text to batches: corpora, tokenizers, packed rows."""
+"""From text to batches: corpora, tokenizers and packed rows."""
 
 from transxssm.data.algorithmic import ALGORITHMIC_TASKS, AlgorithmicTask
 from transxssm.data.arguments import DataArguments

@@ -10,31 +10,31 @@ SMALLEST_BPE_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 @dataclass
 class DataArguments:
-    """Which text, which tokenizer, which rows.
+    """The text, the tokenizer and the rows of a run.
 
     Args:
         corpus: `python-stdlib` or `python-environment` (embedded: source files of the running interpreter), a file or a
             folder, or a hub data set `owner/name`.
         corpus_config: configuration of a hub data set, such as `fineweb-edu-dedup` of `HuggingFaceTB/smollm-corpus`.
-        corpus_split: split of a hub data set; the held-out documents are taken out of it too.
-        text_column: where hub data sets, JSONL, JSON, CSV and Parquet files have their text.
+        corpus_split: split of a hub data set, from which the held-out documents are also taken.
+        text_column: column with the text in hub data sets and JSONL, JSON, CSV and Parquet files.
         streaming: read a hub data set while training, instead of downloading it first.
-        held_out_fraction: share of the corpus that is held out: documents by a hash of each one's name, or pieces of them where
-            they are too few or too long for that.
-        max_documents: use only the first so many documents; None uses all.
+        held_out_fraction: share of the corpus that is held out: documents by a hash of their names, or pieces of documents if
+            these are too few or too long for that.
+        max_documents: use only this number of documents, the first ones. Defaults to all.
         tokenizer: `bpe` (byte-level BPE trained on the training split), `bytes`, or the name or path of any tokenizer that
             `AutoTokenizer` loads.
-        vocab_size: tokens of `bpe`, specials included; a small corpus may give fewer.
+        vocab_size: number of tokens of `bpe`, special ones included. A small corpus may give fewer.
         sequence_length: tokens in a packed row.
-        seed: order of the training documents.
-        cache_dir: where prepared data is kept. Defaults to the cache of `datasets`.
-        validation: a file or folder of one's own that is held out whole; None holds out a part of the corpus.
-        max_bytes: use only about so much text, of documents drawn at random, the same each time; None uses all.
-        format: `text`, or `chat`: records have `messages`, each with a role (system, user, assistant) and a content, and what the
-            assistant says is learnt.
+        seed: seed of the order of the training documents.
+        cache_dir: folder for prepared data. Defaults to the cache of `datasets`.
+        validation: a file or folder of the user's own that is held out as a whole. Defaults to holding out a part of the corpus.
+        max_bytes: use only about this number of bytes, from documents drawn at random, the same in each run. Defaults to all.
+        format: `text`, or `chat`: records have `messages`, each with a role (system, user, assistant) and a content, and the model
+            learns what the assistant says.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
 
     corpus: str = "python-stdlib"

@@ -1,8 +1,8 @@
-"""Multi-query associative recall (MQAR), the synthetic task of Zoology (arXiv 2312.04927): pairs first, their keys asked for later.
+"""Multi-query associative recall (MQAR), the synthetic task of Zoology (arXiv 2312.04927): pairs, then questions for them.
 
-A sequence begins with `num_pairs` pairs of key and value. Each key comes once more, followed by nothing: there its value is
-to be predicted. The distances follow a power law that puts most of the questions soon after the pairs; what is left of the
-sequence is filled with random tokens.
+A sequence begins with `num_pairs` pairs of key and value. Each key occurs once more, without its value, which is to be
+predicted there. The distances follow a power law that puts most of the questions soon after the pairs. The rest of the sequence is
+filled with random tokens.
 
 Letters: n sequences, t tokens.
 """
@@ -16,12 +16,12 @@ from transxssm.data.packing import IGNORED_LABEL
 
 
 class RecallBatch(NamedTuple):
-    """Sequences and what is to be predicted in them.
+    """Sequences and their targets.
 
     Args:
         input_ids: (n, t) int64.
-        targets: (n, t) int64; at a question the value, to be predicted at that very position (Hugging Face's `shift_labels`),
-            elsewhere −100.
+        targets: (n, t) int64, the value at each question, to be predicted at that position (Hugging Face's `shift_labels`), and −100
+            elsewhere.
     """
 
     input_ids: np.ndarray
@@ -34,12 +34,12 @@ class RecallTask:
 
     Args:
         length: tokens in a sequence, t.
-        num_pairs: pairs of key and value; keys differ from each other, and so do values.
-        vocab_size: token ids are less than this; id 0 is neither key nor value.
-        power: a of the power law: a question's place x among those that follow the pairs has weight x^(a − 1).
+        num_pairs: number of pairs of key and value. Keys differ from each other, and so do values.
+        vocab_size: token ids are below this number. Id 0 is neither key nor value.
+        power: the exponent a of the power law: place x after the pairs gets a question with weight x^(a − 1).
 
     Raises:
-        ValueError: too short a sequence or too small a vocabulary for the pairs; a power that is not positive.
+        ValueError: the sequence is too short or the vocabulary too small for the pairs, or the power is not positive.
     """
 
     length: int
@@ -74,7 +74,7 @@ class RecallTask:
         return self.num_pairs
 
     def sequences(self, seed: int, first: int, count: int) -> RecallBatch:
-        """The sequences number `first` … `first + count − 1` of a seed; each depends on nothing but seed and number."""
+        """The sequences number `first` … `first + count − 1` of a seed. Each depends only on seed and number."""
         drawn = [self._sequence(np.random.default_rng((seed, number))) for number in range(first, first + count)]
         return RecallBatch(*(np.stack(column) for column in zip(*drawn, strict=True)))
 
@@ -82,8 +82,8 @@ class RecallTask:
         num_pairs, half = self.num_pairs, self.vocab_size // 2
         keys = 1 + generator.choice(half - 1, num_pairs, replace=False)
         values = half + generator.choice(self.vocab_size - half, num_pairs, replace=False)
-        begin = 2 * num_pairs  # of the part where questions are
-        # A place is two tokens wide, as in Zoology.
+        begin = 2 * num_pairs  # begin of the part with questions
+        # A place has two tokens, as in Zoology.
         num_places = (self.length - begin) // 2
         weights = np.arange(1, num_places + 1) ** (self.power - 1)
         places = generator.choice(num_places, num_pairs, replace=False, p=weights / weights.sum())

@@ -1,7 +1,7 @@
-"""Data sets that are generated once and then memory-mapped out of the Arrow cache of `datasets`.
+"""Data sets that are generated once and then memory-mapped from the Arrow cache of `datasets`.
 
-Every fingerprint is made here, of plain values. Left to itself, `datasets` pickles the function and all it refers to; a
-tokenizer changes its own state when it is used, so a second run would not find what the first one stored.
+Fingerprints are made here, of plain values. By default `datasets` pickles the function and everything it refers to. A tokenizer changes
+its state when it is used, so that a second run would not find what the first one stored.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from datasets import Dataset, Features, NamedSplit
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError
 
-# Part of every fingerprint: raise it whenever the code would store something else for the same arguments.
+# Part of every fingerprint. Increase it whenever the code would store something else for the same arguments.
 CACHE_VERSION = 1
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that stand for JSON-able values (and for this version of the cache)."""
+    """A hash of 16 hex digits of JSON-serialisable values and of this version of the cache."""
     text = json.dumps([CACHE_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Where prepared data is kept: `cache_dir`, or the cache of `datasets`."""
+    """The folder for prepared data: `cache_dir`, or the cache of `datasets`."""
     return Path(cache_dir or datasets_config.HF_DATASETS_CACHE).expanduser()
 
 
@@ -39,20 +39,20 @@ def generated_dataset(
     cache_dir: str | None,
     if_empty: str,
 ) -> Dataset:
-    """The data set of `generator(**arguments)`: out of the cache where `identity` is known, else generated into it.
+    """The data set of `generator(**arguments)`, read from the cache if `identity` is there, else generated into it.
 
     Args:
-        generator: yields one dict a row.
-        arguments: for `generator`. Not looked at for caching.
+        generator: yields one dict for each row.
+        arguments: arguments of `generator`, which do not matter for caching.
         features: columns of the rows.
         split: name for the progress bar and the cache's file.
-        identity: fingerprint of everything that the rows depend on.
+        identity: fingerprint of everything on which the rows depend.
         cache_dir: see `cache_folder`.
-        if_empty: what is wrong, and what to do, where `generator` yields nothing (which the cache could not hold).
+        if_empty: the error message if `generator` yields nothing, which the cache cannot store.
 
     Raises:
-        ValueError: no rows: `if_empty`.
-        ValueError, OSError: as raised by `generator`. Either way nothing stays in the cache.
+        ValueError: there are no rows. The message is `if_empty`.
+        ValueError, OSError: as raised by `generator`. In both cases nothing remains in the cache.
     """
     try:
         return Dataset.from_generator(
@@ -64,7 +64,7 @@ def generated_dataset(
             fingerprint=identity,
         )
     except DatasetGenerationError as error:
-        # `datasets` wraps what the generator raised; the cause is what says what is wrong, and where.
+        # `datasets` wraps the generator's exception, which is the cause and has the useful message.
         if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
         raise

@@ -1,6 +1,6 @@
-"""Conversations: records with `messages`, laid out by the tokenizer's chat template; only what the assistant says is a target.
+"""Conversations: records with `messages`, formatted by the tokenizer's chat template. Only what the assistant says is a target.
 
-Between reading and tokenising a conversation is JSON text, so that it is held out, sampled and cached as any other document.
+Between reading and tokenising, a conversation is JSON text, so that it is held out, sampled and cached like any other document.
 """
 
 import json
@@ -11,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 ROLES = ("system", "user", "assistant")
-# Each turn is the role's line, what is said, and the token that ends a text, so that `generate` and servers stop where an answer ends, and
-# no token has to be added to a tokenizer. What is said is stripped: its first token is then the same behind a prompt and in training.
+# Each turn is a line with the role, the content, and the token that ends a text, so that `generate` and servers stop at the end of an
+# answer, and no token has to be added to a tokenizer. The content is stripped, so that its first token is the same after a prompt and in
+# training.
 CHAT_TEMPLATE = (
     "{{ bos_token or eos_token }}{% for message in messages %}{{ message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
@@ -25,11 +26,11 @@ def conversation_text(messages: Any, where: str) -> str:
     """The messages of a record as JSON text.
 
     Args:
-        messages: of the record.
-        where: the record, for the message of an error.
+        messages: the messages of the record.
+        where: the place of the record, for error messages.
 
     Raises:
-        ValueError: no list of messages with a role and a content, or none of the assistant's.
+        ValueError: this is not a list of messages with a role and a content, or none is the assistant's.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: messages must be a list that is not empty, got {_shown(messages)}")
@@ -50,15 +51,15 @@ def conversation_text(messages: Any, where: str) -> str:
 
 
 def said(text: str, *, roles: Sequence[str] = ROLES) -> str:
-    """What was said in a conversation by these roles, without its layout."""
+    """The contents of these roles' messages in a conversation, without the template."""
     return "\n".join(message["content"].strip() for message in json.loads(text) if message["role"] in roles)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Gives a tokenizer `CHAT_TEMPLATE` where it has none; `save_pretrained` writes it beside the tokenizer.
+    """Gives a tokenizer `CHAT_TEMPLATE` if it has none. `save_pretrained` writes it with the tokenizer.
 
     Raises:
-        ValueError: its own template does not say which part is the assistant's.
+        ValueError: the tokenizer's own template does not mark the assistant's part.
     """
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
@@ -73,8 +74,8 @@ def tokenize_conversations(texts: Sequence[str], tokenizer: PreTrainedTokenizerF
     """Each conversation as (2, tokens) int32: token ids, and 1 where the assistant speaks.
 
     Args:
-        texts: of `conversation_text`.
-        tokenizer: with a chat template.
+        texts: texts from `conversation_text`.
+        tokenizer: a tokenizer with a chat template.
     """
     documents = []
     for text in texts:

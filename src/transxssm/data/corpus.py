@@ -1,10 +1,10 @@
-"""A corpus: named documents in two splits, one to train on and one that is held out.
+"""A corpus: named documents in two splits, one for training and one that is held out.
 
-Two corpora are embedded, text that every machine with Python already has: `python-stdlib` is the source of the standard library without
-its tests, about 10 MB; `python-environment` is everything installed in site-packages, hundreds of MB beside a machine-learning stack.
+Two corpora are embedded, since every machine with Python has their text. `python-stdlib` is the source of the standard library without
+its tests, about 10 MB. `python-environment` is everything installed in site-packages, hundreds of MB with a machine-learning stack.
 Generated tables are left out of both.
 
-Whole documents are held out by a hash of their names, or pieces of them where documents are too few or too long for that.
+Whole documents are held out by a hash of their names, or pieces of documents if these are too few or too long for that.
 """
 
 import hashlib
@@ -36,40 +36,40 @@ EMBEDDED_CORPORA = ("python-stdlib", "python-environment")
 _STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _ENVIRONMENT_EXCLUDED = frozenset({"__pycache__"})
 
-# A line of data: it begins, after brackets, with a number or a string (not a docstring's triple quote), or nobody typed it.
+# A line of data begins, after brackets, with a number or a string (not a docstring's triple quote), or is too long to be written by hand.
 _TABLE_LINE = re.compile(
     rb"""^[ \t]*+[\[({]*+(?:[-+]?\d|[bBuUrRfF]{0,2}(?:'(?!'')|"(?!"")))[^\n]*+ | ^[^\n]{500,}+""",
     re.MULTILINE | re.VERBOSE,
 )
 
 
-# Several pieces, spread over a text, stand for more of it than its end does; short ones leave a model no context to predict them from.
+# Several pieces that are spread over a text represent it better than its end. Pieces that are too short would leave a model no context.
 PIECES = 4
-SHORTEST_PIECE, LONGEST_PIECE = 4 * 1024, 32 * 1024  # characters, where there are so many to hold out
-# How many times more or less than asked for the hash of names may take before documents are cut.
+SHORTEST_PIECE, LONGEST_PIECE = 4 * 1024, 32 * 1024  # characters, if that many are to be held out
+# Documents are cut if the hash of names holds out more than `FAR` times the requested share, or less than the share divided by `FAR`.
 FAR = 2
 
 
 DOCUMENT_FEATURES = Features({"name": Value("string"), "text": Value("large_string")})
-# A stream has no end to wait for: its held-out split is drawn from so many documents at its beginning.
+# The held-out split of a stream is drawn from this many documents at its beginning, since a stream may not end.
 STREAM_HELD_OUT_SCAN = 10_000
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_SUFFIXES = JSONL_SUFFIXES | {".txt", ".md", ".py", ".json", ".csv", ".tsv", ".parquet", ".gz"}
-# Part of a local corpus's fingerprint: raise it whenever its files would be read as other documents.
+# Part of a local corpus's fingerprint. Increase it whenever its files would be read as other documents.
 _LOCAL_VERSION = 2
 
 
 def is_table(source: bytes) -> bool:
     """Whether more than half of a Python file's bytes are lines of data: codec and Unicode tables, colour maps, word lists.
 
-    Such files are mostly generated, and teach a model little beyond themselves.
+    Such files are mostly generated, and a model learns little from them.
     """
     return sum(match.end() - match.start() for match in _TABLE_LINE.finditer(source)) > len(source) / 2
 
 
 def embedded_files(corpus: str) -> list[TextFile]:
-    """The .py files of an embedded corpus, named and ordered by their path below its root; tables are still among them."""
+    """The .py files of an embedded corpus, named and ordered by their path below its root, including tables."""
     if corpus == "python-stdlib":
         roots, excluded = {sysconfig.get_path("stdlib")}, _STDLIB_EXCLUDED
     else:
@@ -86,7 +86,7 @@ def embedded_files(corpus: str) -> list[TextFile]:
 def embedded_documents(
     corpus: str, files: Sequence[TextFile], advance: Advance = lambda num_bytes: None
 ) -> Iterator[dict[str, str]]:
-    """Name and text of each file that is text, no table, and no copy of an earlier one.
+    """Name and text of each file that is text, is not a table, and is not a copy of an earlier file.
 
     Copies (vendored packages) would put the same text into both splits.
     """
@@ -123,33 +123,33 @@ class Run(NamedTuple):
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name is held out: its hash, taken as a number in [0, 1), lies below `fraction`."""
+    """Whether the document of this name is held out: whether its hash, scaled to [0, 1), is below `fraction`."""
     return hash_of(name) < fraction * 2**64
 
 
 def hash_of(name: str) -> int:
-    """64 bits that look random and depend on the name alone."""
+    """A 64-bit hash of the name."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def is_near(held_out: int, total: int, fraction: float) -> bool:
-    """Whether so many characters of `total` are about `fraction` of it, and leave about the rest to train on."""
+    """Whether `held_out` of `total` characters are about the requested `fraction`, and leave about the rest for training."""
     shares = ((held_out, fraction * total), (total - held_out, (1 - fraction) * total))
     return all(expected / FAR <= share <= expected * FAR for share, expected in shares)
 
 
 def cut_and_chosen(names: Sequence[str], texts: Iterable[str], num_characters: int, fraction: float) -> list[Run]:
-    """All documents, cut as little as it takes to hold out about `fraction` of their characters.
+    """Cuts documents as little as necessary to hold out about `fraction` of their characters. Returns all of them.
 
-    Long documents are divided into pieces, at the ends of lines or sentences where there are any, and pieces and short documents
-    are held out in the order of their names' hash until the share is nearest to `fraction`; at least one is, and one is not. What
-    is left of a document between two held-out pieces stays in one.
+    Long documents are divided into pieces, at the ends of lines or sentences if there are any. Pieces and short documents are held out in
+    the order of their names' hashes until the share is closest to `fraction`. At least one is held out, and at least one is not. The rest
+    of a document between two held-out pieces is not cut further.
 
     Args:
-        names: of the documents.
-        texts: of the same documents, in their order.
-        num_characters: of all texts.
-        fraction: of the characters, between 0 and 1.
+        names: names of the documents.
+        texts: texts of the same documents, in the same order.
+        num_characters: number of characters in all texts.
+        fraction: share of the characters, between 0 and 1.
 
     Raises:
         ValueError: all the text is a single character.
@@ -157,7 +157,7 @@ def cut_and_chosen(names: Sequence[str], texts: Iterable[str], num_characters: i
     wanted = fraction * num_characters
     smaller = min(wanted, num_characters - wanted)
     size = max(1, round(min(smaller, max(SHORTEST_PIECE, min(LONGEST_PIECE, smaller / PIECES)))))
-    # Copies have the same name, and so have their pieces: what is known by a name goes to one side.
+    # Copies and their pieces have the same names, and all text of one name goes to one side.
     lengths: dict[str, int] = {}
     pieces: list[tuple[str, int, int, int]] = []
     for index, (name, text) in enumerate(zip(names, texts, strict=True)):
@@ -181,11 +181,11 @@ def cut_and_chosen(names: Sequence[str], texts: Iterable[str], num_characters: i
 
 
 def piece_bounds(text: str, size: int) -> list[tuple[int, int]]:
-    """Where the pieces of a text begin and end: about `size` characters each, none of them blank unless the text is."""
+    """The bounds of the pieces of a text, of about `size` characters each. No piece is blank unless the text is."""
     bounds: list[tuple[int, int]] = []
     begin = 0
     while begin < len(text):
-        # No small rest: the last piece is up to half as long again.
+        # The last piece is up to half as long again, so that no small rest remains.
         end = len(text) if len(text) - begin < 1.5 * size else cut_end(text, begin, begin + size)
         if bounds and not text[begin:end].strip():
             begin = bounds.pop()[0]
@@ -211,10 +211,10 @@ class Corpus:
     """Documents in two splits, each with the columns `name` and `text`.
 
     Args:
-        train: what is trained on; an `IterableDataset` when streaming.
-        held_out: what is evaluated on.
-        identity: fingerprint of both splits' content; a stream's says where it comes from.
-        description: what is trained on and what is held out, in a line.
+        train: training documents, an `IterableDataset` when streaming.
+        held_out: documents for evaluation.
+        identity: fingerprint of both splits' content, or of a stream's source.
+        description: a line about the training and the held-out text.
     """
 
     train: Dataset | IterableDataset
@@ -226,12 +226,12 @@ class Corpus:
 def load_corpus(data: DataArguments) -> Corpus:
     """The corpus that `data` names, split by a hash of each document's name, or with `data.validation` as its held-out split.
 
-    A document's side depends on its own name and on `held_out_fraction`, and on no other document. Where one side would stay
-    empty, or a corpus of one's own would be split far from the fraction, documents are cut instead (`cut_and_chosen`).
+    The side of a document depends only on its name and on `held_out_fraction`. If one side would be empty, or a user's own corpus would be
+    split far from the fraction, documents are cut instead (`cut_and_chosen`).
 
     Raises:
-        ValueError: no such corpus, a file or record that can't be read, or no text for two splits.
-        ConnectionError: a hub data set, and the hub can't be reached.
+        ValueError: there is no such corpus, a file or record cannot be read, or there is not enough text for two splits.
+        ConnectionError: the corpus is a hub data set, and the hub cannot be reached.
     """
     path = Path(data.corpus).expanduser()
     if data.format == "chat" and data.corpus in EMBEDDED_CORPORA:
@@ -279,7 +279,7 @@ def load_corpus(data: DataArguments) -> Corpus:
 
 
 def _validation_path(data: DataArguments, corpus: Path) -> Path | None:
-    """What `data.validation` names."""
+    """The path that `data.validation` names."""
     if data.validation is None:
         return None
     path = Path(data.validation).expanduser()
@@ -294,7 +294,7 @@ def _validation_path(data: DataArguments, corpus: Path) -> Path | None:
 
 
 def _embedded(data: DataArguments) -> tuple[Dataset, str]:
-    """Files are known by name, size and time, so that an edited one is read again."""
+    """The documents of an embedded corpus. Files are identified by name, size and time, so that an edited one is read again."""
     files = embedded_files(data.corpus)
     states = _states(files)
     identity = fingerprint("files", [data.corpus, data.text_column, data.max_documents], states)
@@ -306,7 +306,7 @@ def _embedded(data: DataArguments) -> tuple[Dataset, str]:
 def _local(
     data: DataArguments, path: Path, *, excluded: Path | None = None, limit: int | None = None
 ) -> tuple[Dataset, str]:
-    """The documents of a file or folder, at most `limit`, without those of a file or folder in it that is left out."""
+    """The documents of a file or folder, at most `limit`, without those of an excluded file or folder inside it."""
     files = local_files(path, excluded=excluded)
     states = _states(files)
     identity = fingerprint("local", _LOCAL_VERSION, [str(path.resolve()), data.text_column, limit], states)
@@ -339,7 +339,7 @@ def _stored(
     total: int,
     unit: str = "documents",
 ) -> Dataset:
-    """The documents of a generator, out of the cache where they are there."""
+    """The documents of a generator, or from the cache if they are there."""
     with progress(f"Reading {corpus}", total, unit) as advance:
         return generated_dataset(
             generator,
@@ -353,7 +353,7 @@ def _stored(
 
 
 def _sampled(data: DataArguments, documents: Dataset, identity: str) -> tuple[Dataset, str]:
-    """About `data.max_bytes` of the documents, drawn by a hash of their names, in their own order."""
+    """About `data.max_bytes` of the documents, drawn by a hash of their names and kept in order."""
     if data.max_bytes is None:
         return documents, identity
     sizes = pc.binary_length(_texts(documents)).to_numpy()
@@ -367,10 +367,10 @@ def _sampled(data: DataArguments, documents: Dataset, identity: str) -> tuple[Da
 
 
 def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool) -> Corpus:
-    """Both splits of the documents: views where the names' hash takes about the fraction, else of documents that are cut.
+    """Splits the documents: by views if the hash of names gives about the fraction, else by cutting documents.
 
     Args:
-        is_own: the corpus is a file or folder of the user's own; else what the hash takes stands, unless a side is empty.
+        is_own: whether the corpus is a file or folder of the user's own. Other corpora are cut only if a side would be empty.
     """
     fraction = data.held_out_fraction
     identity = fingerprint("split", identity, fraction)
@@ -401,7 +401,7 @@ def _split(data: DataArguments, documents: Dataset, identity: str, is_own: bool)
 
 
 def _split_whole(data: DataArguments, documents: Dataset, identity: str) -> Corpus:
-    """Both splits of conversations, which cannot be cut: so many of the first by their names' hash as are nearest to the fraction."""
+    """Splits conversations, which cannot be cut: those with the lowest hashes of names are held out, up to about the fraction."""
     names = list(documents["name"])
     order = sorted(set(names), key=hash_of)
     if len(order) < 2:
@@ -441,7 +441,7 @@ def _runs_of(documents: Dataset, runs: list[Run], advance: Callable[[int], objec
 
 
 def _streamed_corpus(data: DataArguments, records: IterableDataset, validation: Path | None) -> Corpus:
-    """Training documents as they come, without any that is held out; held-out ones from the stream's beginning, stored."""
+    """Training documents in the stream's order, without held-out ones, and stored held-out documents from its beginning."""
     fraction = data.held_out_fraction if validation is None else 0.0
     arguments = {"records": records, "text_column": data.text_column, "fraction": fraction}
     train = IterableDataset.from_generator(_streamed_train, features=DOCUMENT_FEATURES, gen_kwargs=arguments)

@@ -1,6 +1,6 @@
-"""Documents out of local files: text (a file is one), JSONL (a line), JSON (an item of the array), CSV and Parquet (a row).
+"""Documents from local files: a text file, a line of JSONL, an item of a JSON array, or a row of CSV or Parquet is a document.
 
-All but Parquet may be compressed with gzip (`.jsonl.gz`).
+All but Parquet files may be compressed with gzip (`.jsonl.gz`).
 """
 
 import csv
@@ -30,31 +30,31 @@ logger = logging.getLogger(__name__)
 GZIP_SUFFIX = ".gz"
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# A text file of twice this length or more is several documents of about this length, so that none fills the memory.
+# A text file of at least twice this length becomes several documents of about this length, so that none fills the memory.
 PART_CHARACTERS = 256 * 1024
 _PARQUET_BATCH_ROWS = 1024
 _READ_BYTES = 2**20
 _PLACES_NAMED = 3
 
-Advance = Callable[[int], object]  # told how many bytes more have been read
+Advance = Callable[[int], object]  # called with the number of bytes that were read
 
 
 class TextFile(NamedTuple):
-    """A file and the name its documents go by."""
+    """A file and the name of its documents."""
 
     name: str
     path: Path
 
 
 class Oddities:
-    """What was left out or changed while a corpus was read: how often, and where the first of each kind stand."""
+    """What was left out or changed while a corpus was read: the number of cases and the places of the first of each kind."""
 
     def __init__(self) -> None:
         self._places: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, kind: str, where: str) -> None:
-        """Counts one, and keeps its place if it is one of the first."""
+        """Counts a case, and keeps its place if it is one of the first."""
         self._counts[kind] = self._counts.get(kind, 0) + 1
         places = self._places.setdefault(kind, [])
         if len(places) < _PLACES_NAMED:
@@ -68,10 +68,10 @@ class Oddities:
 
 
 def decode(content: bytes) -> str:
-    """UTF-8 text of a file's content, unchanged to the byte.
+    """Decodes a file's content as UTF-8, without any changes.
 
     Raises:
-        ValueError: NUL bytes, or not UTF-8.
+        ValueError: the content has NUL bytes or is not UTF-8.
     """
     position = content.find(b"\0")
     if position >= 0:
@@ -80,20 +80,20 @@ def decode(content: bytes) -> str:
 
 
 def content_name(text: str) -> str:
-    """The name of a document that has none: a digest of its text, so that copies share a split."""
+    """The name of a document without one: a digest of its text, so that copies are in one split."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-# The places where a text may be cut, the best first: after a sentence, after white space. The end of a line is better than both.
+# Places where a text may be cut, the best first: after a sentence, after white space. The end of a line is better than both.
 _BREAKS = (re.compile(r"[.!?…][\"'”’»)\]]*\s|[。！？]"), re.compile(r"\s"))
 _JOINERS = frozenset("\u200d\ufe0e\ufe0f")  # zero-width joiner and variation selectors: they belong to their neighbour
 
 
 def cut_end(text: str, begin: int, end: int) -> int:
-    """Where a piece of a text ends that begins at `begin` and may end at `end` at the latest.
+    """The end of a piece of a text that begins at `begin` and should end by `end`.
 
-    That is after the last line, else sentence, else word that ends in the second half of the piece; in a text that has none of
-    them, at `end`, or as far behind it as keeps a character together with its accents.
+    It is after the last line, else sentence, else word that ends in the second half of the piece. In a text without these it is at `end`,
+    or a little later, to keep a character together with its accents.
     """
     if end >= len(text):
         return len(text)
@@ -115,14 +115,14 @@ def _belong_together(before: str, after: str) -> bool:
 
 
 def local_files(path: Path, *, excluded: Path | None = None) -> list[TextFile]:
-    """The file itself, or every file below a folder, hidden ones and bytecode left out; named by their path below it.
+    """The file itself, or all files below a folder except hidden ones and bytecode, named by their path below it.
 
     Args:
         path: a file or a folder.
-        excluded: a file or folder that is left out too.
+        excluded: a file or folder that is also left out.
 
     Raises:
-        ValueError: a folder without files.
+        ValueError: the folder has no files.
     """
     if path.is_file():
         return [TextFile(_encodable(path.name), path)]
@@ -143,7 +143,7 @@ def local_files(path: Path, *, excluded: Path | None = None) -> list[TextFile]:
 
 
 def _encodable(name: str) -> str:
-    """A file's name as text that can be stored, even where the disk has bytes that are not UTF-8."""
+    """A file's name as text that can be stored, even if its bytes are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -153,15 +153,14 @@ def local_documents(
     """Name and text of every document that is not empty.
 
     Args:
-        path: what the user named. Where that is a file that cannot be read as text or records, this is an error; in a folder
-            such a file is skipped, counted and named.
+        path: path that the user named. If it is a file that cannot be read as text or records, this is an error. In a folder such a
+            file is skipped, counted and reported.
         files: `local_files(path)`.
-        text_column: of JSONL, JSON, CSV and Parquet files. A `name` column beside it names the documents.
-        advance: told of the bytes of the files as they are read.
+        text_column: column with the text in JSONL, JSON, CSV and Parquet files. A column `name` names the documents.
+        advance: called with the number of bytes that were read.
 
     Raises:
-        ValueError: a file that was named and cannot be read; no file of a folder can; a line, row or column that is not what it
-            should be.
+        ValueError: the named file, or every file of a folder, cannot be read; or a line, row or column is invalid.
     """
     oddities, skipped, num_documents = Oddities(), [], 0
     for file in files:
@@ -189,11 +188,11 @@ def local_documents(
 
 
 class _OtherContentError(Exception):
-    """A file is not what its name or place lets expect, which only matters where it was asked for."""
+    """A file's content does not match its name or place. This is an error only if the user named the file."""
 
 
 def _documents_of(file: TextFile, text_column: str, oddities: Oddities, advance: Advance) -> Iterator[dict[str, str]]:
-    """The documents of a file; what its name or its beginning says of it is checked before the first is asked for."""
+    """The documents of a file. Its name and its beginning are checked at once, before the first document is read."""
     suffix = file.path.suffix.lower()
     if suffix == ".parquet":
         return _parquet_documents(file, text_column, oddities, advance)
@@ -211,7 +210,7 @@ def _documents_of(file: TextFile, text_column: str, oddities: Oddities, advance:
 
 
 class _CountedFile(io.FileIO):
-    """A file that tells how much of it is read."""
+    """A file that reports how much of it has been read."""
 
     def __init__(self, path: Path, advance: Advance) -> None:
         super().__init__(path)
@@ -225,10 +224,10 @@ class _CountedFile(io.FileIO):
 
 @contextmanager
 def _opened(file: TextFile, advance: Advance = lambda num_bytes: None) -> Iterator[BinaryIO]:
-    """The content of a file, unpacked.
+    """Opens the uncompressed content of a file.
 
     Raises:
-        ValueError: it is called .gz and is not whole gzip.
+        ValueError: the name ends in .gz, and the file is not complete gzip.
     """
     with io.BufferedReader(_CountedFile(file.path, advance), _READ_BYTES) as packed:
         if file.path.suffix.lower() != GZIP_SUFFIX:
@@ -271,7 +270,7 @@ def _not_text(reason: str) -> _OtherContentError:
 
 
 def _text_documents(file: TextFile, advance: Advance) -> Iterator[dict[str, str]]:
-    """The text as one document, or in parts of about `PART_CHARACTERS`; together they are the file."""
+    """The text as one document, or in parts of about `PART_CHARACTERS` that together are the file."""
     decoder, text, number = getincrementaldecoder("utf-8")(), "", 0
     with _opened(file, advance) as content:
         while chunk := content.read(_READ_BYTES):
@@ -301,10 +300,10 @@ def _jsonl_documents(
 
 
 def _json_items(file: TextFile, text_column: str, advance: Advance) -> Iterator[tuple[str, Any]]:
-    """Each record of a JSON file and where it stands: the items of an array, a lone object, or lines as in JSONL.
+    """The records of a JSON file and their places: the items of an array, a single object, or lines as in JSONL.
 
     Raises:
-        _OtherContentError: JSON of another form, or none.
+        _OtherContentError: the file is JSON of another form, or not JSON.
     """
     with _opened(file, advance) as content:
         source = content.read()
@@ -343,7 +342,9 @@ def _record_document(record: Any, text_column: str, where: str, oddities: Odditi
 @contextmanager
 def _csv_rows(file: TextFile, delimiter: str, advance: Advance = lambda num_bytes: None) -> Iterator[Any]:
     """A reader of the rows of a CSV file, whose fields may be of any length."""
-    csv.field_size_limit(sys.maxsize)  # of the whole process; its default, 128 KiB, is shorter than many a text
+    csv.field_size_limit(
+        sys.maxsize
+    )  # a setting of the whole process, whose default of 128 KiB is too low for long texts
     with _opened(file, advance) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as lines:
         yield csv.reader(lines, delimiter=delimiter, strict=True)
 
@@ -409,7 +410,7 @@ def _parquet_documents(
 
 
 def text_in(value: Any, text_column: str, where: str) -> Any:
-    """What a record's column holds, conversations as JSON text.
+    """The value of a record's column, with conversations as JSON text.
 
     Raises:
         ValueError: see `conversation_text`.
@@ -421,12 +422,12 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def named_document(text: Any, name: Any, where: str, oddities: Oddities) -> dict[str, str]:
-    """A document of a record's fields; without a text it is empty, without a name it is named by its content.
+    """Makes a document of a record's fields. Without a text it is empty, and without a name it is named by its content.
 
-    Half of a character that takes two in UTF-16, as a text has that was cut by them, becomes U+FFFD.
+    A lone surrogate, as in a text that was cut by UTF-16 units, becomes U+FFFD.
 
     Raises:
-        ValueError: a text that is no string; `where` says which.
+        ValueError: the text is not a string. `where` is its place.
     """
     if text is None:
         oddities.add("records without a text (null) are left out", where)

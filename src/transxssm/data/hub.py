@@ -12,11 +12,11 @@ _READ_BATCH_DOCUMENTS = 256
 
 
 def open_hub_dataset(data: DataArguments) -> Dataset | IterableDataset:
-    """The hub data set that `data` names, at most `max_documents` of it, with the columns it has there.
+    """The hub data set that `data` names, at most `max_documents` of it, with all its columns.
 
     Raises:
-        ConnectionError: the hub can't be reached.
-        ValueError: no such data set, configuration, split or column.
+        ConnectionError: the hub cannot be reached.
+        ValueError: there is no such data set, configuration, split or column.
     """
     what = " ".join(filter(None, [data.corpus, data.corpus_config, f"(split {data.corpus_split})"]))
     try:
@@ -39,7 +39,7 @@ def open_hub_dataset(data: DataArguments) -> Dataset | IterableDataset:
         ) from error
     columns = records.column_names or list(
         next(iter(records), {})
-    )  # a stream may not know them before its first record
+    )  # a stream may not know its columns before its first record
     if data.text_column not in columns:
         raise ValueError(
             f"{what} has no column {data.text_column!r}: got {columns}; set data.text_column to one of them"
@@ -54,15 +54,15 @@ def open_hub_dataset(data: DataArguments) -> Dataset | IterableDataset:
 def hub_documents(
     records: Dataset | IterableDataset, text_column: str, advance: Advance = lambda num_records: None
 ) -> Iterator[dict[str, str]]:
-    """Name and text of every record that is not empty; a record is named by its `name`, else by its content.
+    """Name and text of every record that is not empty. A record is named by its `name` or else by its content.
 
     Args:
-        records: of a data set.
-        text_column: where their text is.
-        advance: told of every record that is read.
+        records: records of a data set.
+        text_column: column with the text.
+        advance: called for every record that is read.
 
     Raises:
-        ValueError: a text that is no string.
+        ValueError: a text is not a string.
     """
     number, oddities = 0, Oddities()
     for batch in records.iter(_READ_BATCH_DOCUMENTS):

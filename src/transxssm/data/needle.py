@@ -1,4 +1,4 @@
-"""Needle in a haystack: lines of text, one sentence among them that gives a number to a name, and in the end the question for it."""
+"""Needle in a haystack: lines of text with a sentence that gives a name a number, and at the end a question for that number."""
 
 import bisect
 import itertools
@@ -27,7 +27,7 @@ DIGITS = 5
 
 
 class Wording(NamedTuple):
-    """What stands in the haystack, and what is asked in the end; both name the `{name}`, the answer is a space and the number."""
+    """The sentence in the haystack and the question at the end. Both have the `{name}`, and the answer is a space and the number."""
 
     statement: str
     question: str
@@ -45,10 +45,10 @@ class NeedleExample:
     """A prompt and the answer that should follow it.
 
     Args:
-        prompt_ids: token ids, the token that begins a document first.
-        answer_ids: token ids that continue them.
-        answer: their text, a space and a number.
-        depth: share of the haystack's tokens before the needle, as it came out with whole lines.
+        prompt_ids: token ids, which begin with the token that begins a document.
+        answer_ids: token ids of the answer.
+        answer: text of the answer, a space and a number.
+        depth: share of the haystack's tokens before the needle, which depends on the lengths of lines.
     """
 
     prompt_ids: list[int]
@@ -58,17 +58,17 @@ class NeedleExample:
 
     @property
     def input_ids(self) -> list[int]:
-        """Prompt and answer."""
+        """Token ids of prompt and answer."""
         return self.prompt_ids + self.answer_ids
 
 
 @dataclass(frozen=True)
 class NeedleLesson:
-    """A text with several needles, each of which is asked for at its end, one after the other, with its answer.
+    """A text with several needles, at whose end all of them are asked for in turn, with the answers.
 
     Args:
-        input_ids: token ids, the token that begins a document first.
-        is_answer: for each of them, whether it belongs to an answer.
+        input_ids: token ids, which begin with the token that begins a document.
+        is_answer: whether each token belongs to an answer.
     """
 
     input_ids: list[int]
@@ -79,17 +79,17 @@ _Laid = TypeVar("_Laid", NeedleExample, NeedleLesson)
 
 
 class Haystack:
-    """Lines of text in order, to be laid around needles; after the last line the first one follows again."""
+    """Lines of text in order, among which needles are placed. The first line follows the last one."""
 
     def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
         """
         Args:
-            texts: documents, of which as many are read as have `max_tokens` tokens.
-            tokenizer: of the model that will read the prompts.
-            max_tokens: of the longest prompt, or more, so that prompts differ.
+            texts: documents, which are read until there are `max_tokens` tokens.
+            tokenizer: tokenizer of the model that will read the prompts.
+            max_tokens: tokens of the longest prompt, or more, so that prompts differ.
 
         Raises:
-            ValueError: no text, a tokenizer without eos token.
+            ValueError: there is no text, or the tokenizer has no eos token.
         """
         self.tokenizer = tokenizer
         self.lines: list[str] = []
@@ -111,16 +111,17 @@ class Haystack:
         self._line_tokens = np.array(sizes)
 
     def example(self, *, length: int, depth: float, seed: int, number: int, num_distractors: int = 0) -> NeedleExample:
-        """A prompt of at most `length` tokens, answer included, of whole lines; the same for the same arguments.
+        """A prompt of at most `length` tokens, answer included, of whole lines. It depends only on the arguments.
 
         Args:
-            length: tokens of prompt and answer at most; about one line less is the rule.
-            depth: where the needle stands: 0 before the first line, 1 after the last.
-            seed, number: of the seed's examples the one of this number: its place in the text, name, number and wording.
-            num_distractors: sentences of the same wording about other names, at random depths.
+            length: largest number of tokens of prompt and answer. There are usually fewer, by up to a line.
+            depth: place of the needle, from 0 before the first line to 1 after the last.
+            seed, number: seed and index of the example, which determine its place in the text, name, number and wording.
+            num_distractors: number of sentences of the same wording about other names, at random depths.
 
         Raises:
-            ValueError: a depth out of 0 … 1; more distractors than names; a length that the needle and its question alone exceed.
+            ValueError: the depth is not in 0 … 1, there are more distractors than names, or the needle and its question alone exceed the
+                length.
         """
         _check_depth(depth)
         if not 0 <= num_distractors < NUM_NAMES:
@@ -146,14 +147,15 @@ class Haystack:
         return self._filled(laid, first_line, length)
 
     def lesson(self, *, length: int, depth: float, seed: int, number: int, num_needles: int) -> NeedleLesson:
-        """A text of at most `length` tokens with needles and questions for all of them, or for as many as fit, at least one.
+        """A text of at most `length` tokens with needles and questions for all of them. Fewer if they do not fit, but at least one.
 
         Args:
-            length, depth, seed, number: as for an example; the depth is that of the needle that is asked for first.
-            num_needles: at most; each has a wording of its own.
+            length, depth, seed, number: as for an example. The depth is that of the needle that is asked for first.
+            num_needles: largest number of needles, each with its own wording.
 
         Raises:
-            ValueError: a depth out of 0 … 1; no needle, or more than names; a length that one needle and its question alone exceed.
+            ValueError: the depth is not in 0 … 1, there is no needle or more needles than names, or one needle and its question alone
+                exceed the length.
         """
         _check_depth(depth)
         if not 0 < num_needles <= NUM_NAMES:
@@ -181,7 +183,7 @@ class Haystack:
         return self._filled(of_needles(max(1, num_fitting)), first_line, length)
 
     def fewest_tokens(self) -> int:
-        """Tokens of a needle and its question in the longest wording, about the longest name: what every prompt needs room for."""
+        """Tokens of a needle and its question with the longest wording and name, for which every prompt must have room."""
         sizes = {word: len(ids) for word, ids in zip(WORDS, self._encode([f" {word}" for word in WORDS]), strict=True)}
         name = " ".join(max(words, key=sizes.__getitem__) for words in (ADJECTIVES, NOUNS))
         number = f"{10**DIGITS - 1}"
@@ -192,13 +194,13 @@ class Haystack:
         return 1 + max(map(len, self._encode(texts)))
 
     def _filled(self, laid: Callable[[int], _Laid], first_line: int, length: int) -> _Laid:
-        """What `laid` makes of as many lines as fit into `length` tokens."""
+        """The result of `laid` for the largest number of lines that fits into `length` tokens."""
         bare = laid(0)
         if len(bare.input_ids) > length:
             raise ValueError(
                 f"a needle and its question need {len(bare.input_ids)} tokens: got length {length}; ask for a longer one"
             )
-        # Joined lines have fewer tokens than the lines by themselves, where tokens cross line ends: so not once but until full.
+        # If tokens cross line ends, joined lines have fewer tokens than single lines, so that lines are added repeatedly.
         example, num_lines = bare, 0
         while True:
             step = max(1, self._lines_that_fit(first_line + num_lines, length - len(example.input_ids)))
@@ -220,7 +222,7 @@ class Haystack:
     def _lines_around(
         self, first_line: int, num_lines: int, statements: list[str], depths: list[float]
     ) -> tuple[list[str], float]:
-        """So many lines of haystack with the statements among them; the depth of the first statement as it came out."""
+        """Lines of haystack with the statements among them, and the actual depth of the first statement."""
         indices = [(first_line + i) % len(self.lines) for i in range(num_lines)]
         ends = [0, *itertools.accumulate(int(self._line_tokens[i]) for i in indices)]  # tokens before each gap
         gaps = [_nearest(ends, share * ends[-1]) for share in depths]
@@ -241,7 +243,7 @@ class Haystack:
         questions: list[tuple[str, str]],
     ) -> NeedleLesson:
         text = "".join(f"{line}\n" for line in self._lines_around(first_line, num_lines, statements, depths)[0])
-        answers = []  # from which character to before which
+        answers = []  # first character of each answer, and the one after its last
         for question, answer in questions:
             text += question
             answers.append((len(text), len(text) + len(answer)))
@@ -260,11 +262,11 @@ class Haystack:
         question: str,
         answer: str,
     ) -> NeedleExample:
-        """The example with so many lines of haystack; the first of the statements is the needle."""
+        """The example with a number of lines of haystack. The first of the statements is the needle."""
         lines, depth = self._lines_around(first_line, num_lines, statements, depths)
         prompt = "".join(f"{line}\n" for line in [*lines, question])[:-1]
         prompt_ids, whole_ids = self._encode([prompt, prompt + answer])
-        # A tokenizer that merges across the seam has the answer begin where both part.
+        # If the tokenizer merges across the boundary, the answer begins where both token sequences differ.
         seam = next(
             (i for i, (own, joined) in enumerate(zip(prompt_ids, whole_ids, strict=False)) if own != joined),
             len(prompt_ids),

@@ -1,7 +1,7 @@
-"""Documents laid into rows of one length, cached as int32 columns with document boundaries kept, and the batches of these rows.
+"""Packs documents into rows of one length, which are cached as int32 columns with their document boundaries, and makes batches.
 
-A document is `[bos] + tokens + [eos]`. A row is full: where it ends inside a document, the next row goes on with it, and
-repeats the last token as context, so that every token except bos is predicted exactly once.
+A document is `[bos] + tokens + [eos]`. Rows are full: if a row ends inside a document, the next row continues it and repeats the last
+token as context, so that every token except bos is predicted exactly once.
 
 Letters: b batch, t time.
 """
@@ -26,8 +26,8 @@ from transxssm.data.tokenizer import document_bounds, tokenizer_identity
 
 ROW_FEATURES = Features({"input_ids": List(Value("int32")), "seq_idx": List(Value("int32"))})
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
-_TARGETS = {"is_target": List(Value("bool"))}  # of conversations
-# Tokenizers keep about a hundred bytes a token while they work: small batches bound that for long documents.
+_TARGETS = {"is_target": List(Value("bool"))}  # for conversations
+# Tokenizers need about a hundred bytes for each token of a batch, which small batches limit for long documents.
 _TOKENIZER_BATCH_DOCUMENTS = 64
 _TOKENIZER_BATCH_CHARACTERS = 2**21
 _READ_BATCH_DOCUMENTS = 256
@@ -40,12 +40,12 @@ IGNORED_LABEL = -100
 class PackedDatasets:
     """Packed rows with the columns `input_ids` and `seq_idx`, the document of each token, counted from 0 in every row.
 
-    Rows of conversations also have `is_target`: which tokens are the assistant's.
+    Rows of conversations also have `is_target`, which marks the assistant's tokens.
 
     Args:
-        train: documents in seeded random order, every row full; an `IterableDataset` when streaming.
-        held_out: documents in their own order; the last row may be short.
-        held_out_bytes: UTF-8 bytes of the held-out documents, which all labelled tokens of `held_out` together predict.
+        train: documents in seeded random order in full rows. It is an `IterableDataset` when streaming.
+        held_out: documents in their own order. The last row may be shorter.
+        held_out_bytes: UTF-8 bytes of the held-out documents, for which the labelled tokens of `held_out` stand.
     """
 
     train: Dataset | IterableDataset
@@ -56,7 +56,7 @@ class PackedDatasets:
 def build_datasets(data: DataArguments, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> PackedDatasets:
     """Tokenises and packs both splits, or takes them from the cache.
 
-    Tokens are cached by corpus and tokenizer, rows by `sequence_length` and `seed` too.
+    Tokens are cached by corpus and tokenizer, and rows also by `sequence_length` and `seed`.
 
     Raises:
         ValueError: the training split does not fill one row.
@@ -86,11 +86,11 @@ def pack(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[dict
     """Rows of `sequence_length` tokens, the last one shorter if the documents end before it is full.
 
     Args:
-        documents: token ids (tokens,), bos and eos included; of conversations (2, tokens), ids and which of them are targets.
-        sequence_length: tokens a row, at least 2.
+        documents: token ids (tokens,), bos and eos included. For conversations (2, tokens), ids and whether they are targets.
+        sequence_length: tokens in a row, at least 2.
 
     Yields:
-        `input_ids` and `seq_idx`, each (sequence_length,) int32; of conversations also `is_target`, (sequence_length,) bool.
+        `input_ids` and `seq_idx`, each (sequence_length,) int32. For conversations also `is_target`, (sequence_length,) bool.
     """
     row: dict[str, np.ndarray] = {}
     filled = segment = 0
@@ -131,7 +131,7 @@ def _tokenize_of(data: DataArguments) -> Callable[[list[str], PreTrainedTokenize
 def tokenize_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[np.ndarray]:
     """Each text as `[bos] + tokens + [eos]`, (tokens + 2,) int32.
 
-    A text that spells out a special token gets the tokens of those characters: only packing ends a document.
+    Text that spells a special token is tokenised as text, since only packing ends a document.
     """
     begin, end = document_bounds(tokenizer)
     documents: list[np.ndarray] = []
@@ -144,7 +144,7 @@ def tokenize_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in order, in lists that together have `_TOKENIZER_BATCH_CHARACTERS` at most, unless it is one text."""
+    """The texts in order, in lists with at most `_TOKENIZER_BATCH_CHARACTERS` characters or one text."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -241,10 +241,10 @@ def _arrays(tokens: Dataset, advance: Callable[[int], object]) -> Iterator[np.nd
 
 
 class PackedCollator:
-    """Stacks packed rows and derives what follows from them.
+    """Stacks packed rows and derives positions and labels.
 
     Args:
-        tokenizer: its pad token fills rows that are shorter than the longest of a batch; its eos token where it has none.
+        tokenizer: its pad token, or else its eos token, fills rows that are shorter than the longest of a batch.
 
     Raises:
         ValueError: the tokenizer has neither.
@@ -257,16 +257,16 @@ class PackedCollator:
         self.pad_token_id: int = pad
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch, every tensor (b, t) int64, t the longest row.
+        """Makes a batch, in which every tensor is (b, t) int64 and t is the length of the longest row.
 
         Args:
-            rows: `input_ids` and `seq_idx`, each (t,) integers; with `is_target`, (t,) booleans, only those tokens have labels. Other
+            rows: `input_ids` and `seq_idx`, each (t,) integers. With `is_target`, (t,) booleans, only those tokens have labels. Other
                 columns are left out.
 
         Returns:
-            `input_ids`; `seq_idx`, the segment of each token, pads being a last one of their own; `position_ids`, from 0 in
-            every segment; `labels`, the token itself (the model shifts them), -100 at pads and at each segment's first
-            token, which no neighbour may predict.
+            `input_ids`; `seq_idx`, the segment of each token, where pads form a last segment of their own; `position_ids`, from 0 in
+            every segment; `labels`, the token itself (the model shifts them), or -100 at pads and at each segment's first
+            token, which must not be predicted from another segment.
         """
         length = max(len(row["input_ids"]) for row in rows)
         input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How far the preparation of data is: a bar on a terminal where `datasets` would show one, elsewhere a line now and then."""
+"""Progress of data preparation: a bar on a terminal, where `datasets` would show one, and elsewhere occasional lines."""
 
 import logging
 import sys
@@ -17,18 +17,18 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Tells how much of a stage is done; what takes no time is not told of.
+    """Shows the progress of a stage. A stage that takes no time shows nothing.
 
     Args:
-        what: is done, such as "Reading my_texts".
-        total: units of work; 0 where it is unknown.
-        unit: "B" for bytes, or what is counted, in the plural.
+        what: description of the stage, such as "Reading my_texts".
+        total: number of units, or 0 if it is unknown.
+        unit: "B" for bytes, or the plural of the unit.
 
     Yields:
-        A function that is told how many more units are done. The first call begins the display.
+        A function to be called with numbers of units done. The first call begins the display.
     """
     shows_bars = is_progress_bar_enabled()
-    disable_progress_bars()  # of `datasets`, which would show the same work a second time, without its end
+    disable_progress_bars()  # the bars of `datasets` would show the same work again, without a total
     try:
         with _bar(what, total, unit) if shows_bars and sys.stderr.isatty() else _lines(what, total, unit) as advance:
             yield advance
@@ -63,7 +63,7 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _lines(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A line each time that many seconds have passed."""
+    """Logs a line at regular intervals."""
     done, last = 0, time.monotonic()
 
     def advance(count: int) -> None:
@@ -84,5 +84,5 @@ def _of(done: int, total: int, unit: str) -> str:
 
 
 def amount(count: int, unit: str) -> str:
-    """A number of bytes or things in words."""
+    """Formats a number of bytes or of other units."""
     return f"{count / 1e6:,.1f} MB" if unit == "B" else f"{count:,} {unit}"

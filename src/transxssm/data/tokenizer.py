@@ -1,7 +1,7 @@
 """Tokenizers: byte-level BPE trained on the corpus, plain bytes, or any that `AutoTokenizer` loads.
 
-Those made here give every UTF-8 text back to the byte, put `<|endoftext|>` before a prompt (a document begins so in
-training), and are ordinary `PreTrainedTokenizerFast`, loaded from a run's folder by `AutoTokenizer`.
+Those made here decode every UTF-8 text exactly, and put `<|endoftext|>` before a prompt, since documents begin with it in training. They
+are ordinary `PreTrainedTokenizerFast`, which `AutoTokenizer` loads from a run's folder.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from transxssm.data.progress import progress
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD = SPECIAL_TOKENS
-# Of prompts in one batch: `generate` goes on after the last column, which must be each prompt's last token. Rows that are trained on
-# are padded by their collator.
+# The padding side of prompts in a batch: `generate` continues after the last column, which must be each prompt's last token. The collator
+# pads training rows.
 PADDING_SIDE = "left"
-# Merges stay inside these pieces. A word takes the one symbol or space before it; digits go in threes; punctuation takes the
-# line end and the next line's indentation along, so that "):\n        " is one token. On held-out files of the standard
+# Merges stay inside these pieces. A word includes one symbol or space before it, digits form groups of three, and punctuation includes
+# the line end and the next line's indentation, so that "):\n        " is one token. On held-out files of the standard
 # library, vocabulary 8192: 4.37 bytes per token, against 3.87 with GPT-2's pieces and 4.06 with GPT-4's.
 PIECES = (
     r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
@@ -39,16 +39,16 @@ PIECES = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-# More text than this changes the merges little and takes minutes: larger corpora train BPE on a fixed random sample.
+# More text than this changes the merges little and takes minutes, so that BPE is trained on a fixed random sample of larger corpora.
 BPE_TRAINING_BYTES = 64 * 2**20
 
 
 def build_tokenizer(data: DataArguments, corpus: Corpus) -> PreTrainedTokenizerFast:
-    """The tokenizer that `data` names; `bpe` is trained on the corpus's training split, or taken from the cache.
+    """The tokenizer that `data` names. `bpe` is trained on the corpus's training split, or read from the cache.
 
     Raises:
-        ValueError: `AutoTokenizer` can't load it, it has no fast version, no token that ends a text, or a chat template that cannot be
-            trained on.
+        ValueError: `AutoTokenizer` cannot load it, or it has no fast version, no token that ends a text, or a chat template that does not
+            support training.
     """
     if data.tokenizer == "bytes":
         tokenizer = _wrapped(_byte_tokenizer())
@@ -62,7 +62,7 @@ def build_tokenizer(data: DataArguments, corpus: Corpus) -> PreTrainedTokenizerF
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Fingerprint of what the tokenizer makes of a document; calls that pad or truncate leave it unchanged."""
+    """Fingerprint of how the tokenizer encodes documents. Calls that pad or truncate do not change it."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     del settings["truncation"], settings["padding"]
     settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -70,7 +70,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def document_bounds(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    """Ids of the tokens before and after every document: bos and eos, or eos twice where there is no bos.
+    """Ids of the tokens before and after every document: bos and eos, or eos twice if there is no bos.
 
     Raises:
         ValueError: the tokenizer has no eos token.
@@ -86,9 +86,9 @@ def document_bounds(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """Byte b is token b; the special tokens follow."""
+    """A tokenizer in which byte b is token b, followed by the special tokens."""
     symbols = {chr(byte): byte for byte in range(256)}
-    # ByteLevel writes each byte as one printable character: itself where that prints, else one from 256 on, in order.
+    # ByteLevel writes each byte as one printable character: itself if it is printable, else the next one from 256 on.
     hidden = [byte for byte in range(256) if chr(byte) not in pre_tokenizers.ByteLevel.alphabet()]
     for offset, byte in enumerate(hidden):
         del symbols[chr(byte)]
@@ -104,7 +104,7 @@ def _cached_bpe(data: DataArguments, corpus: Corpus) -> Tokenizer:
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = _train_bpe(corpus, data.vocab_size, said if data.format == "chat" else str)
-    # Renamed when whole: a run that is killed here, or another that starts now, never sees half a file.
+    # Renamed when complete, so that no other or later run reads a partial file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
         file.write(tokenizer.to_str())
@@ -179,5 +179,5 @@ def _named_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"tokenizer {name!r} has no fast version (tokenizer.json): got {type(tokenizer).__name__}; name another one"
         )
     tokenizer.padding_side = PADDING_SIDE
-    document_bounds(tokenizer)  # refused now, before the corpus is read
+    document_bounds(tokenizer)  # raises now, before the corpus is read
     return tokenizer
