@@ -1,4 +1,4 @@
-"""What `transxssm plan --measure` measures: how fast the GPUs of this machine train a model's layers, and how fast they exchange."""
+"""Measurements for `transxssm plan --measure`: how fast this machine's GPUs train a model's layers, and how fast they communicate."""
 
 import tempfile
 import time
@@ -13,19 +13,19 @@ from transxssm.inspection import TRAINING_PER_FORWARD, flops_per_token
 from transxssm.models import TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.training.sharding import compile_layers
 
-MEASURED_LAYERS = 8  # one module: seven SSD layers and one of attention
+MEASURED_LAYERS = 8  # one module of seven SSD layers and one attention layer
 REPEATS = 5
-LINK_BYTES = 2**28  # of a process, about the weights of a layer of 1.3b in float32
+LINK_BYTES = 2**28  # bytes of each process, about those of a layer of 1.3b in float32
 
 
 def measured_flops_per_second(
     config: TransXSSMConfig, *, length: int, rows: int, device: torch.device, repeats: int = REPEATS
 ) -> float:
-    """FLOPs of `flops_per_token` a second, forward and backward in bfloat16, on rows of random tokens; layers are compiled on a GPU.
+    """FLOPs of `flops_per_token` per second, forward and backward in bfloat16, on rows of random tokens. On a GPU layers are compiled.
 
     Args:
-        config: of which the first layers are taken.
-        length: tokens of a row.
+        config: configuration of which the first layers are used.
+        length: tokens in a row.
     """
     layers = min(config.num_hidden_layers, MEASURED_LAYERS)
     fields = config.to_dict() | {"num_hidden_layers": layers, "layer_types": config.layer_types[:layers]}
@@ -49,11 +49,11 @@ def measured_flops_per_second(
 
 
 def measured_link_bytes_per_second(processes: int, device_type: str, *, size: int = LINK_BYTES) -> float:
-    """Bytes a second that a process sends to each next one while all of them gather what all have.
+    """Bytes per second that each process sends to the next one in an all-gather.
 
     Args:
-        processes: of this machine, one for each GPU; on the CPU they speak through gloo.
-        size: bytes that each of them has.
+        processes: number of processes on this machine, one for each GPU. On the CPU they communicate through gloo.
+        size: bytes that each process contributes.
     """
     with tempfile.TemporaryDirectory(prefix="transxssm-") as folder:
         spawn(_exchange, (processes, device_type, size, folder), nprocs=processes)
@@ -80,7 +80,7 @@ def _exchange(rank: int, processes: int, device_type: str, size: int, folder: st
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one call, the mean."""
+    """Mean seconds of a call."""
     _wait(device)
     started = time.perf_counter()
     for _ in range(repeats):

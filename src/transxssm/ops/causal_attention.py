@@ -35,7 +35,7 @@ def causal_attention(
 
     Backends, in order of preference:
         "cpp": bfloat16 on a CPU with AVX-512 BF16, for heads of 32, 64, 96 or 128. Its kernels
-            take each query's first key and no mask, so that keys which documents or a window hide cost nothing. Not twice
+            take each query's first key and no mask, so that keys hidden by documents or a window cost nothing. Not twice
             differentiable.
         "sdpa": torch's `scaled_dot_product_attention`.
 
@@ -43,14 +43,14 @@ def causal_attention(
         q: (b, h, t, d). k, v: (b, k, t, d); heads r·i … r·i + r − 1 of the h = r k share number i.
         first_keys: (b, t) int32, the first key that each query sees: at most the query's own place, and never falling along a row.
             Negative ones count as 0. Defaults to zeros.
-        scaling: of the scores, more than 0.
+        scaling: factor of the scores, above 0.
         backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         (b, h, t, d) in q's dtype.
 
     Raises:
-        ValueError: shapes do not fit, the scaling is 0 or less, for which torch's kernels give NaN, or the requested backend does not
+        ValueError: shapes do not fit, the scaling is not above 0, for which torch's kernels give NaN, or the requested backend does not
             take the call.
     """
     batch, heads, length, _ = q.shape
@@ -81,7 +81,7 @@ def _kernel_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "it is for bfloat16"
     if is_exporting():
         return EXPORTED
-    if not torch.compiler.is_compiling():  # which calls the operator as it is
+    if not torch.compiler.is_compiling():  # the compiler calls the operator itself
         if is_watched():
             return WATCHED
         if not all(map(is_plain, (q, k, v))):

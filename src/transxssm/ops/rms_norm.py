@@ -56,7 +56,7 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
 
 
 def _blocks_refusal(x: Tensor, weight: Tensor, *backward: Tensor) -> str | None:
-    """Also asked by the backward pass, with the scales and the gradient. It accepts what the forward pass saved."""
+    """The backward pass calls this, too, with the scales and the gradient. It accepts what the forward pass saved."""
     if backward:
         return None
     if torch.compiler.is_compiling():  # before sizes, which may be symbols

@@ -19,9 +19,9 @@ def rotary_frequencies(dim: int, theta: float = 10000.0, *, device: torch.device
     """Angular frequencies θ_i = theta^(−2i/dim), i = 0 … dim/2 − 1 (paper, Eq. 3).
 
     Args:
-        dim: width that is rotated; even.
+        dim: even width that is rotated.
         theta: base of the frequencies.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         (dim/2,) float64, radians per position.
@@ -48,7 +48,7 @@ def rotary_cos_sin(
     Args:
         position_ids: (b or 1, t) integer positions m.
         frequencies: (d/2,) θ_i in radians per position; may be on the CPU whatever the device of position_ids.
-        dtype: of the results; float32, or float64 for float64 inputs.
+        dtype: dtype of the results: float32, or float64 for float64 inputs.
 
     Returns:
         cos, sin: each (b or 1, t, d/2), on the device of position_ids.
@@ -101,7 +101,7 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """`rotate` into existing memory, which saves two passes over the memory of a CPU. Not differentiable.
 
     Args:
-        out: x's shape, any layout, in the dtype of cos and sin; no part of x.
+        out: a tensor of x's shape in any layout, in the dtype of cos and sin. It must not overlap x.
         x: (…, d), any floating dtype.
         cos, sin: broadcastable to (…, d/2); −sin inverts the rotation.
     """
@@ -112,7 +112,7 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def subsample_rotary(rotary: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """The part of a wider table that rotates `dim` coordinates: every (width/dim)-th frequency.
+    """Subsamples a wider table for `dim` coordinates: it takes every (width/dim)-th frequency.
 
     theta^(−2i/64) = theta^(−2(2i)/128), so attention (64 wide) reads the even entries of the table of a 128-wide state and all
     layers share one set of angles ("Unified" RoPE).
@@ -151,7 +151,7 @@ def keep_pairs(rotary: tuple[Tensor, Tensor], num_pairs: int) -> tuple[Tensor, T
         (cos, sin), each (…, d/2): as they are where all pairs are kept, else copies with cos 1 and sin 0 behind `num_pairs`.
 
     Raises:
-        ValueError: there are not as many pairs.
+        ValueError: `num_pairs` is not between 1 and d/2.
     """
     cos, sin = rotary
     if not 1 <= num_pairs <= cos.shape[-1]:
@@ -174,13 +174,13 @@ def running_angles(
 ) -> tuple[Tensor, Tensor]:
     """Running angles 2π Σ_{s ≤ t} turns_s, in radians and modulo 2π, of a rotation whose steps depend on the tokens.
 
-    The sum is one of fixed-point fractions of a turn, whose integers wrap around where an angle does: it is exact whatever the length, so
-    that a million tokens lose nothing, and the same in whatever parts it is formed.
+    The sum is formed in fixed-point fractions of a turn, whose integers wrap around where an angle does. So it is exact at any length, and
+    does not depend on the parts in which it is formed.
 
     Args:
         turns: (b, t, e) steps, as fractions of a turn; float32 or float64. 0 at pads.
         initial: (b, e) radians before the first token, of the first token's document. Defaults to 0.
-        bounds: of the documents of packed rows, each of which begins at angle 0. Defaults to one document a row.
+        bounds: bounds of the documents of packed rows, each of which begins at angle 0. Defaults to one document in each row.
 
     Returns:
         angles: (b, t, e) in turns' dtype, within some turns of 0; state: (b, e), that of the last token in [−π, π].
@@ -201,8 +201,8 @@ def running_angles(
     return angles, state - 2 * math.pi * (state.detach() / (2 * math.pi)).round()
 
 
-# Of each dtype the integers and their bits, and the bits of a fraction of a turn: as many as its mantissa can use, and fewer than the
-# integers have, so that half a turn is one of them.
+# For each dtype the integer type and its bits, and the bits of a fraction of a turn: as many as the mantissa can use, and fewer than the
+# integers have, so that half a turn is representable.
 _FIXED_POINT = {torch.float32: (torch.int32, 32, 31), torch.float64: (torch.int64, 64, 52)}
 
 
@@ -214,7 +214,7 @@ class _RunningAngles(torch.autograd.Function):
         sums = steps.cumsum(1, dtype=integers)
         if first is not None:
             sums = sums - (sums - steps).gather(1, first[..., None].expand_as(sums))
-        # Whole turns leave at the top, and the sign is that of the angle.
+        # Whole turns overflow, and the sign is that of the angle.
         return (sums << (num_bits - fraction_bits)).to(turns.dtype) * (2 * math.pi * 0.5**num_bits)
 
     @staticmethod
@@ -237,7 +237,7 @@ def rotate_by_angles(x: Tensor, angles: Tensor) -> Tensor:
 
     Args:
         x: (b, t, h, d).
-        angles: (b, t, g, up to d/2) radians, the first pairs'; h % g == 0. Pairs without an angle are not rotated.
+        angles: (b, t, g, up to d/2) radians, for the first pairs; h % g == 0. Pairs without an angle are not rotated.
 
     Returns:
         Rotated x, of x's shape and dtype; the products are formed in the precision of angles.

@@ -1,4 +1,4 @@
-"""Several sequences in one call: where each begins and ends among the tokens, and which slot of a cache holds its state.
+"""Several sequences in one call: the bounds of each among the tokens, and the slot of a cache that holds its state.
 
 Letters: b batch, s sequences, t tokens of all sequences.
 """
@@ -12,18 +12,18 @@ from transxssm.ops.dispatch import is_watched
 
 
 def check_slots(state_indices: Tensor, num_states: int, num_slots: int) -> None:
-    """Checks which slots of a cache hold the states of a call.
+    """Checks the slots of a cache that hold the states of a call.
 
-    On a CPU their values are looked at, too. Elsewhere that would wait for the device: two rows that name one slot leave one of their two
-    states there, and a number out of range is the caller's to avoid.
+    On a CPU the values are checked, too. On other devices that would synchronise: if two rows name one slot, one of their states is left
+    there, and the caller must avoid numbers out of range.
 
     Args:
         state_indices: (num_states,) integers.
-        num_states: how many states the call has, one for each row or sequence.
-        num_slots: how many states the cache holds.
+        num_states: number of states in the call, one for each row or sequence.
+        num_slots: number of states that the cache holds.
 
     Raises:
-        ValueError: another shape or dtype; on a CPU, a slot that is not there or is named twice.
+        ValueError: the shape or dtype differs, or, on a CPU, a slot does not exist or is named twice.
     """
     if state_indices.shape != (num_states,) or state_indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -54,15 +54,15 @@ def has_dense_slots(cache: Tensor) -> bool:
 
 
 def read_slots(cache: Tensor, state_indices: Tensor, has_initial_state: Tensor | None) -> Tensor:
-    """A copy of the states that sequences begin with, (s, …): their slots', and zeros where a sequence does not go on from its slot.
+    """A copy of the states with which sequences begin, (s, …): those of their slots, or zeros if a sequence has no initial state.
 
     Args:
         cache: (slots, …).
         state_indices: (s,), checked.
-        has_initial_state: (s,) bool. None if all go on.
+        has_initial_state: (s,) bool, or None if all sequences have one.
 
     Raises:
-        ValueError: another shape or dtype of `has_initial_state`.
+        ValueError: `has_initial_state` has another shape or dtype.
     """
     states = cache.index_select(0, state_indices)
     if has_initial_state is None:
@@ -77,15 +77,15 @@ def read_slots(cache: Tensor, state_indices: Tensor, has_initial_state: Tensor |
 
 
 def checked_cu_seqlens(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Tensor:
-    """Where each sequence begins and ends, (s + 1,) int64.
+    """The checked bounds of sequences, (s + 1,) int64.
 
     Args:
         cu_seqlens: (s + 1,) integers on the CPU, increasing: 0, where the second sequence begins, …, the number of tokens.
-        batch: rows of the call.
-        num_tokens: of a row.
+        batch: number of rows in the call.
+        num_tokens: tokens in a row.
 
     Raises:
-        ValueError: anything else, or several rows.
+        ValueError: the bounds are something else, or there are several rows.
     """
     if batch != 1:
         raise ValueError(f"cu_seqlens is for sequences side by side in one row: got {batch} rows")

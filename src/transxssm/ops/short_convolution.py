@@ -56,7 +56,7 @@ def short_convolution(
         cu_seqlens: (s + 1,) integers on the CPU, 0, where the second sequence begins, …, t: of s sequences side by side in one row,
             b = 1, each with states of its own, (s, k−1, e). Defaults to one sequence for each row.
         mask: (b, t), 0 or False at pads, wherever they stand. Defaults to no pads.
-        activation: of the sum; None leaves it as it is.
+        activation: function applied to the sum, or None for none.
         backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
@@ -85,7 +85,7 @@ def short_convolution(
         )
     if cu_seqlens is not None:
         return _sequences(x, weight, bias, initial_state, cu_seqlens, activation, backend)
-    places = None  # (b, t) of each token and pad, all pads on the left
+    places = None  # (b, t) new place of each token and pad, with all pads on the left
     if mask is not None:
         mask = mask.bool()
         x = x * mask[..., None].to(x.dtype)
@@ -96,7 +96,7 @@ def short_convolution(
             seq_idx = None if seq_idx is None else seq_idx.expand(batch, -1).gather(1, order)
     history = torch.cat((initial_state.to(x.dtype), x), dim=1)  # (b, k−1+t, e)
     num_left_pads = None
-    if mask is not None:  # the inputs before the first token stand right before it, behind the pads on its left
+    if mask is not None:  # the earlier inputs go right before the first token, after the pads on its left
         num_left_pads = mask.to(torch.uint8).argmax(dim=1, keepdim=True)  # (b, 1)
         if places is not None:
             num_left_pads = length - mask.sum(dim=1, keepdim=True)
@@ -108,7 +108,7 @@ def short_convolution(
         first = seq_idx[:, :1]
         if (
             num_left_pads is not None
-        ):  # pads on the left, of which some may come from other documents, are of the first token's
+        ):  # pads on the left may come from other documents, and are counted to the first token's
             first = seq_idx.gather(1, num_left_pads.clamp(max=length - 1))
             seq_idx = torch.where(torch.arange(length, device=x.device) < num_left_pads, first, seq_idx)
         documents = torch.cat((first.expand(-1, memory), seq_idx), dim=1)  # (b, k−1+t)
@@ -138,8 +138,8 @@ def short_convolution_(
     Args:
         state: (slots, k−1, e); the slots may lie any distance apart, and those that are not named stay as they are.
         state_indices: (b,) or, with `cu_seqlens`, (s,) int32 or int64: the slot of each sequence, none of them twice.
-        has_initial_state: of the same shape, bool: whether a sequence goes on from its slot's inputs; before others there are zeros,
-            whatever the slot holds. Defaults to all going on.
+        has_initial_state: bool of the same shape, whether a sequence continues its slot's inputs. Others begin after zeros, whatever
+            the slot holds. Defaults to True for all.
         x, weight, bias, cu_seqlens: as in `short_convolution`.
         backend: one of the names above. Defaults to the first that takes the call.
 
@@ -147,7 +147,8 @@ def short_convolution_(
         y: (b, t, e) in x's dtype.
 
     Raises:
-        ValueError: as `short_convolution`; a slot is not there or named twice (seen on a CPU alone); gradients are on for an input.
+        ValueError: as for `short_convolution`; or a slot does not exist or is named twice (checked on a CPU only), or an input requires
+            gradients.
     """
     if x.dim() != 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"expected x (b, t, e) and weight (e, k): got {tuple(x.shape)} and {tuple(weight.shape)}")
@@ -177,8 +178,10 @@ def _sequences(
     activation: str | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences side by side, each behind its own earlier inputs, through one convolution; of the outputs between two of them, whose
-    windows reach from one into the other, none is kept."""
+    """Convolves sequences side by side in one call, each after its own earlier inputs.
+
+    Outputs whose windows reach from one sequence into the next are dropped.
+    """
     (num_states, memory, channels), length = initial_state.shape, x.shape[1]
     device, lengths = x.device, cu_seqlens.diff()
     number = torch.arange(num_states, device="cpu").repeat_interleave(lengths)  # (t,): the sequence of each token
@@ -237,7 +240,7 @@ def _step_by_kernel(
         y=y,
     )
     kernels.run("convolution_step", call)
-    torch.autograd.graph.increment_version(state)  # as torch's own operations in place do
+    torch.autograd.graph.increment_version(state)  # as torch's in-place operations do
     return y
 
 
@@ -261,7 +264,7 @@ def _operator_refusal(x: Tensor, weight: Tensor) -> str | None:
         return ON_CPU
     if is_exporting():
         return EXPORTED
-    # While it compiles, the length may be a symbol: comparing it with 16 would make a graph for either side.
+    # Under the compiler the length may be a symbol, and comparing it with 16 would make two graphs.
     if x.shape[1] == 1 or (not torch.compiler.is_compiling() and x.shape[1] < SHORTEST_FOR_OPERATOR):
         return f"it is for rows of at least {SHORTEST_FOR_OPERATOR} tokens"
     return None
@@ -278,7 +281,7 @@ def _may_stand_between(mask: Tensor) -> bool:
 
 
 def _places_behind_pads(mask: Tensor) -> Tensor:
-    """(b, t): where each token and pad goes so that pads come first, each kind in its order."""
+    """(b, t): the place of each token and pad when pads come first. Both kinds keep their order."""
     num_pads = (~mask).cumsum(1)
     return torch.where(mask, num_pads[:, -1:] + mask.cumsum(1) - 1, num_pads - 1)
 
@@ -290,7 +293,7 @@ def _by_taps(
     memory = weight.shape[1] - 1
     length = history.shape[1] - memory
     if length == 1:
-        y = (history * weight.T).sum(1, keepdim=True)  # what stands before a row's first token is of its document
+        y = (history * weight.T).sum(1, keepdim=True)  # inputs before a row's first token are of its document
     else:
         y = history[:, memory:] * weight[:, memory]
         for j in range(memory):
@@ -366,7 +369,7 @@ def _all_gradients(
         return grad_history.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
     rows, columns, own = apart
     alone = grad[rows, columns]  # (n, e)
-    grad = grad.clone() if activation is None else grad  # which is the caller's
+    grad = grad.clone() if activation is None else grad  # it belongs to the caller
     grad[rows, columns] = 0.0
     grad_history, grad_weight = _gradients(grad, history, weight)
     taps = columns[:, None] + torch.arange(weight.shape[1], device="cpu")  # (n, k)
@@ -438,7 +441,7 @@ def _where_documents_meet(documents: Tensor, kernel_size: int) -> tuple[Tensor, 
 def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of history, in its dtype, and of weight, in float32 or float64."""
     kernel_size = weight.shape[1]
-    # Without the gradient of the weight: oneDNN takes thirty times as long for a depthwise one as the sums below.
+    # The gradient of the weight is computed below, since oneDNN takes thirty times as long for a depthwise convolution.
     image_grad, *_ = torch.ops.aten.convolution_backward(
         _as_image(grad),
         _as_image(history),
@@ -464,16 +467,18 @@ def _gradients(grad: Tensor, history: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 
 def _last_inputs(history: Tensor, documents: Tensor | None, mask: Tensor | None, memory: int) -> Tensor:
-    """The k−1 inputs up to each row's last token that is no pad."""
+    """The k−1 inputs up to each row's last token that is not a pad."""
     batch, total, _ = history.shape
     if documents is None and mask is None:
-        return history[:, total - memory :].clone()  # not a view, which would hold the whole row's memory
+        return history[:, total - memory :].clone()  # a view would keep the whole row's memory alive
     steps = torch.arange(memory, device=history.device)
     if mask is None:
         rows = (total - memory + steps).expand(batch, -1)  # (b, k−1)
     else:
         positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        num_seen = (positions * mask.bool()).amax(dim=1, keepdim=True)  # (b, 1): up to and with the last token
+        num_seen = (positions * mask.bool()).amax(
+            dim=1, keepdim=True
+        )  # (b, 1): number of columns up to the last token, included
         rows = num_seen + steps
     state = history.gather(1, rows[..., None].expand(-1, -1, history.shape[-1]))
     if documents is not None:

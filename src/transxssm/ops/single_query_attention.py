@@ -1,4 +1,4 @@
-"""Attention of one new token to all tokens before it, bound by the bandwidth at which keys and values are read.
+"""Attention of one new token to all tokens before it, which is bound by the bandwidth of reading keys and values.
 
 Letters: b batch, h heads, k key-value heads, r = h/k heads that share one, t time, d head_dim.
 """
@@ -158,7 +158,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: flo
         q = q * mask.any(-1, keepdim=True).to(
             q.dtype
         )  # equal scores for a row that sees no key, so that it gets the mean of v
-        # Not the least number, which kernels multiply by log2(e): it would become −∞ and the mean NaN or 0.
+        # This is not the least number, since kernels multiply it by log2(e): it would become −∞, and the mean NaN or 0.
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min / 2)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, scale=scaling)

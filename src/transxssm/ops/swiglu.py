@@ -54,7 +54,7 @@ def _needs_grad(gate: Tensor, up: Tensor) -> bool:
 
 
 def _blocks_refusal(gate: Tensor, up: Tensor, *grad: Tensor) -> str | None:
-    """Also asked by the backward pass, with the gradient. It accepts what the forward pass saved."""
+    """The backward pass calls this, too, with the gradient. It accepts what the forward pass saved."""
     if grad:
         return None
     if torch.compiler.is_compiling():  # before sizes, which may be symbols

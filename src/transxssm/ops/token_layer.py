@@ -1,4 +1,4 @@
-"""What a layer computes around its mixer, each side in one call: for decoded tokens, of which a call costs as much as its work.
+"""The parts of a layer before and after its mixer, each in one call, for decoded tokens, where calls cost as much as the work.
 
 Letters: i input width, o output width, m width of the mixer's output, f inner width of the FFN.
 """
@@ -12,8 +12,8 @@ from transxssm.ops.linear import linear
 from transxssm.ops.rms_norm import rms_norm
 from transxssm.ops.swiglu import swiglu
 
-MOST_TOKENS = 4  # of which reading the weights takes all the time
-_MOST_WEIGHTS = 5  # of `struct Projections`
+MOST_TOKENS = 4  # up to which reading the weights takes all the time
+_MOST_WEIGHTS = 5  # limit of `struct Projections`
 
 
 def layer_start(
@@ -23,7 +23,7 @@ def layer_start(
 
     Backends, in order of preference:
         "cpp": one to four tokens in float32 or bfloat16 on a CPU, and up to five weights, in one call.
-        "torch": `rms_norm` and `linear`, an operation each.
+        "torch": `rms_norm` and `linear` as separate operations.
 
     Args:
         x: (…, i). norm: (i,), the norm's weight. eps: added to the mean square.
@@ -60,7 +60,7 @@ def layer_end(
 
     Backends, in order of preference:
         "cpp": one to four tokens in float32 or bfloat16 on a CPU, in one call.
-        "torch": `linear`, `rms_norm` and `swiglu`, an operation each.
+        "torch": `linear`, `rms_norm` and `swiglu` as separate operations.
 
     Args:
         mixed: (…, m). residual: (…, i).

@@ -1,12 +1,12 @@
-"""Compiles the C++ sources of this folder for the processor at hand: once a machine, in some seconds, when the library is first asked for.
+"""Compiles the C++ sources of this folder for the machine's processor, once and in some seconds, when the library is first needed.
 
-The environment decides:
+Environment variables:
 - `TRANSXSSM_CPU_KERNELS=0` switches the kernels off.
 - `TRANSXSSM_CPU_FLAGS` has further flags for the compiler and the linker, which win over those here: `-march=haswell` compiles for AVX2
   alone, `-fsanitize=address,undefined` looks for wrong accesses to memory (`make sanitize`).
 - `CXX` names the compiler that is tried first.
 
-The sources do without torch's headers, which would take most of a minute to compile.
+The sources do not include torch's headers, which would take most of a minute to compile.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ _MAPS = Path("/proc/self/maps")
 
 
 def compiled_library() -> ctypes.CDLL | None:
-    """The library, or None where it is switched off or cannot be made. Whichever op would have taken it says so."""
+    """The library, or None if it is switched off or cannot be compiled. The op that would have used it reports that."""
     return _library_or_reason()[0]
 
 
@@ -91,12 +91,14 @@ def _openmp_of_torch() -> Path | None:
         return None
     loaded = dict.fromkeys(Path(line.split(maxsplit=5)[-1]) for line in _MAPS.read_text().splitlines())
     found = [path for path in loaded if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
-    own = [path for path in found if path.is_relative_to(Path(torch.__file__).parent)]  # others bring theirs too
+    own = [
+        path for path in found if path.is_relative_to(Path(torch.__file__).parent)
+    ]  # other packages may contain one, too
     return next(iter(own + found), None)
 
 
 def _built(compiler: str, openmp: Path) -> tuple[Path, bool]:
-    """The library's file, and whether it is new: that of the same sources, flags, compiler and processor is taken."""
+    """The library's file, and whether it is new. An existing file of the same sources, flags, compiler and processor is used."""
     version = _run(compiler, "--version")
     sources = sorted(_FOLDER.glob("*.cpp"))
     texts = [path.read_text(encoding="utf-8") for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
@@ -113,7 +115,7 @@ def _built(compiler: str, openmp: Path) -> tuple[Path, bool]:
             _run(compiler, *flags, "-fopenmp", "-c", source, "-o", made)
         linked = Path(folder, library.name)
         _run(compiler, *flags, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-o", linked)
-        linked.replace(library)  # whole or not at all, whoever else is making it
+        linked.replace(library)  # atomically, since another process may be building it
     return library, True
 
 
@@ -127,7 +129,7 @@ def _run(*command: str | Path) -> str:
 
 
 def _processor() -> str:
-    """What the compiler reads of the processor for `-march=native`."""
+    """The properties of the processor on which `-march=native` depends."""
     if _CPU_INFO.exists():
         wanted = ("model name", "flags", "Features", "CPU part")
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -11,7 +11,7 @@ from transxssm.ops.csrc.build import compiled_library, reason_without_library
 
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _NUMBERS: dict[str, Any] = {"void": None, "int64": ctypes.c_int64, "float32": ctypes.c_float}
-# What a tensor must hold where the library declares a pointer of a type. Pointers to void take what the function is for.
+# The dtype of a tensor for each pointer type of the library. Pointers to void take the dtype for which the function was compiled.
 _POINTEES = {
     "float32*": torch.float32,
     "float64*": torch.float64,
@@ -28,7 +28,7 @@ Argument = Tensor | int | float | ctypes.Structure
 class Structure(ctypes.Structure):
     """The base class of the library's structures. A structure keeps the tensors alive whose addresses it holds."""
 
-    types: dict[str, str]  # of the fields
+    types: dict[str, str]  # type of each field
 
     def fill(self, **values: Tensor | int | float | None) -> None:
         """Sets fields: numbers, and tensors where the field is a pointer, or None for a null pointer.
@@ -45,7 +45,7 @@ class Structure(ctypes.Structure):
                 values[name] = _address(value, types[name], name)
         super().__init__(
             **values
-        )  # one call, of which a decoded token makes 15 a structure if each field is set by itself
+        )  # one call; setting each field by itself would take 15 calls for each structure of a decoded token
 
 
 class Function:
@@ -86,7 +86,7 @@ class Library:
     """The functions and structures of the compiled library, with the types that it states itself (library.h)."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
-        self._loaded = loaded  # which unloads nothing as long as it lives
+        self._loaded = loaded  # keeps the library loaded
         self.functions: dict[str, dict[str, Function]] = {}  # by number format and name
         self.structures: dict[str, type[Structure]] = {}
         describe = loaded.describe_library

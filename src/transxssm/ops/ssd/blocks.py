@@ -21,7 +21,7 @@ BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**26}
 
 
 class ScanInputs(NamedTuple):
-    """The tensors that both operators take, in the order of their schemas."""
+    """The tensors that the forward and the backward operator take, in the order of their schemas."""
 
     x: Tensor  # (b, t, h, p)
     dt: Tensor  # (b, t, h)
@@ -39,12 +39,12 @@ class ScanInputs(NamedTuple):
 
     @property
     def num_states(self) -> int:
-        """Sequences, each with an initial and a final state."""
+        """Number of sequences, each of which has an initial and a final state."""
         # Not len(), which makes a number of a symbolic size: each batch size would be compiled anew.
         return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def sequences_of_chunks(self, chunk_size: int) -> Tensor | None:
-        """(chunks,) int64 on the CPU: the number of the sequence that each chunk is of. None if a row is one sequence."""
+        """(chunks,) int64 on the CPU: the number of each chunk's sequence, or None if a row is one sequence."""
         if self.cu_seqlens is None:
             return None
         numbers = torch.arange(self.num_states, device="cpu")
@@ -68,7 +68,7 @@ def in_whole_chunks(inputs: ScanInputs, chunk_size: int) -> WholeChunks:
     ends, new_ends = lengths.cumsum(0), F.pad(widths.cumsum(0), (1, 0))
     moved = new_ends[:-1] - (ends - lengths)  # (s,): how far each sequence goes to the right
     places = torch.arange(int(ends[-1]), device="cpu") + moved.repeat_interleave(lengths)  # (t,)
-    # A pad holds what the last token of its own sequence does, so that no number of another one can reach it, and takes no time.
+    # A pad is a copy of the last token of its own sequence, so that nothing of another sequence can reach it, with a time step of 0.
     source = torch.arange(int(new_ends[-1]), device="cpu") - moved.repeat_interleave(widths)
     last = (ends - 1).repeat_interleave(widths)
     is_token = (source <= last).to(device)
@@ -220,7 +220,7 @@ def store_unrotated(gradient: Tensor, inputs: ScanInputs, block: Block, out: Ten
         target.copy_(rotate(gradient, angles[0], -angles[1]))
     elif out.dtype == inputs.dt.dtype:
         rotate_into(target, gradient, angles[0], -angles[1])
-    else:  # rounded once, at the end
+    else:  # rounded once at the end
         turned = torch.empty(target.shape, dtype=inputs.dt.dtype, device=out.device)
         rotate_into(turned, gradient, angles[0], -angles[1])
         target.copy_(turned)

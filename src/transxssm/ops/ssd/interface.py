@@ -24,7 +24,7 @@ from transxssm.ops.ssd.step import SSD_STEP, SSD_STEP_, TokenInputs
 from transxssm.ops.ssd.triton import scan as scan_triton
 from transxssm.ops.ssd.triton.scan import ssd_triton
 
-# By measurement: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
+# Measured: on a CPU the Q×Q scores of a head stay in the L2 cache; on a GPU 128 moves the fewest bytes (scores against states).
 DEFAULT_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
 
 
@@ -111,8 +111,10 @@ def _of_one_sequence(inputs: ScanInputs) -> tuple[tuple[Tensor, ...], dict[str, 
 
 
 def _unpacked(inputs: ScanInputs, chunk_size: int) -> tuple[tuple[Tensor, ...], dict[str, Any], Tensor | None]:
-    """The same for an implementation by chunks, which takes several sequences in a row where each begins with a chunk; and where each token
-    of the row went, (t,), or None if it stayed."""
+    """The same for an implementation by chunks, in which each sequence of a row must begin with a chunk.
+
+    Also returns the new place of each token of the row, (t,), or None if tokens were not moved.
+    """
     places = None
     if inputs.cu_seqlens is not None:
         inputs, places = in_whole_chunks(inputs, chunk_size)
@@ -224,7 +226,7 @@ def ssd_chunk_scan(
         raise ValueError(f"seq_idx must have shape {(batch, length)}: got {tuple(seq_idx.shape)}")
 
     if num_states == 1:
-        cu_seqlens = None  # which is what a row is anyway
+        cu_seqlens = None  # a row is one sequence by default
     (inputs,) = _call(
         x, dt, A, B, C, rotary=rotary, D=D, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens
     )
@@ -257,16 +259,16 @@ def ssd_chunk_scan_(
         state: (slots, h, p, n) float32, float64 for float64 inputs; the slots may lie any distance apart, and those that are not named stay
             as they are.
         state_indices: (b,) or, with `cu_seqlens`, (s,) int32 or int64: the slot of each sequence, none of them twice.
-        has_initial_state: of the same shape, bool: whether a sequence goes on from its slot's state; others begin from zero, whatever the
-            slot holds. Defaults to all going on.
+        has_initial_state: bool of the same shape, whether a sequence continues from its slot's state. Others begin from zero, whatever the
+            slot holds. Defaults to True for all.
         x, dt, A, B, C, rotary, D, cu_seqlens, chunk_size, backend: as in `ssd_chunk_scan`.
 
     Returns:
         y: (b, t, h, p) in x's dtype.
 
     Raises:
-        ValueError: as `ssd_chunk_scan`; the state's dtype does not fit; a slot is not there or named twice (seen on a CPU alone);
-            gradients are on for one of the inputs.
+        ValueError: as for `ssd_chunk_scan`; or the state's dtype does not fit, a slot does not exist or is named twice (checked on a CPU
+            only), or an input requires gradients.
     """
     given = (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,)))
     _check_in_place(state, x, given)
@@ -337,15 +339,15 @@ def ssd_step_(
         state: (b, h, p, n), float32, float64 for float64 inputs; with `state_indices` a cache (slots, h, p, n), whose slots may lie any
             distance apart. Slots that are not named stay as they are.
         x, dt, A, B, C, rotary, D: as in `ssd_step`.
-        state_indices: (b,) int32 or int64, the slot of each row's state, none of them twice. Defaults to row i's being number i.
+        state_indices: (b,) int32 or int64, the slot of each row's state, none of them twice. Defaults to slot i for row i.
         backend: one of the names above. Defaults to the first that takes the call.
 
     Returns:
         y: (b, h, p) in x's dtype.
 
     Raises:
-        ValueError: shapes or the state's dtype do not fit, a slot is not there or named twice (seen on a CPU alone), gradients are on
-            for one of the inputs, or the requested backend does not take the call.
+        ValueError: shapes or the state's dtype do not fit, a slot does not exist or is named twice (checked on a CPU only), an input
+            requires gradients, or the requested backend does not take the call.
     """
     token = _token(state, x, dt, A, B, C, rotary, D, state_indices)
     _check_in_place(state, x, (state, x, dt, A, B, C, *(rotary or ()), *(() if D is None else (D,))))

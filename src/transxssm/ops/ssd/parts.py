@@ -1,6 +1,6 @@
-"""A sequence in parts that are scanned apart: what comes before a part enters through one state.
+"""A sequence in parts that are scanned separately. Everything before a part enters through one state.
 
-The recurrence is linear in the state, so that the scan of a part from zero is right but for the state S before it, whose share is added:
+The recurrence is linear in the state, so that the scan of a part from zero lacks only the share of the state S before it, which is added:
 y_t += exp(A Σ_{s ≤ t} dt_s) S (R_t C_t). Parts exchange their final states and the sums of their time steps, and nothing else.
 
 Letters: b batch, r parts, t time of a part, h heads, g groups, p head_dim, n state size.

@@ -32,7 +32,7 @@ def ssd_recurrence(
     )
     outputs = []
     for t in range(length):
-        if seq_idx is not None and t > 0:  # a new document starts from nothing
+        if seq_idx is not None and t > 0:  # a new document starts from a zero state
             same_document = seq_idx[:, t] == seq_idx[:, t - 1]
             state = state * same_document[:, None, None, None]
         decay = torch.exp(dt[:, t] * A)  # (b, h)
@@ -63,7 +63,7 @@ def ssd_dual_form(
     length = x.shape[1]
     log_decay = (dt * A).cumsum(1).transpose(1, 2)  # (b, h, t)
     visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    from_start = torch.ones(x.shape[0], length, dtype=torch.bool, device=x.device)  # who sees the initial state
+    from_start = torch.ones(x.shape[0], length, dtype=torch.bool, device=x.device)  # tokens that see the initial state
     if seq_idx is not None:
         visible = visible & (seq_idx[:, :, None] == seq_idx[:, None, :])[:, None]
         from_start = seq_idx == seq_idx[:, :1]
@@ -83,7 +83,7 @@ def ssd_dual_form(
 def _prepare(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, rotary: tuple[Tensor, Tensor] | None, D: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Everything in the accumulation precision, B and C rotated and repeated for the heads of their group."""
+    """Upcasts all inputs to the accumulation precision, and rotates B and C and repeats them for the heads of their group."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     B, C = B.to(accumulate), C.to(accumulate)
     if rotary is not None:

@@ -34,7 +34,7 @@ class TokenInputs(NamedTuple):
     C: Tensor  # (b, g, n)
     rotary: Rotary | None  # cos, sin (b or 1, n/2)
     D: Tensor | None  # (h,)
-    state_indices: Tensor | None = None  # (b,) the slot of each row's state; None: row i's is number i
+    state_indices: Tensor | None = None  # (b,) the slot of each row's state, or None for slot i in row i
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -56,7 +56,7 @@ def step(state: Tensor, token: TokenInputs) -> tuple[Tensor, Tensor]:
 
 
 def step_in_place(state: Tensor, token: TokenInputs) -> Tensor:
-    """Writes the new state over the old one and returns y. Not differentiable."""
+    """Overwrites the state by the new one and returns y. Not differentiable."""
     if token.state_indices is not None:
         own = state.index_select(0, token.state_indices)
         y = step_in_place(own, token._replace(state_indices=None))
