@@ -26,7 +26,7 @@ from transxssm_lab.commands import benchmark, study
 
 # transformers and datasets read these when they are imported.
 LIBRARY_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
-PACKAGES = ("transxssm", "transxssm_lab")  # whose messages are shown as they are
+PACKAGES = ("transxssm", "transxssm_lab")  # their log messages are shown as they are
 # Loggers of installed packages that log while transformers is imported although nothing is wrong.
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 # OpenMP's threads wait for one another at the end of every operator, and libgomp, which torch's wheels for Linux bring, lets them spin

@@ -1,4 +1,4 @@
-"""What `transxssm benchmark` does: reads the options, shows progress, and prints the tables."""
+"""Implements `transxssm benchmark`: reads the options, shows progress, and prints the tables."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -70,7 +70,7 @@ def run_study_command(
         raise ValueError(f"--budget-minutes must be more than 0: got {budget_minutes:g}")
     _print_plan(study, only, stderr=True)
     quiet_progress_bars()
-    logging.disable_progress_bar()  # which would show a bar for the loading of weights
+    logging.disable_progress_bar()  # hides the bar for the loading of weights
     with _progress(study) as notify:
         report = run_study(study, only=only, budget_minutes=budget_minutes, notify=notify, started=started)
     _print_report(study, report)

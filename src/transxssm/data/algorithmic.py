@@ -1,8 +1,8 @@
 """Tasks with exact answers at any length: the running product in a group (parity, modular addition, permutations), and copying a string.
 
-State tracking: after each element of a group the product of all so far is to be predicted. A model whose state only decays, or rotates by
-angles that the tokens do not choose, cannot do it for all lengths, not even parity (arXiv 2411.12537). S5 is
-the smallest group of permutations that is not solvable, which circuits of constant depth are thought not to track at all.
+State tracking: after each element of a group the model predicts the product of all elements so far. A model whose state only decays, or
+rotates by angles that do not depend on the tokens, cannot do this at all lengths, not even for parity (arXiv 2411.12537). S5 is the
+smallest symmetric group that is not solvable, which circuits of constant depth are conjectured not to track.
 
 Letters: n sequences, t tokens.
 """
@@ -18,26 +18,26 @@ from transxssm.data.packing import IGNORED_LABEL
 
 COPYING = "copying"
 ALPHABET = 26
-_ORDERS = {"parity": 2, "modular-3": 3, "modular-5": 5}  # addition modulo so much
-_PERMUTED = {"s3": 3, "s5": 5}  # of so many things, all permutations
+_ORDERS = {"parity": 2, "modular-3": 3, "modular-5": 5}  # modulus of the addition
+_PERMUTED = {"s3": 3, "s5": 5}  # number of permuted items
 ALGORITHMIC_TASKS = (*_ORDERS, *_PERMUTED, COPYING)
 
 
 @dataclass(frozen=True)
 class AlgorithmicTask:
-    """A task at a length. Token ids are the task's own: the elements or letters from 0, then one that begins, or separates.
+    """A task at one length. Token ids are the task's own: elements or letters from 0 on, then the token that begins or separates.
 
-    State tracking: the first token, then `length` uniform elements, each with the product of all so far as its answer, then an element
-    that asks for nothing. What is judged is the last answer.
+    State tracking: the first token, then `length` uniform elements, each with the product of all elements so far as its answer, then an
+    element without an answer. Only the last answer counts for the accuracy.
 
-    Copying: `length` uniform letters, the separator, and the letters again, each of which is to be predicted, and judged.
+    Copying: `length` uniform letters, the separator, and the letters again, all of which are predicted and count for the accuracy.
 
     Args:
         name: "parity", "modular-3" or "modular-5" (addition), "s3" or "s5" (permutations), or "copying".
-        length: elements or letters.
+        length: number of elements or letters.
 
     Raises:
-        ValueError: an unknown name, or a length of less than 1.
+        ValueError: the name is unknown, or the length is below 1.
     """
 
     name: str
@@ -51,26 +51,26 @@ class AlgorithmicTask:
 
     @property
     def num_tokens(self) -> int:
-        """Of a sequence, t."""
+        """Number of tokens in a sequence, t."""
         return 2 * self.length + 1 if self.name == COPYING else self.length + 2
 
     @property
     def num_judged(self) -> int:
-        """Answers of a sequence, from its end, that count for the accuracy."""
+        """Number of answers at the end of a sequence that count for the accuracy."""
         return self.length if self.name == COPYING else 1
 
     @property
     def num_elements(self) -> int:
-        """Of the group, or letters of the alphabet."""
+        """Number of elements of the group, or of letters of the alphabet."""
         return ALPHABET if self.name == COPYING else len(self._products)
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are less than this."""
+        """Number of token ids."""
         return self.num_elements + 1
 
     def sequences(self, seed: int, first: int, count: int) -> RecallBatch:
-        """The sequences number `first` … `first + count − 1` of a seed; each depends on nothing but seed and number."""
+        """The sequences number `first` … `first + count − 1` of a seed. Each depends only on seed and number."""
         drawn = [
             np.random.default_rng((seed, number)).integers(self.num_elements, size=self.length + 1)
             for number in range(first, first + count)

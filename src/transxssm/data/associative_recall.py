@@ -65,7 +65,7 @@ class RecallTask:
 
     @property
     def num_tokens(self) -> int:
-        """Of a sequence, t."""
+        """Number of tokens in a sequence, t."""
         return self.length
 
     @property

@@ -126,7 +126,7 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     A head that is tied to the embeddings counts as part of them, and "head" is 0.
 
     Args:
-        config: of a model of this package, or a baseline.
+        config: configuration of a model of this package or of a baseline.
 
     Raises:
         ValueError: another kind of model.
@@ -162,7 +162,7 @@ def flops_per_token(config: PreTrainedConfig, context: int) -> Flops:
     it computes them, of the configuration's chunk size or, if that is None, the CPU's default.
 
     Args:
-        config: of a model of this package, or a baseline.
+        config: configuration of a model of this package or of a baseline.
         context: tokens.
 
     Raises:

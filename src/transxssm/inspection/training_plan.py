@@ -12,8 +12,8 @@ from transxssm.inspection.costs import TRAINING_PER_FORWARD, count_parameters, f
 from transxssm.models import TransXSSMConfig
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-# results/gpu/throughput.json, kernels-train-4k-batch-4: 63,371 tokens a second of 1.3b, compiled, rows of 4096 tokens, on an H100.
-MEASURED_RATE = 520e12  # FLOPs of `flops_per_token` a second, forward and backward
+# results/gpu/throughput.json, kernels-train-4k-batch-4: 63,371 tokens per second of 1.3b, compiled, rows of 4096 tokens, on an H100.
+MEASURED_RATE = 520e12  # FLOPs of `flops_per_token` per second, forward and backward
 # Memory bandwidth of the data sheet, and the share of it that AdamW reaches.
 HBM_BYTES_PER_SECOND = 3.35e12 * 0.8
 ADAMW_BYTES = 7 * FLOAT32  # per parameter: weight and two moments are read and written, and the gradient is read
@@ -27,7 +27,7 @@ GPUS_OF_A_MACHINE = 8
 
 @dataclass(frozen=True)
 class Links:
-    """Bytes a second that a GPU sends to others: what NCCL reaches of NVLink (450 GB/s) and of a 400 Gb/s adapter for each GPU."""
+    """Bytes per second that a GPU sends to others: the rates that NCCL reaches on NVLink (450 GB/s) and a 400 Gb/s adapter for each GPU."""
 
     inside: float = 300e9
     between: float = 40e9

@@ -177,7 +177,7 @@ def _hides_keys_alike(mask: Tensor, k: Tensor) -> bool:
 def has_kernels_for_rows(
     config: TransXSSMConfig, is_training: bool, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
 ) -> bool:
-    """Whether SDPA is asked for causal attention without dropout, and `causal_attention` has kernels for it.
+    """Whether the call is causal attention by SDPA without dropout, for which `causal_attention` has kernels.
 
     Args:
         options: options of the attention function, possibly with transformers' `is_causal`.

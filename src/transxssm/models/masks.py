@@ -27,7 +27,7 @@ from transxssm.models.positions import (
     windowed_keys,
 )
 
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of the indices of row, head, query and key
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # takes the indices of row, head, query and key
 
 
 def padding_of(

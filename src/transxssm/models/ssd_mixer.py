@@ -50,7 +50,7 @@ class TransXSSMDynamics(nn.Module):
         self.D = nn.Parameter(torch.empty(num_heads, dtype=torch.float32)) if has_skip else None
 
     def forward(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """From W_dt u (b, t, h): dt (b, t, h), A (h,) and D (h,), at least float32."""
+        """Computes dt (b, t, h), A (h,) and D (h,), at least float32, from W_dt u (b, t, h)."""
         dt = F.softplus(at_least_float32(projected) + at_least_float32(self.dt_bias))
         A = -torch.exp(at_least_float32(self.A_log))
         return dt, A, None if self.D is None else self.D.clone()

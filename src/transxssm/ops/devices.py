@@ -1,4 +1,4 @@
-"""What a device can do: the dtypes it multiplies fast, the amount of work that fits its cache, and whether it runs Triton's kernels."""
+"""Properties of a device: the dtypes it multiplies fast, the work that fits its cache, and whether it runs Triton's kernels."""
 
 import functools
 import os

@@ -59,7 +59,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a call.
+    """The backend that computes a call.
 
     Args:
         op: the op's name.
@@ -128,7 +128,7 @@ class Op:
         )
 
     def explain(self, *arguments: Any, **options: Any) -> Choice:
-        """What would compute a call of the public function with these arguments, and why the other backends would not."""
+        """The backend that would compute a call of the public function with these arguments, and the other backends' reasons."""
         call = self.call(*arguments, **options)
         refusals = {str(each.name): each.refusal(*call) or each.shortfall(*call) for each in self.backends}
         return Choice(self.name, next(name for name, reason in refusals.items() if reason is None), refusals)

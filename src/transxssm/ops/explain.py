@@ -1,4 +1,4 @@
-"""What would compute a call of an op, and why the faster implementations would not."""
+"""Explains which backend an op takes for a call, and why the faster ones refuse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ OPS: dict[str, Op] = {
 
 
 def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Choice:
-    """What would compute `op(*arguments, **options)` on this machine. Nothing is computed.
+    """Explains which backend would compute `op(*arguments, **options)` on this machine. Nothing is computed.
 
     Args:
         op: a function of `transxssm.ops` that has several implementations, or its name.

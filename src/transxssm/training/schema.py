@@ -187,7 +187,7 @@ def within(kind: Any, holds: Callable[[float], bool], expected: str) -> Any:
     """The type `kind`, of whose numbers only those that `holds` accepts; it must refuse what is not a number.
 
     Args:
-        expected: in words, for the message.
+        expected: description of the accepted values, for the message.
     """
 
     def check(value: Any) -> Any:

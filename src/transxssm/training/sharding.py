@@ -1,4 +1,4 @@
-"""How processes share a run: data parallelism with whole weights (DDP) or with shards of them (torch's FSDP2), parts of rows, and heads.
+"""Parallelism in a run: data parallelism with whole weights (DDP) or shards (torch's FSDP2), context and tensor parallelism.
 
 Weights, gradients and optimizer states of a sharded model are `DTensor`s; checkpoints hold its weights whole, as any other's.
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: limits, the machine's peak, and a results file that grows with every group and from which a run resumes.
+"""The parts that all benchmarks share: limits, the machine's peak, and a results file that is saved after each group, to resume.
 
 The peak is the fastest matrix product that torch does here in a dtype, which every FLOP floor is measured against.
 """
@@ -41,7 +41,7 @@ _LEAST_PRODUCTS, _MOST_PRODUCTS = 3, 50  # products of each shape, however long 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a whole benchmark may take.
+    """The time and memory that a whole benchmark may take.
 
     Args:
         repeats: timed runs of each contender in each group; at least 3 are made, or none.

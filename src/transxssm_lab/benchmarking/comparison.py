@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a benchmark may use.
+    """The limits of a benchmark.
 
     Args:
         repeats: timed runs of each contender.

@@ -205,7 +205,7 @@ def _settle_batches(cells: list[BatchCell], status: Status, detail: str, least: 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What to measure.
+    """The settings of the benchmark.
 
     Args:
         preset: a preset of `TransXSSMConfig`, to which every contender is matched.

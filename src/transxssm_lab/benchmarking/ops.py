@@ -63,7 +63,7 @@ _MAMBA2_SCAN = "mamba2_chunk_scan"  # left out if the version of transformers ha
 
 @dataclass(frozen=True)
 class OpsSettings:
-    """What to measure.
+    """The settings of the benchmark.
 
     Args:
         preset: a preset of `TransXSSMConfig`, from whose layers the operators take their shapes.

@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How a benchmark's results are shown.
+    """The functions that show a benchmark's results.
 
     Args:
         tables: makes the tables of the results.

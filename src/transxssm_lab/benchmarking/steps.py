@@ -19,7 +19,7 @@ DECODE_TOKENS = 16  # tokens in one run of a decoding step
 
 @dataclass(frozen=True)
 class Step:
-    """What a benchmark repeats.
+    """The step that a benchmark repeats.
 
     Args:
         run: the timed part.
@@ -74,7 +74,7 @@ class Prompt:
     """A prompt that a model has read, and the cache that holds it.
 
     Args:
-        model: in evaluation mode.
+        model: a model in evaluation mode.
         input_ids: (b, t) the prompt.
         cache: the cache of the b rows. Decoding writes into it.
     """

@@ -47,7 +47,7 @@ BACKWARD = "_backward"  # suffix of the names of their backward passes
 
 @dataclass(frozen=True)
 class ThroughputSettings:
-    """What to measure.
+    """The settings of the benchmark.
 
     Args:
         preset: a preset of `TransXSSMConfig`, to which every contender is matched.

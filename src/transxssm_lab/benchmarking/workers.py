@@ -18,7 +18,7 @@ class Setup:
     """The settings with which every child begins.
 
     Args:
-        device: where to compute.
+        device: the device that computes.
         num_threads: number of torch's threads on the CPU. Defaults to torch's own choice.
     """
 

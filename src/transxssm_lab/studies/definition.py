@@ -19,7 +19,7 @@ _CLOSED = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=_CLOSED)
 class Grid:
-    """What the cells are repeated over.
+    """The seeds and learning rates over which the cells are repeated.
 
     Args:
         title: the question that the study asks.
@@ -114,7 +114,7 @@ class Algorithmic:
         task: its name.
         train_elements: elements or letters of a sequence; training takes turns.
         lengths: elements or letters at which it is measured.
-        tokens_per_step: of a training step, which reads sequences of one length.
+        tokens_per_step: tokens in a training step, which reads sequences of one length.
         held_out_steps: batches of the held-out loss.
         num_examples: sequences that the accuracy at each length is measured on.
     """

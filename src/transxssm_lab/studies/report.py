@@ -139,7 +139,7 @@ def contender_looks(contenders: Reports) -> dict[str, Look]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a contender.
+    """The runs and evaluations of a contender.
 
     Args:
         contender: the contender.
