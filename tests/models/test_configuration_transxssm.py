@@ -207,7 +207,7 @@ REFUSED = [
     ),
     (
         {"rope_parameters": {"rope_type": "spiral"}},
-        "rope_type must be one of default, linear, llama3, yarn: got 'spiral'",
+        "rope_type must be one of default, linear, llama3, yarn, selective: got 'spiral'",
     ),
 ]
 
