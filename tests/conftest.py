@@ -15,6 +15,8 @@ os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg",
+    # What another process was writing when it was killed would be found in the user's own.
+    "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE.name}/inductor",
     # One thread, here and in the processes that tests start: workers share the cores, and sums keep their order.
     "OMP_NUM_THREADS": "1",
 }

@@ -17,6 +17,7 @@ from tests.models.tiny import (
     combinations,
     gradients_of,
     logits_of,
+    one_of_each,
     pad_rows,
     tiny_config,
     tiny_model,
@@ -107,7 +108,7 @@ def test_compiles_as_one_graph():
 )
 def test_training_makes_as_few_graphs_as_llama(variant, marked, dynamic):
     """Over lengths beside and between chunks, and over batch sizes: one graph for the first shape, one for all others."""
-    graphs, model = [], tiny_model(variant, dtype=torch.float32).train()
+    graphs, model = [], tiny_model(variant, dtype=torch.float32, **one_of_each(variant)).train()
     torch.compiler.reset()
     compiled = torch.compile(
         model, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph

@@ -5,7 +5,7 @@ import torch
 
 from tests.models.tiny import tiny_config, tokens
 from transxssm.inspection import cache_bytes
-from transxssm_lab.benchmarking import contenders, steps
+from transxssm_lab.benchmarking import steps
 from transxssm_lab.benchmarking.contenders import CONTENDERS, build_prompt
 from transxssm_lab.benchmarking.steps import DECODE_TOKENS, read_prompt
 
@@ -16,9 +16,11 @@ DECODING = [name for name, contender in CONTENDERS.items() if "decode" in conten
 
 @pytest.fixture(autouse=True)
 def _without_code_generation(monkeypatch):
-    """A step that is one graph is traced as such, and not compiled for half a minute."""
+    """What is compiled is traced, each layer or a step as one graph, and code is not generated for half a minute."""
     torch.compiler.reset()
-    monkeypatch.setattr(contenders, "compile_step", lambda model: model.compile(fullgraph=True, backend="eager"))
+    compile_module = torch.nn.Module.compile
+    traced = {"mode": None, "backend": "eager"}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: compile_module(module, **(given | traced)))
 
 
 def prompt_of(name, batch, dtype=torch.float64):
