@@ -35,7 +35,10 @@ def failing(monkeypatch):
         (["info", "tiny", "--contxt", "3"], "No such option"),
         (["info", "tiny", "--context", "many"], "Invalid value for '--context'"),
         (["generate", "a", "b"], "unexpected extra argument"),
-        (["evaluate", "runs/tiny"], "Missing command. Expected one of perplexity, needle, recall, algorithmic, harness."),
+        (
+            ["evaluate", "runs/tiny"],
+            "Missing command. Expected one of perplexity, needle, recall, algorithmic, harness.",
+        ),
         (["evaluate", "runs/tiny", "xyz"], "No such command 'xyz'. Expected one of perplexity, needle,"),
         (["benchmark", "xyz"], "No such command 'xyz'. Expected one of throughput, decode, ops, serving."),
     ],
