@@ -67,12 +67,12 @@ def number_of_processes(gpus: str, *, on_cpu: bool, cpu_setting: str = "training
 
 
 def launch(arguments: Sequence[str], processes: int, *, go_on: str = "the same command and --resume") -> None:
-    """Runs `transxssm` with these arguments in so many processes, and returns when all have succeeded.
+    """Runs `transxssm` with these arguments in a number of processes, and returns when all have succeeded.
 
     The first process has the terminal. The output of the others is kept until the end. Ctrl-C reaches all of them.
 
     Args:
-        go_on: how the user can resume after the processes have stopped, in words.
+        go_on: what the error line tells the user to do to resume.
 
     Raises:
         typer.Exit: a process failed, and the others were ended. The reason has been printed in one line.

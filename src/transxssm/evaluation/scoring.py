@@ -54,7 +54,7 @@ class TokenScorer:
 
         Args:
             input_ids: (b, t) token ids, without padding.
-            targets: (b, t) the token to be predicted at each position from the tokens up to it, itself included, or −100 for none.
+            targets: (b, t) the token to be predicted from input tokens 0 to i at each position i, or −100 for none.
 
         Raises:
             ValueError: a token id is outside the vocabulary, or there are more tokens than the model has positions.

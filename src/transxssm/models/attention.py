@@ -30,10 +30,10 @@ from transxssm.ops import (
 
 
 class TransXSSMAttention(nn.Module):
-    """Causal self-attention on the same rotary embedding (Eq. 4 and 6), with Llama's parameter names.
+    """Causal self-attention with the rotary embedding that SSD layers use too (Eq. 4 and 6), and Llama's parameter names.
 
-    Options: an RMSNorm of every query's and key's head before the rotation (QK-norm), with Qwen3's names; no rotation (NoPE); the heads'
-    output times sigmoid(g), g = W_g u, before the output projection ("Gated Attention", arXiv 2505.06708).
+    Options: an RMSNorm of the queries and keys of each head before the rotation (QK-norm), with Qwen3's names; no rotation (NoPE); the
+    heads' output times sigmoid(g), g = W_g u, before the output projection ("Gated Attention", arXiv 2505.06708).
     """
 
     def __init__(self, config: TransXSSMConfig, layer_idx: int) -> None:

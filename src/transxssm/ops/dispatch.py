@@ -1,6 +1,7 @@
 """Which implementation computes a call: every op has an ordered table, and the first backend that does not refuse is taken.
 
-A backend is chosen once, where the op is entered. Its name goes through the op's custom operator, if there is one, to the backward pass.
+The tables stand in the ops' own modules, such as `SSD_CHUNK_SCAN` in `ops/ssd/interface.py`. A backend is chosen once, where the op is
+entered. Its name goes through the op's custom operator, if there is one, to the backward pass.
 """
 
 import functools

@@ -275,7 +275,7 @@ def _state_of(checkpoint: Path) -> TrainerState:
 
 
 def keep_rows_per_step(arguments: TrainingArguments, rows: list[dict[str, Any]]) -> str | None:
-    """Keeps the rows of a step when a run is resumed with another number of processes: the same rows, each once.
+    """Keeps the global batch size when a run is resumed with another number of processes, so that each row is still read once.
 
     Args:
         arguments: arguments of the run. Gradient accumulation or, if that is not enough, the batch size is changed in place.

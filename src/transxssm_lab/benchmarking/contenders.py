@@ -77,7 +77,7 @@ def compile_layers(model: nn.Module, mode: str) -> None:
 
 
 def compile_step(model: nn.Module) -> None:
-    """Compiles the model as one graph, as `generate` does on a GPU with a static cache, so that it is launched as a whole."""
+    """Compiles the model as one graph, as `generate` does on a GPU with a static cache, where it becomes one CUDA graph."""
     is_on_gpu = next(model.parameters()).device.type == "cuda"
     model.compile(fullgraph=True, mode="reduce-overhead" if is_on_gpu else None)
 

@@ -92,13 +92,13 @@ class ServingSettings:
 
 @dataclass
 class Load:
-    """What clients do at once.
+    """A load on the server: a number of clients, each of which sends one request at the same time.
 
     Args:
-        name: of the kind.
-        clients: requests at once.
-        prompt, new: tokens of each.
-        shared: tokens that all prompts begin with, and that the server has read before.
+        name: the name of this kind of load in tables.
+        clients: number of concurrent requests.
+        prompt, new: number of prompt tokens and of generated tokens of each request.
+        shared: number of tokens that all prompts begin with and that are in the prefix cache. Defaults to 0.
     """
 
     name: str

@@ -119,14 +119,14 @@ def decode_batches(
     repeats: int,
     seconds_left: float,
 ) -> None:
-    """Reads a prompt of one row once, then decodes it in each batch, once as a warm-up and `repeats` times. Sends a `DecodeRun` for each.
+    """Prefills one row once, then decodes it at each batch size, once as a warm-up and `repeats` times. Sends a `DecodeRun` for each.
 
     Args:
         send: sends a message to the parent.
         setup: settings of this process.
         build: called as `build(device=…)`.
-        batches: numbers of rows in ascending order. A batch is not begun if `least` runs, each as long as one of the last batch, would not
-            fit into the time left; nor is a run that would not fit.
+        batches: batch sizes in ascending order. A batch size is skipped, and the measurement ends, if `least` runs as long as the last one
+            would exceed the time left. A single run is skipped for the same reason.
         least: fewest runs of a batch.
         repeats: number of runs of a batch.
         seconds_left: time for all batches.
