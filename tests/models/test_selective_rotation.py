@@ -10,6 +10,7 @@ from tests.models.tiny import logits_of, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close
 from transxssm import TransXSSMCache, TransXSSMConfig, TransXSSMForCausalLM
 from transxssm.models.baselines import jamba_config, llama_config
+from transxssm.models.positions import Positions
 from transxssm.models.selective_rotation import TransXSSMSelectiveRotation
 
 SELECTIVE = {"rope_type": "selective"}
@@ -56,6 +57,56 @@ def test_an_angle_before_the_first_token_changes_nothing():
     for rotation in rotations_of(model):
         rotation.register_forward_hook(
             lambda module, arguments, angles: angles + torch.linspace(0, 3, angles.shape[-1])
+        )
+    assert_close(logits_of(model, ids), expected, torch.float64)
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gate"])
+def test_angles_are_the_frequencies_times_running_sums_of_what_tokens_advance(gate):
+    """ω_i Σ (φ_s − 1), term by term, up to whole turns."""
+    config = tiny_config(rope_parameters={**SELECTIVE, "rank": 3, "kernel_size": 3, "gate": gate})
+    rotation = TransXSSMSelectiveRotation(config, num_heads=2, num_pairs=4).double()
+    for weight in rotation.parameters():
+        torch.nn.init.normal_(weight)
+    u, frequencies = (
+        torch.randn(1, 7, config.hidden_size, dtype=torch.float64),
+        torch.tensor([1.0, 0.3, 0.1, 0.02]).double(),
+    )
+    got = rotation(
+        u,
+        frequencies,
+        Positions(ssd_rotary=None, attention_rotary=None, length_scale=None, padding_mask=None, seq_idx=None),
+    )
+    direction = u[0] / u[0].norm(dim=-1, keepdim=True)
+    inputs = direction @ rotation.down_weight.T @ rotation.up_weight.T  # (t, heads · pairs)
+    sums = torch.zeros(2, 4, dtype=torch.float64)
+    for t in range(7):
+        taps = [(rotation.conv_weight[:, 2 - age] * inputs[t - age]) for age in range(min(t, 2) + 1)]
+        advance = torch.stack(taps).sum(0).view(2, 4)
+        if rotation.gate_weight is not None:
+            advance = 2 * torch.sigmoid(rotation.gate_weight @ direction[t])[:, None] * (1 + advance) - 1
+        sums += advance
+        turned = got[0, t] - frequencies * sums
+        assert_close(
+            torch.stack((turned.cos(), turned.sin())),
+            torch.stack((torch.ones(2, 4), torch.zeros(2, 4))).double(),
+            torch.float64,
+        )
+
+
+def test_tokens_that_all_advance_twice_as_far_stand_at_twice_their_positions():
+    model, ids, index = tiny_model("selective"), tokens(2, 9), torch.arange(9)
+    hooks = [
+        rotation.register_forward_hook(lambda module, given, angles: torch.zeros_like(angles))
+        for rotation in rotations_of(model)
+    ]
+    one_document = torch.zeros(2, 9, dtype=torch.long)  # positions with gaps would begin new ones
+    expected = logits_of(model, ids, position_ids=2 * index[None], seq_idx=one_document)
+    for hook in hooks:
+        hook.remove()
+    for rotation in rotations_of(model):
+        rotation.register_forward_hook(
+            lambda module, given, angles: (given[1] * index[:, None])[None, :, None].expand_as(angles)
         )
     assert_close(logits_of(model, ids), expected, torch.float64)
 

@@ -70,7 +70,7 @@ def layers_of(config: PreTrainedConfig) -> list[AttentionLayer | ScanLayer]:
     """The mixer of each layer, in order.
 
     Raises:
-        ValueError: the model is none of TransXSSM, Llama, Mamba-2 and Bamba.
+        ValueError: the model is not a TransXSSM, Llama, Mamba-2 or Bamba model.
     """
     match config:
         case TransXSSMConfig():

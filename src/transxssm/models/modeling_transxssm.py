@@ -328,7 +328,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Saves as in transformers, and adds a model card, if there is none, that says what to import before loading."""
+        """Saves as transformers does. A folder without a model card gets one that says what to import before loading."""
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         card = Path(save_directory) / MODEL_CARD
         if is_main_process and not card.exists():

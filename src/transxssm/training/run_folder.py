@@ -144,7 +144,7 @@ def has_same_training(run_dir: Path, recipe: Recipe) -> bool:
 
 
 def stored_recipe(run_dir: Path) -> Recipe | None:
-    """The recipe in a run folder with all settings that were chosen for it, or None if there is none."""
+    """The recipe of a run with every setting resolved, or None if the folder has no recipe."""
     return load_recipe(run_dir / RECIPE) if holds_run(run_dir) else None
 
 
@@ -173,7 +173,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, or None if there is none."""
+    """The summary that a finished run leaves in its folder, or None if the run has not finished."""
     try:
         return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
